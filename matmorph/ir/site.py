@@ -1,0 +1,134 @@
+"""What selection yields and what methods return: sites, fragments, rejects, choices and costs.
+
+A matmul is a view, not a conversion: the node keeps its own operator, and a `Site` says how to read it as rows times a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+import torch
+
+from matmorph.ir.core import Const, Node, Value
+
+Form = Literal["linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding"]
+"""`mm` covers mm, bmm and matmul with a constant. `embedding` is a table that no matmul reads."""
+
+Layout = Literal["oi", "io"]
+"""How the stored matrix is laid out: [out, in] or [in, out] (after the batch axis of an expert stack)."""
+
+
+class Statistic(Enum):
+    """What a method may ask of the calibration data, per site input."""
+
+    INPUT_SECOND_MOMENT = "input_second_moment"  # sum over rows of x x^T, [in, in], float32 or better, and the number of rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Application:
+    """One use of a site's weight: `output = rows(x) @ W^T (+ bias)`, computed by `node`.
+
+    `x` is the activation operand as it enters `node`. `select` is the value that picks the expert matrices (index of the stack's first
+    axis) where the form is "expert" and the trace gathers them; None = all E matrices at once (batched over E). `bias` is the bias Value
+    that the node itself adds, or None.
+    """
+
+    node: Node
+    x: Value
+    output: Value
+    bias: Value | None = None
+    select: Value | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A unique weight with all its applications; rewritten in all places or in none.
+
+    `path`: dotted path of the parameter without a trailing ".weight" ("encoder.layer.0.attention.self.query"), with "[a:b]" for a slice
+    along the out axis. `weight()` gives [out, in], or [batch, out, in] for an expert stack, in the stored dtype. `rows`: (a, b) of the slice
+    in the stored constant, None for the whole. `gathers`: nodes that read the constant as an embedding table (a head tied to a table).
+    `blocked`: why no method may take this site (overlapping slices ...), None normally.
+    """
+
+    path: str
+    const: Const
+    form: Form
+    layout: Layout
+    in_features: int
+    out_features: int
+    applications: tuple[Application, ...]
+    batch: int | None = None
+    role: str = "other"
+    layer: int | None = None
+    rows: tuple[int, int] | None = None
+    gathers: tuple[Node, ...] = ()
+    blocked: str | None = None
+    read: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda t: t, repr=False)
+
+    def weight(self) -> torch.Tensor:
+        """[out, in] (or [batch, out, in]) as a view of the stored tensor where a view exists."""
+        return self.read(self.const.load())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of this site's matrix (a slice counts its own part)."""
+        return self.in_features * self.out_features * (self.batch or 1)
+
+    @property
+    def bias(self) -> Const | None:
+        """The bias all applications share, where it is a constant."""
+        found = {application.bias for application in self.applications}
+        only = next(iter(found)) if len(found) == 1 else None
+        return only if isinstance(only, Const) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A rewrite that is not possible or does not pay for this site: expected, and shown in the report."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way for a method to treat one site. `rank`: factors' inner size; `at_most`: the data decides and `rank` is the upper limit."""
+
+    rank: int | None = None
+    at_most: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a site takes after a rewrite, its bias excluded. `macs`: multiply-accumulates per row of x, summed over applications."""
+
+    parameters: int
+    bytes: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A proven lower bound: `on` says which error of this form can not be smaller than `value` ("eckart_young" on "weight_error")."""
+
+    name: str
+    on: Literal["weight_error", "output_error"]
+    value: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """What replaces a site. `parts[k]` are the new nodes of application k and `outputs[k]` its result as rows [..., out], bias not added
+    unless `adds_bias`; each output is produced by its own part's nodes. `consts` are the new weights. `weight()` is the dense matrix
+    [out, in] that it stands for, computed when asked. `choice` is what was taken in the end. `bound`: see `Bound`."""
+
+    parts: tuple[tuple[Node, ...], ...]
+    outputs: tuple[Value, ...]
+    consts: tuple[Const, ...]
+    weight: Callable[[], torch.Tensor]
+    choice: Choice = Choice()
+    bound: Bound | None = None
+    adds_bias: bool = False
+    notes: tuple[str, ...] = ()
