@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
+from sympy.printing.str import StrPrinter
 from torch.utils._sympy import functions as torch_functions
 
 Dim: TypeAlias = "int | sympy.Expr"
@@ -43,14 +44,38 @@ _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **{
-        name: getattr(torch_functions, name)
-        for name in ("FloorDiv", "Mod", "PythonMod", "ModularIndexing", "CleanDiv", "CeilDiv", "Where", "IntTrueDiv",
-                     "FloatTrueDiv", "ToFloat", "TruncToInt", "FloorToInt", "CeilToInt", "Max", "Min")
-        if hasattr(torch_functions, name)
-    },
-    "Max": sympy.Max,
-    "Min": sympy.Min,
+    name: getattr(torch_functions, name)
+    for name in [
+        "FloorDiv",
+        "Mod",
+        "PythonMod",
+        "ModularIndexing",
+        "CleanDiv",
+        "CeilDiv",
+        "Where",
+        "Max",
+        "Min",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "FloatPow",
+        "PowByNatural",
+        "ToFloat",
+        "TruncToInt",
+        "TruncToFloat",
+        "FloorToInt",
+        "CeilToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "LShift",
+        "RShift",
+        "OpaqueUnaryFn_sqrt",
+        "OpaqueUnaryFn_exp",
+        "OpaqueUnaryFn_log",
+        "OpaqueUnaryFn_log2",
+        "OpaqueUnaryFn_sin",
+        "OpaqueUnaryFn_cos",
+    ]
+    if hasattr(torch_functions, name)
 }
 
 
@@ -77,9 +102,14 @@ def _evaluate(node: ast.expr, text: str) -> Any:
     raise ValueError(f"not a dimension: {text!r}")
 
 
+class _DimPrinter(StrPrinter):  # type: ignore[misc]
+    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802  (sympy's naming)
+        return repr(float(expr))  # all digits, where sympy's own prints 15
+
+
 def format_dim(dim: Dim) -> str:
     """`16*seq`, `batch*seq`, `((seq + 3)//4)`: no spaces outside sums, readable, and parseable by `parse_dim`."""
-    return str(dim)
+    return str(_DimPrinter().doprint(dim))
 
 
 def dim_symbols(dims: Iterable[Dim]) -> frozenset[str]:
