@@ -1,0 +1,222 @@
+"""A local Hugging Face folder: the module of `architectures[0]` and example inputs by what its `forward` takes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matmorph.errors import InputError, did_you_mean
+
+BATCH = 2
+SEQUENCE = 16
+DEMO_HINT = "install it with: pip install 'matmorph[demo]'"
+_FACTORY_HINT = "use a package.module:factory that returns matmorph.Model(module, example_inputs, dynamic_shapes)"
+
+
+def load_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, dict[int, str]]]:
+    """The folder's module, example inputs drawn from a fixed seed, and the names of their dynamic axes.
+
+    Raises InputError naming the folder and the fault.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{folder}: not a Hugging Face model folder: it has no config.json")
+    architectures = _read_json(config_file).get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise InputError(f"{config_file}: names no class under architectures")
+    module = load_pretrained(folder, architectures[0])
+    examples = _examples(folder, module)
+    return module, {name: tensor for name, (tensor, _) in examples.items()}, {name: axes for name, (_, axes) in examples.items()}
+
+
+def import_or_fail(module: str, message: str) -> Any:
+    """An optional package, or InputError with the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(message, [str(error), DEMO_HINT]) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or InputError with the path and the place of the fault."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not an object")
+    return data
+
+
+def load_pretrained(folder: Path, architecture: str) -> Any:
+    """`transformers.<architecture>.from_pretrained(folder)`, local files only, in eval mode, in the stored dtype.
+
+    A weight that the files do not hold would be initialised at random: that is an InputError here.
+    """
+    transformers = import_or_fail("transformers", f"{folder}: the package transformers is not installed")
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        hint = did_you_mean(architecture, dir(transformers))
+        raise InputError(f"{folder / 'config.json'}: transformers {transformers.__version__} has no {architecture}{hint}", [_FACTORY_HINT])
+    with _quiet(transformers):
+        try:
+            module, info = cls.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{folder}: {architecture} cannot be loaded: {line.replace(str(folder), 'the folder')}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        details = [*missing[:5], *([f"and {len(missing) - 5} more"] if len(missing) > 5 else [])]
+        raise InputError(f"{folder}: the files lack {len(missing)} weights of {architecture}", details)
+    return module.eval()
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no advice on stderr while loading; both settings are put back."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---- example inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """What the makers below read: the model's configurations and a seeded generator."""
+
+    config: Any
+    text: Any
+    generator: Any
+
+    def first(self, *names: str) -> Any:
+        """The first of `names` that the config, its vision part or its text part has; None without one."""
+        places = (self.config, getattr(self.config, "vision_config", None), self.text)
+        found = (getattr(place, name, None) for name in names for place in places)
+        return next((value for value in found if value is not None), None)
+
+
+Example = tuple[Any, dict[int, str]]
+"""A tensor and the names of its dynamic axes."""
+
+
+def _token_ids(draw: _Draw, axis: str, length: int) -> Example:
+    import torch
+
+    vocabulary = draw.first("vocab_size") or 0
+    if vocabulary < 2:
+        raise InputError("the configuration has no vocab_size to draw example tokens from", [_FACTORY_HINT])
+    low = min(3, vocabulary - 1)  # the first ids are special tokens in most vocabularies
+    ids = torch.randint(low, vocabulary, (BATCH, length), generator=draw.generator)
+    return ids, {0: "batch", 1: axis}
+
+
+def _length(draw: _Draw) -> int:
+    limit = draw.first("max_position_embeddings", "n_positions", "max_target_positions")
+    return min(SEQUENCE, limit) if isinstance(limit, int) and limit >= 2 else SEQUENCE
+
+
+def _input_ids(draw: _Draw) -> Example:
+    return _token_ids(draw, "seq", _length(draw))
+
+
+def _attention_mask(draw: _Draw) -> Example:
+    import torch
+
+    length = _length(draw)
+    mask = torch.ones(BATCH, length, dtype=torch.int64)
+    mask[1:, length - length // 4 :] = 0  # the last sample is shorter and padded on the right, as in real batches
+    return mask, {0: "batch", 1: "seq"}
+
+
+def _decoder_input_ids(draw: _Draw) -> Example:
+    return _token_ids(draw, "target_seq", max(2, _length(draw) // 2))
+
+
+def _pixel_values(draw: _Draw) -> Example:
+    import torch
+
+    size = draw.first("image_size") or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = draw.first("num_channels") or 3
+    return torch.randn(BATCH, channels, height, width, generator=draw.generator), {0: "batch"}
+
+
+def _input_features(draw: _Draw) -> Example:
+    import torch
+
+    bins, positions = draw.first("num_mel_bins"), draw.first("max_source_positions")
+    if bins is None or positions is None:
+        raise InputError("the configuration has no num_mel_bins and max_source_positions to size input_features", [_FACTORY_HINT])
+    frames = 2 * positions  # the second convolution of these encoders has stride 2
+    return torch.randn(BATCH, bins, frames, generator=draw.generator), {0: "batch"}
+
+
+def _input_values(draw: _Draw) -> Example:
+    import torch
+
+    bins, frames = draw.first("num_mel_bins"), draw.first("max_length")
+    shape = (BATCH, 16000) if bins is None or frames is None else (BATCH, frames, bins)  # one second of sound, or a spectrogram
+    return torch.randn(*shape, generator=draw.generator), {0: "batch"}
+
+
+_MAKERS: dict[str, Callable[[_Draw], Example]] = {
+    "input_ids": _input_ids,
+    "attention_mask": _attention_mask,
+    "decoder_input_ids": _decoder_input_ids,
+    "pixel_values": _pixel_values,
+    "input_features": _input_features,
+    "input_values": _input_values,
+}
+
+
+def _examples(folder: Path, module: Any) -> dict[str, Example]:
+    """The inputs in the order of forward's parameters."""
+    import torch
+
+    config = module.config
+    draw = _Draw(config, config.get_text_config(), torch.Generator().manual_seed(0))
+    parameters = inspect.signature(module.forward).parameters
+    wanted = _wanted(module, parameters)
+    if module.main_input_name not in _MAKERS:
+        raise InputError(
+            f"{folder}: {type(module).__name__} takes {module.main_input_name}, for which no example input is known", [_FACTORY_HINT]
+        )
+    try:
+        examples = {name: _MAKERS[name](draw) for name in parameters if name in wanted}
+    except InputError as error:
+        raise InputError(f"{folder}: {error.message}", error.details) from error
+    return {name: (_as_stored(tensor, module.dtype), axes) for name, (tensor, axes) in examples.items()}
+
+
+def _wanted(module: Any, parameters: Any) -> set[str]:
+    """The model's main input and what it needs beside it: a mask for tokens, decoder tokens, the image of an image-text pair."""
+    config, main = module.config, module.main_input_name
+    has_image_tokens = any(getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index"))
+    rules = {
+        main: True,
+        "attention_mask": main == "input_ids",
+        "decoder_input_ids": bool(getattr(config, "is_encoder_decoder", False)),
+        "pixel_values": not has_image_tokens,  # where images enter as tokens, text alone is a complete call
+    }
+    return {name for name, wanted in rules.items() if wanted and name in parameters}
+
+
+def _as_stored(tensor: Any, dtype: Any) -> Any:
+    return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
