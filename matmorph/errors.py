@@ -56,7 +56,7 @@ class SpecError(MatmorphError):
         return ": ".join(part for part in parts if part)
 
 
-class InputError(MatmorphError):
+class InputError(MatmorphError, ValueError):
     """A model name, file, folder or option that the user gave cannot be used."""
 
 

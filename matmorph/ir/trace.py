@@ -1,0 +1,294 @@
+"""A torch model to a Graph: `torch.export` (non-strict) with named axes, then `run_decompositions({})`, then `from_export`.
+
+Manners: the model keeps its device; train mode, `config.use_cache` and the experts implementation of Hugging Face models are switched for
+the trace and restored, each with a note. A range that the model itself demands ("seq <= 512") is adopted after one retry, with a note.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as fx_config
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from matmorph.errors import InputError, MatmorphError, TraceError
+from matmorph.ir.core import Const, Graph
+from matmorph.ir.dynamic import DynamicAxes, demands, read_dynamic_shapes, suggested_ranges
+from matmorph.ir.from_export import Names, constant, read_program
+
+ADVICE: tuple[tuple[str, str], ...] = (
+    ("GuardOnDataDependent", "a branch or a size depends on tensor values: use torch.where or torch.cond, or take the branch outside of the model"),
+    ("data-dependent", "a branch or a size depends on tensor values: use torch.where or torch.cond, or take the branch outside of the model"),
+    (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
+    ("Unsupported input type", "an input is of a type torch.export does not know: pass tensors, numbers, lists, tuples or dicts"),
+    ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
+    ("shape", "check the example inputs against what the model expects"),
+)
+"""What to change, by a word of the reason; the first that fits is shown."""
+
+
+def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
+    """The Graph of an nn.Module, an fx.GraphModule or an ExportedProgram.
+
+    example_inputs: a dict (keyword arguments) or a tuple (positional); a lone tensor is a tuple of one. dynamic_shapes mirrors it:
+    a dict of `{axis: name}` for kwargs, a tuple of them for args, None = static. For an ExportedProgram, which is already traced, both may
+    be None; `dynamic_shapes` then only names its symbols.
+
+    Raises InputError for inputs that do not fit and TraceError (source line, reason, what to change) for a model that cannot be traced.
+    """
+    if isinstance(model, ExportedProgram):
+        return _trace_program(model, dynamic_shapes)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
+    device = _device(model)
+    args, kwargs = read_examples(example_inputs, device)
+    _check_call(model, args, kwargs)
+    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+    with ExitStack() as stack:
+        notes = stack.enter_context(_manners(model))
+        program, axes, adopted = _export(model, args, kwargs, axes)
+        names = Names(_symbol_names(program, (args, kwargs), axes.shapes), _state(model), _input_names(model, args, kwargs))
+        return read_program(_functional(program), names, str(device), (*notes, *adopted))
+
+
+def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) on the model's device; the call mirrors the examples."""
+    if isinstance(example_inputs, Mapping):
+        if not example_inputs or not all(isinstance(key, str) for key in example_inputs):
+            raise InputError("example inputs given as a dict must be non-empty and keyed by argument name")
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, torch.Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, tuple | list):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        raise InputError(f"example inputs must be a dict (keyword arguments) or a tuple (positional), got {type(example_inputs).__name__}")
+    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    return cast("tuple[tuple[Any, ...], dict[str, Any]]", moved)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    devices = {tensor.device: name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+    if len(devices) > 1:
+        where = [f"{name} is on {device}" for device, name in devices.items()]
+        raise InputError(f"the model's parameters are on {len(devices)} devices; move them to one with model.to(...)", where)
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        wanted = ", ".join(str(p) for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD)
+        raise InputError(f"the example inputs do not fit the model: {error}", [f"forward takes ({wanted})"]) from None
+
+
+@contextmanager
+def _manners(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
+    """Eval mode, no cache and gathered experts while tracing; everything is put back, also after an error."""
+    notes: list[str] = []
+    training = [module for module in model.modules() if module.training]
+    caching = list({id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}.values())
+    experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    switch = getattr(model, "set_experts_implementation", None) if experts is not None and experts != "batched_mm" else None
+    try:
+        if training:
+            model.eval()
+            notes.append("train mode switched to eval for the trace, and restored")
+        for config in caching:
+            config.use_cache = False
+        if caching:
+            notes.append("config.use_cache switched off for the trace, and restored: the compiled model keeps no key/value cache")
+        if switch is not None:
+            switch("batched_mm")
+        yield tuple(notes)
+    finally:
+        for module in training:
+            module.training = True
+        for config in caching:
+            config.use_cache = True
+        if switch is not None:
+            switch(experts)
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes
+) -> tuple[ExportedProgram, DynamicAxes, tuple[str, ...]]:
+    try:
+        return _export_once(model, args, kwargs, axes), axes, ()
+    except Exception as error:
+        found = suggested_ranges(str(error), axes)
+        if not found:
+            raise _explain(error, axes) from error
+    narrowed = axes.narrowed(found)
+    notes = tuple(f"{name} must be in {r.low}..{r.high or ''}: the model itself demands it" for name, r in found.items())
+    try:
+        return _export_once(model, args, kwargs, narrowed), narrowed, notes
+    except Exception as error:
+        raise _explain(error, narrowed) from error
+
+
+def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes) -> ExportedProgram:
+    with quiet(), torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(), strict=False)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    try:
+        with quiet(), fx_config.patch(backed_size_oblivious=True):
+            return program.run_decompositions({})
+    except Exception as error:
+        raise _explain(error, None) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences torch's own chatter about internals (deprecations between torch's modules, export logs); errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _explain(error: Exception, axes: DynamicAxes | None) -> MatmorphError:
+    """TraceError with the model's own source line, torch's reason in one line, and what to change."""
+    if isinstance(error, MatmorphError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    wanted = demands(text, axes) if axes is not None else ()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    advice = next((words for key, words in ADVICE if key in text or key in type(error).__name__), "run the model on the example inputs first")
+    details = [f"at {line}"] if (line := _own_line(error)) else []
+    details += list(wanted) or [f"what to change: {advice}"]
+    return TraceError(f"the model cannot be traced: {reason}", details)
+
+
+def _own_line(error: BaseException) -> str:
+    """The innermost frame that belongs to the model, not to torch or to us."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in (name := frame.filename.replace("\\", "/")) and "/matmorph/ir/" not in name and not name.startswith("<")
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _state(model: torch.nn.Module) -> tuple[Const, ...]:
+    """Every parameter and buffer once, with all its names, in state_dict order (non-persistent buffers in their place)."""
+    tensors: dict[int, tuple[torch.Tensor, list[str], str, bool]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        hidden = module._non_persistent_buffers_set
+        entries = [(name, tensor, "parameter", True) for name, tensor in module._parameters.items()]
+        entries += [(name, tensor, "buffer", name not in hidden) for name, tensor in module._buffers.items()]
+        for name, tensor, kind, persistent in entries:
+            if tensor is not None:
+                tensors.setdefault(id(tensor), (tensor, [], kind, persistent))[1].append(dot + name)
+    return tuple(constant(tensor, tuple(names), kind, persistent) for tensor, names, kind, persistent in tensors.values())
+
+
+def _input_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """A name per flat input: the argument's, joined with keys and indices where an argument is a nest."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    parameters = inspect.signature(model.forward).parameters
+    positional: list[str] = []
+    for name, value in bound.arguments.items():
+        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            positional += [f"{name}_{i}" for i in range(len(value))]
+        elif name not in kwargs:
+            positional.append(name)
+    return tuple(flat_names(dict(zip(positional, args, strict=False)) | kwargs))
+
+
+def flat_names(named: Mapping[str, Any]) -> list[str]:
+    """`{"x": tensor, "past": [a, b]}` -> ["x", "past.0", "past.1"], in flattening order."""
+    found = []
+    for name, value in named.items():
+        for path, _ in tree_flatten_with_path(value)[0]:
+            parts = [name, *(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)]
+            found.append(".".join(parts))
+    return found
+
+
+def _symbol_names(program: ExportedProgram, examples: Any, shapes: Any) -> dict[str, str]:
+    """The program's symbol for each named axis, read off the placeholders that carry it."""
+    axes = _flat_axes(examples, shapes)
+    user = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in set(_user_inputs(program))]
+    names: dict[str, str] = {}
+    for node, entry in zip(user, axes, strict=True):
+        for axis, label in (entry or {}).items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int):
+                raise TraceError(
+                    f"the model works only with {label} = {size}: it fixes that axis of {node.name}",
+                    [f"leave axis {axis} of {node.name} out of dynamic_shapes, or change the model to accept any size"],
+                )
+            names[str(size.node.expr)] = label
+    return names
+
+
+def _user_inputs(program: ExportedProgram) -> list[str]:
+    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+
+
+def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
+    """Axis names per flat leaf of (args, kwargs)."""
+    args, kwargs = examples
+    found: list[Mapping[int, str] | None] = []
+    for path, _ in tree_flatten_with_path(kwargs or args)[0]:
+        axes = shapes
+        for key in path:
+            axes = axes[getattr(key, "key", getattr(key, "idx", None))] if axes is not None else None
+        found.append(axes)
+    return found
+
+
+def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
+    """An ExportedProgram as the user brings it; its symbols keep their names unless `dynamic_shapes` renames them."""
+    args, kwargs = program.example_inputs if program.example_inputs is not None else ((), {})
+    labels = {str(s): str(s) for s in program.range_constraints}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            labels.update({str(s): str(s) for s in getattr(getattr(size, "node", None), "expr", torch.sym_int).free_symbols} if not isinstance(size, int) else {})
+    if dynamic_shapes is not None:
+        axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+        labels.update(_symbol_names(program, (args, kwargs), axes.shapes))
+    state = _program_state(program)
+    tensors = [const.load() for const in state]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    inputs = tuple(name.removeprefix("kwargs_") for name in _user_inputs(program))
+    if kwargs and not args:
+        inputs = tuple(flat_names(kwargs))
+    return read_program(_functional(copy.copy(program)), Names(labels, state, inputs), str(device), ())
+
+
+def _program_state(program: ExportedProgram) -> tuple[Const, ...]:
+    parameters = set(program.graph_signature.inputs_to_parameters.values())
+    persistent = set(program.state_dict)
+    groups: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    everything = {**program.state_dict, **{k: v for k, v in program.constants.items() if k in program.graph_signature.non_persistent_buffers}}
+    for name, tensor in everything.items():
+        groups.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return tuple(
+        constant(tensor, tuple(names), "parameter" if parameters & set(names) else "buffer", names[0] in persistent)
+        for tensor, names in groups.values()
+    )
