@@ -63,6 +63,18 @@ class Inference:
             with self._mode:
                 return self._intern(torch.empty([self._size(d) for d in type.shape], dtype=type.torch_dtype, device=self.device))
 
+    def fresh(self, type: Type) -> Any:
+        """Like `fake`, but an object of its own: for the inputs of a program, which another trace tells apart by identity."""
+        made = self.fake(type)
+        if not isinstance(made, FakeTensor):
+            return made
+        with _oblivious(), self._mode:
+            return made.clone()
+
+    def value_ranges(self) -> Mapping[sympy.Symbol, ValueRanges[Any]]:
+        """Limits of the environment's own symbols, as an ExportedProgram carries them."""
+        return {inner: self._env.var_to_range[inner] for inner in self._outer if inner in self._env.var_to_range}
+
     def _scalar(self, type: ScalarType) -> Any:
         if type.value is None:
             unknown: Mapping[str, Callable[[], Any]] = {
