@@ -17,7 +17,8 @@ from torch.utils._pytree import TreeSpec
 from matmorph.ir.types import TensorType, Type, dim_symbols, element_size
 
 Arg: TypeAlias = Any
-"""A nest (tuple, list) of Values, Graphs (bodies of higher-order operators) and literals: None, bool, int, float, str, torch dtype/device/layout/format."""
+"""A nest (tuple, list) of Values, Graphs (bodies of higher-order operators) and literals: None, bool, int, float, str, and torch's dtypes,
+devices, layouts and memory formats."""
 
 ConstKind = Literal["parameter", "buffer", "constant"]
 
@@ -134,7 +135,7 @@ def map_values(arg: Arg, change: Callable[[Value], Any]) -> Arg:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One flat input of the call. `value` is None where the example had a literal there (None, bool ...): then a call must give `literal` again."""
+    """One flat input of a call. `value` is None where the example had a literal (None, bool ...): a call must give `literal` again."""
 
     name: str
     value: Value | None
@@ -163,8 +164,8 @@ class Range:
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """`outputs` are Values or literals (None, numbers), aligned with `signature.outputs`. `state` lists every Const of the model, used by a
-    node or not, in state_dict order; `ranges` the assumptions on each symbol; `device` the traced module's device; `notes` one plain line for
-    each thing that the trace did to the model ("train mode switched to eval for the trace")."""
+    node or not, in state_dict order; `ranges` the assumptions on each symbol; `device` the traced module's device; `notes` one plain line
+    for each thing that the trace did to the model ("train mode switched to eval for the trace")."""
 
     signature: Signature
     nodes: tuple[Node, ...]

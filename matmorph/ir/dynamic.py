@@ -60,7 +60,9 @@ def read_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], given: A
         unknown = [name for name in given if name not in kwargs]
         if unknown:
             names = ", ".join(kwargs)
-            raise InputError(f"dynamic_shapes names {unknown[0]}, which is no example input ({names}){did_you_mean(str(unknown[0]), kwargs)}")
+            raise InputError(
+                f"dynamic_shapes names {unknown[0]}, which is no example input ({names}){did_you_mean(str(unknown[0]), kwargs)}"
+            )
         shapes = {name: _entry(kwargs[name], given.get(name), name, ranges) for name in kwargs}
     else:
         if isinstance(given, Mapping) or not isinstance(given, Sequence) or len(given) != len(args):
@@ -88,7 +90,9 @@ def _axes(example: torch.Tensor, axes: Any, name: str, ranges: dict[str, Range])
     found: dict[int, str] = {}
     for axis, entry in axes.items():
         if not isinstance(axis, int) or not 0 <= axis < example.dim():
-            raise InputError(f"dynamic_shapes of {name} names axis {axis}, but its example has {example.dim()} axes (0 to {example.dim() - 1})")
+            raise InputError(
+                f"dynamic_shapes of {name} names axis {axis}, but its example has {example.dim()} axes (0 to {example.dim() - 1})"
+            )
         label, limits = _label(entry, name, axis)
         known = ranges.setdefault(label, limits)
         high = min((h for h in (known.high, limits.high) if h is not None), default=None)
@@ -122,7 +126,9 @@ def _check_sizes(examples: Any, shapes: Any) -> None:
         for axis, label in axes.items():
             size, first = sizes.setdefault(label, (tensor.shape[axis], f"axis {axis} of {place}"))
             if size != tensor.shape[axis]:
-                raise InputError(f"the example inputs disagree on {label}: {size} at {first}, {tensor.shape[axis]} at axis {axis} of {place}")
+                raise InputError(
+                    f"the example inputs disagree on {label}: {size} at {first}, {tensor.shape[axis]} at axis {axis} of {place}"
+                )
             if size < 2:
                 raise InputError(
                     f"the example has size {size} on the dynamic axis {label} ({first}); give an example of size 2 or more",
@@ -158,6 +164,12 @@ def suggested_ranges(message: str, axes: DynamicAxes) -> Mapping[str, Range]:
 def demands(message: str, axes: DynamicAxes) -> tuple[str, ...]:
     """Plain lines for what no range can satisfy: an axis that the model fixes, or two axes that it wants equal."""
     fixes = message.partition("Suggested fixes:")[2]
-    fixed = [f"the model works only with {name} = {size}: leave that axis out of dynamic_shapes" for name, size in _FIXED.findall(fixes) if name in axes.ranges]
-    equal = [f"the model needs {a} = {b}: give both axes one name" for a, b in _EQUAL.findall(fixes) if a in axes.ranges and b in axes.ranges]
+    fixed = [
+        f"the model works only with {name} = {size}: leave that axis out of dynamic_shapes"
+        for name, size in _FIXED.findall(fixes)
+        if name in axes.ranges
+    ]
+    equal = [
+        f"the model needs {a} = {b}: give both axes one name" for a, b in _EQUAL.findall(fixes) if a in axes.ranges and b in axes.ranges
+    ]
     return (*fixed, *equal)

@@ -41,8 +41,9 @@ def evaluate(graph: Graph, inputs: Sequence[Any], observe: Mapping[Value, Observ
 def _load(known: dict[Value, Any], value: Value) -> torch.Tensor:
     if not isinstance(value, Const):
         raise KeyError(f"%{value.name} is read before it is computed")
-    known[value] = value.load()
-    return known[value]
+    tensor = value.load()
+    known[value] = tensor
+    return tensor
 
 
 def run_node(node: Node, read: Callable[[Value], Any]) -> tuple[Any, ...]:
@@ -100,7 +101,9 @@ def _flatten_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         raise InputError(f"{len(args)} positional arguments given, but the model was traced with {how}")
     unknown = [name for name in kwargs if name not in names]
     if unknown:
-        raise InputError(f"no input is named {unknown[0]}; the inputs are {', '.join(names) or 'positional'}{did_you_mean(unknown[0], names)}")
+        raise InputError(
+            f"no input is named {unknown[0]}; the inputs are {', '.join(names) or 'positional'}{did_you_mean(unknown[0], names)}"
+        )
     literals = {entry.name: entry.literal for entry in graph.signature.inputs if entry.value is None}
     missing = [name for name in names if name not in kwargs and name not in literals]
     if missing:

@@ -10,14 +10,13 @@ from torch.utils._pytree import tree_unflatten
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
-
 from matmorph.ir.evaluate import bind, last_uses, run_node
 from matmorph.ir.text import parse_graph, print_graph
 
 
 class CompiledModule(torch.nn.Module):
-    """Runs a Graph. Owns a copy of every weight, registered under each of its names (a tied weight is one Parameter with several), so that
-    `state_dict()` has the source's keys except for replaced weights, training it leaves the source alone, and it pickles as text and tensors.
+    """Runs a Graph. Owns a copy of every weight, registered under each of its names (a tied weight is one Parameter with several): so
+    `state_dict()` has the source's keys except for replaced weights, and training it leaves the source alone. Pickles as text and tensors.
 
     Raises InputError (a ValueError too) when it is called unlike the traced example.
     """

@@ -6,7 +6,6 @@ the trace and restored, each with a note. A range that the model itself demands 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import logging
@@ -27,9 +26,10 @@ from matmorph.ir.core import Const, Graph
 from matmorph.ir.dynamic import DynamicAxes, demands, read_dynamic_shapes, suggested_ranges
 from matmorph.ir.from_export import Names, constant, read_program
 
+_BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
 ADVICE: tuple[tuple[str, str], ...] = (
-    ("GuardOnDataDependent", "a branch or a size depends on tensor values: use torch.where or torch.cond, or take the branch outside of the model"),
-    ("data-dependent", "a branch or a size depends on tensor values: use torch.where or torch.cond, or take the branch outside of the model"),
+    ("GuardOnDataDependent", _BY_VALUE),
+    ("data-dependent", _BY_VALUE),
     (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
     ("Unsupported input type", "an input is of a type torch.export does not know: pass tensors, numbers, lists, tuples or dicts"),
     ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
@@ -64,14 +64,16 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
 
 def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) on the model's device; the call mirrors the examples."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
         if not example_inputs or not all(isinstance(key, str) for key in example_inputs):
             raise InputError("example inputs given as a dict must be non-empty and keyed by argument name")
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, tuple | list):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise InputError(f"example inputs must be a dict (keyword arguments) or a tuple (positional), got {type(example_inputs).__name__}")
     moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
@@ -79,7 +81,9 @@ def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any,
 
 
 def _device(model: torch.nn.Module) -> torch.device:
-    devices = {tensor.device: name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+    devices: dict[torch.device, str] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = [f"{name} is on {device}" for device, name in devices.items()]
         raise InputError(f"the model's parameters are on {len(devices)} devices; move them to one with model.to(...)", where)
@@ -99,7 +103,10 @@ def _manners(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
     """Eval mode, no cache and gathered experts while tracing; everything is put back, also after an error."""
     notes: list[str] = []
     training = [module for module in model.modules() if module.training]
-    caching = list({id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}.values())
+    configs: list[Any] = [
+        module.config for module in model.modules() if getattr(getattr(module, "config", None), "use_cache", None) is True
+    ]
+    caching = list({id(config): config for config in configs}.values())
     experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
     switch = getattr(model, "set_experts_implementation", None) if experts is not None and experts != "batched_mm" else None
     try:
@@ -146,8 +153,10 @@ def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     try:
-        with quiet(), fx_config.patch(backed_size_oblivious=True):
-            return program.run_decompositions({})
+        # An axis of size 1 is no special case.
+        with quiet(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:
         raise _explain(error, None) from error
 
@@ -175,7 +184,8 @@ def _explain(error: Exception, axes: DynamicAxes | None) -> MatmorphError:
     text = str(error).strip() or type(error).__name__
     wanted = demands(text, axes) if axes is not None else ()
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    advice = next((words for key, words in ADVICE if key in text or key in type(error).__name__), "run the model on the example inputs first")
+    told = f"{type(error).__name__} {text}"
+    advice = next((words for key, words in ADVICE if key in told), "see that the model runs on the example inputs")
     details = [f"at {line}"] if (line := _own_line(error)) else []
     details += list(wanted) or [f"what to change: {advice}"]
     return TraceError(f"the model cannot be traced: {reason}", details)
@@ -264,31 +274,33 @@ def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
 def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
     """An ExportedProgram as the user brings it; its symbols keep their names unless `dynamic_shapes` renames them."""
     args, kwargs = program.example_inputs if program.example_inputs is not None else ((), {})
-    labels = {str(s): str(s) for s in program.range_constraints}
-    for node in program.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            labels.update({str(s): str(s) for s in getattr(getattr(size, "node", None), "expr", torch.sym_int).free_symbols} if not isinstance(size, int) else {})
+    labels = {name: name for name in _program_symbols(program)}
     if dynamic_shapes is not None:
         axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
         labels.update(_symbol_names(program, (args, kwargs), axes.shapes))
     state = _program_state(program)
-    tensors = [const.load() for const in state]
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    inputs = tuple(name.removeprefix("kwargs_") for name in _user_inputs(program))
-    if kwargs and not args:
-        inputs = tuple(flat_names(kwargs))
-    return read_program(_functional(copy.copy(program)), Names(labels, state, inputs), str(device), ())
+    device = next((const.load().device for const in state), torch.device("cpu"))
+    inputs = tuple(flat_names(kwargs)) if kwargs and not args else tuple(_user_inputs(program))
+    return read_program(_functional(program), Names(labels, state, inputs), str(device), ())
+
+
+def _program_symbols(program: ExportedProgram) -> list[str]:
+    """Symbols of the placeholders' shapes, in order of first use."""
+    values = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    sizes: list[Any] = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+    return list(dict.fromkeys(str(s) for size in sizes for s in sorted(size.node.expr.free_symbols, key=str)))
 
 
 def _program_state(program: ExportedProgram) -> tuple[Const, ...]:
-    parameters = set(program.graph_signature.inputs_to_parameters.values())
-    persistent = set(program.state_dict)
+    """Parameters and buffers once each; two names of one tensor are aliases."""
+    signature = program.graph_signature
+    parameters = set(signature.inputs_to_parameters.values())
+    hidden = {name: tensor for name, tensor in program.constants.items() if name in signature.non_persistent_buffers}
     groups: dict[int, tuple[torch.Tensor, list[str]]] = {}
-    everything = {**program.state_dict, **{k: v for k, v in program.constants.items() if k in program.graph_signature.non_persistent_buffers}}
-    for name, tensor in everything.items():
+    for name, tensor in {**program.state_dict, **hidden}.items():
         groups.setdefault(id(tensor), (tensor, []))[1].append(name)
     return tuple(
-        constant(tensor, tuple(names), "parameter" if parameters & set(names) else "buffer", names[0] in persistent)
+        constant(tensor, tuple(names), "parameter" if parameters & set(names) else "buffer", names[0] not in hidden)
         for tensor, names in groups.values()
     )
