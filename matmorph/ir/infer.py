@@ -112,18 +112,18 @@ class Inference:
         is unknown, refuses these operands, or would fix or unify a named symbol.
         """
         attrs = attrs or {}
-        with _oblivious():
-            if op in _HIGHER_ORDER:
-                return _HIGHER_ORDER[op](self, args)
-            key = (op, _freeze(tuple(args)), _freeze(tuple(attrs.items())))
-            found = self._results.get(key)
-            if found is not None:
-                return found
-            results = self._execute(op, args, attrs)
+        called = bodies(op, args)
+        if called:
+            return _call(self, op, *called[0])
+        key = (op, _freeze(tuple(args)), _freeze(tuple(attrs.items())))
+        found = self._results.get(key)
+        if found is None:
+            with _oblivious():
+                found = self._execute(op, args, attrs)
             # A data-dependent size is a new symbol each time.
-            if not any(self._unbacked_of(result) for result in results):
-                self._results[key] = results
-            return results
+            if not any(self._unbacked_of(result) for result in found):
+                self._results[key] = found
+        return found
 
     def _execute(self, op: str, args: Sequence[Any], attrs: Mapping[str, Any]) -> tuple[Any, ...]:
         function = resolve(op)
@@ -284,19 +284,20 @@ def _bind_nodes(inference: Inference, graph: Graph, fakes: dict[Value, Any]) -> 
 
 def infer_node(inference: Inference, node: Node, fakes: dict[Value, Any]) -> tuple[Any, ...]:
     """Results of one node, given the fakes of its operands (a Const gets its own when it is met first)."""
-    args = [_replace(inference, arg, fakes) for arg in node.args]
-    attrs = {name: _replace(inference, arg, fakes) for name, arg in node.attrs.items()}
+    args = [substitute(inference, arg, fakes) for arg in node.args]
+    attrs = {name: substitute(inference, arg, fakes) for name, arg in node.attrs.items()}
     results = inference.run(node.op, args, attrs)
     for result, value in zip(results, node.outputs, strict=False):
         inference.adopt(result, value.type)
     return results
 
 
-def _replace(inference: Inference, arg: Arg, fakes: dict[Value, Any]) -> Any:
+def substitute(inference: Inference, arg: Arg, fakes: dict[Value, Any]) -> Any:
+    """An argument nest with its Values replaced by their fakes."""
     if isinstance(arg, Value):
         return _read(inference, arg, fakes)
     if isinstance(arg, tuple | list):
-        return [_replace(inference, item, fakes) for item in arg]
+        return [substitute(inference, item, fakes) for item in arg]
     return arg
 
 
@@ -308,20 +309,25 @@ def _read(inference: Inference, value: Value, fakes: dict[Value, Any]) -> Any:
     return fakes[value]
 
 
-# Higher-order operators: which sub-graph is the body, and which arguments are its operands.
-
-
-def _call(inference: Inference, graph: Graph, operands: Sequence[Any]) -> tuple[Any, ...]:
-    fakes = _bind_nodes(inference, graph, dict(zip(graph.inputs, operands, strict=True)))
-    return tuple(_replace(inference, value, fakes) for value in graph.outputs)
-
-
-_HIGHER_ORDER: Mapping[str, Callable[[Inference, Sequence[Any]], tuple[Any, ...]]] = {
-    "higher_order.cond": lambda inference, args: _call(inference, args[1], args[3] if len(args) > 3 else ()),
-    "higher_order.while_loop": lambda inference, args: _call(inference, args[1], [*args[2], *args[3]]),
-    "higher_order.wrap_with_set_grad_enabled": lambda inference, args: _call(inference, args[1], args[2:]),
-    "higher_order.wrap_with_autocast": lambda inference, args: _call(inference, args[4], args[5:]),
+# Higher-order operators: their sub-graphs, each with the operands it is called with. The first gives the results.
+_BODIES: Mapping[str, Callable[[Sequence[Any]], tuple[tuple[Any, Sequence[Any]], ...]]] = {
+    "higher_order.cond": lambda a: ((a[1], a[3] if len(a) > 3 else ()), (a[2], a[3] if len(a) > 3 else ())),
+    "higher_order.while_loop": lambda a: ((a[1], (*a[2], *a[3])), (a[0], (*a[2], *a[3]))),
+    "higher_order.wrap_with_set_grad_enabled": lambda a: ((a[1], a[2:]),),
+    "higher_order.wrap_with_autocast": lambda a: ((a[4], a[5:]),),
 }
+
+
+def bodies(op: str, args: Sequence[Any]) -> tuple[tuple[Graph, Sequence[Any]], ...]:
+    """The sub-graphs that `op` runs and the operands of each, out of the arguments (Values or fakes); () for an ordinary operator."""
+    return _BODIES[op](args) if op in _BODIES else ()
+
+
+def _call(inference: Inference, op: str, graph: Graph, operands: Sequence[Any]) -> tuple[Any, ...]:
+    if len(graph.inputs) != len(operands):
+        raise VerifyError(f"{op} calls a sub-graph of {len(graph.inputs)} inputs with {len(operands)} operands")
+    fakes = _bind_nodes(inference, graph, dict(zip(graph.inputs, operands, strict=True)))
+    return tuple(substitute(inference, value, fakes) for value in graph.outputs)
 
 
 def _hints(ranges: Iterable[Range]) -> list[int]:
