@@ -1,0 +1,212 @@
+"""Is this artefact whole, and does it compute here what it computed where it was made? `python -m matmorph.runtime.check DIR`.
+
+Files first: each one that the manifest lists must be there with its size and sha256, and nothing else may be. Then the outputs: each case
+of check.npz is run and compared. Exit code 0: all well; 1: something is not, and it is named; 2: no artefact folder, or wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matmorph.runtime.errors import ArtifactError, SessionError
+from matmorph.runtime.feeds import Array
+from matmorph.runtime.manifest import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest, artifact_folder, read_manifest
+from matmorph.runtime.providers import Provider
+from matmorph.runtime.session import Session
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """`lines`: what was checked and the figures. `problems`: what is wrong, each naming its file or output.
+
+    `max_difference`: the largest difference over all cases and outputs, None where the outputs were not run.
+    """
+
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+    max_difference: float | None = None
+    provider: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case of check.npz: inputs and expected outputs by name."""
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+def check(folder: str | os.PathLike[str], providers: str | Sequence[Provider] | None = None) -> CheckResult:
+    """Files, then outputs. Raises ArtifactError when the folder is no artefact, ProviderError when a provider cannot be had.
+
+    Outputs are run only when every listed file is as it was: a changed model must not be loaded to find out that it changed.
+    """
+    path = artifact_folder(folder)
+    try:
+        manifest = read_manifest(path)
+    except ArtifactError as error:
+        return CheckResult((), (str(error),))
+    damaged = tuple(_damaged_files(path, manifest.files))
+    problems = (*damaged, *_extra_files(path, manifest.files))
+    if damaged:
+        return CheckResult(("outputs: not run, because files are not as they were",), problems)
+    files = f"files: {len(manifest.files)} as listed in {MANIFEST}"
+    outputs = _check_outputs(path, manifest, providers)
+    return CheckResult((files, *outputs.lines), (*problems, *outputs.problems), outputs.max_difference, outputs.provider)
+
+
+def _damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
+    for name, record in files.items():
+        path = folder / name
+        try:
+            fault = _fault(path, record)
+        except OSError as error:
+            fault = f"unreadable file: {path}: {error.strerror}"
+        if fault:
+            yield fault
+
+
+def _fault(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"missing file: {path}"
+    if path.stat().st_size != record.bytes:
+        return f"changed file: {path} has {path.stat().st_size} bytes, {MANIFEST} says {record.bytes}"
+    if sha256(path) != record.sha256:
+        return f"changed file: {path} has another sha256 than {MANIFEST} says"
+    return None
+
+
+def _extra_files(folder: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in files and name not in UNHASHED:
+            yield f"extra file: {path} is not listed in {MANIFEST}"
+
+
+def sha256(path: Path) -> str:
+    """Lower-case hex digest, read in pieces: data files can be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[Provider] | None) -> CheckResult:
+    log: list[str] = []
+    try:
+        cases = read_cases(folder, manifest)
+        session = Session(folder, providers, log=log.append)
+    except ArtifactError as error:
+        return CheckResult(tuple(log), (str(error),))
+    worst = 0.0
+    problems: list[str] = []
+    for number, case in enumerate(cases):
+        try:
+            actual = session.run(case.inputs)
+        except SessionError as error:
+            problems.append(f"case {number}: {error}")
+            continue
+        for name, expected in case.outputs.items():
+            figure = difference(actual[name], expected)
+            worst = max(worst, figure)
+            if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
+                problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
+    line = f"outputs: {len(cases)} cases on {session.provider}, largest difference {worst:.2e}, allowed {manifest.tolerance:.3g}"
+    return CheckResult((*log, line), tuple(problems), worst, session.provider)
+
+
+def difference(actual: Array, expected: Array) -> float:
+    """max |actual - expected| / max(1, max |expected|), in float64; infinite where shapes differ.
+
+    Integers and booleans must be equal (0 or infinite). NaN and infinities must stand at the same places.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
+    if expected.dtype.kind not in "fc":
+        return 0.0 if np.array_equal(actual, expected) else float("inf")
+    finite = np.isfinite(expected)
+    if not np.array_equal(finite, np.isfinite(actual)) or not np.array_equal(actual[~finite], expected[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+    left, right = actual[finite].astype(wide), expected[finite].astype(wide)
+    return float(np.abs(left - right).max() / max(1.0, np.abs(right).max()))
+
+
+def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:
+    """The cases of check.npz, keys `input:<name>:<k>` and `output:<name>:<k>`. Raises ArtifactError when one is not complete."""
+    path = folder / CHECK_VECTORS
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing, so no output can be checked")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # zip, header and value errors alike: the file is not what it should be
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    cases: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+    for key, array in arrays.items():
+        side, name, number = _split_key(path, key)
+        cases.setdefault(number, ({}, {}))[side == "output"][name] = array
+    if not cases:
+        raise ArtifactError(f"{path}: holds no case")
+    return tuple(_complete_case(path, manifest, number, *cases[number]) for number in sorted(cases))
+
+
+def _split_key(path: Path, key: str) -> tuple[str, str, int]:
+    side, _, rest = key.partition(":")
+    name, _, number = rest.rpartition(":")  # a name may hold colons itself
+    if side not in ("input", "output") or not name or not number.isdecimal():
+        raise ArtifactError(f"{path}: unexpected key {key!r}")
+    return side, name, int(number)
+
+
+def _complete_case(path: Path, manifest: Manifest, number: int, inputs: dict[str, Array], outputs: dict[str, Array]) -> Case:
+    for what, infos, arrays in (("input", manifest.inputs, inputs), ("output", manifest.outputs, outputs)):
+        names = {info.name for info in infos}
+        if names != set(arrays):
+            raise ArtifactError(f"{path}: case {number} does not hold every {what}: differs in {', '.join(sorted(names ^ set(arrays)))}")
+    return Case(inputs, outputs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m matmorph.runtime.check",
+        description="Check an artefact folder: its files, and its outputs on this machine's ONNX Runtime.",
+    )
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--provider", action="append", metavar="NAME", help="cpu, cuda, or ONNX Runtime's name; may be repeated")
+    options: Any = parser.parse_args(arguments)
+    try:
+        result = check(options.folder, options.provider)
+    except SessionError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in result.lines:
+        print(line)
+    for problem in result.problems:
+        print(problem, file=sys.stderr)
+    print("ok" if result.ok else f"failed: {len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}")
+    return 0 if result.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

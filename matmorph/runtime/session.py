@@ -1,0 +1,151 @@
+"""`Session`: runs the model of an artefact folder on ONNX Runtime, numpy in, numpy out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from matmorph.runtime.errors import ArtifactError, ExecutionError, ProviderError, first_line
+from matmorph.runtime.feeds import Array, check_feeds
+from matmorph.runtime.manifest import MODEL, Manifest, TensorInfo, read_manifest
+from matmorph.runtime.providers import CPU, CUDA, Provider, cuda_obstacle, name_of, requested
+
+
+def to_stderr(line: str) -> None:
+    """The default `log`: one plain line on stderr."""
+    print(line, file=sys.stderr)
+
+
+class Session:
+    """The model of one artefact folder, loaded.
+
+    `providers`: None takes CUDA when it truly loads, else CPU and says so through `log`. A list ("cpu", "cuda", ONNX Runtime's own names,
+    or pairs of name and options) is taken as it stands. `threads`: CPU threads of one operator (None: ONNX Runtime decides).
+    `optimize=False` switches graph optimisations off. `session_options` replaces both.
+
+    Raises ArtifactError (folder, manifest or model), ProviderError (a provider that was asked for did not load).
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        providers: str | Sequence[Provider] | None = None,
+        *,
+        threads: int | None = None,
+        optimize: bool = True,
+        session_options: onnxruntime.SessionOptions | None = None,
+        log: Callable[[str], None] = to_stderr,
+    ) -> None:
+        self._manifest = read_manifest(folder)
+        for info in self._manifest.inputs:
+            _check_dtype(info)
+        path = Path(folder) / MODEL
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing")
+        options = _options(threads, optimize, session_options)
+        self._session = _automatic(path, options, log) if providers is None else _explicit(path, options, requested(providers))
+        _check_names(path, self._manifest, self._session)
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Name, dtype and shape of each input, in the order of the source model's call."""
+        return self._manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Name, dtype and shape of each output, in the order in which `run` returns them."""
+        return self._manifest.outputs
+
+    @property
+    def manifest(self) -> Manifest:
+        """Everything that manifest.json says."""
+        return self._manifest
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that loaded and comes first, as ONNX Runtime calls it."""
+        return str(self._session.get_providers()[0])
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        """Outputs by name, in the manifest's order, for numpy arrays by input name.
+
+        Raises InputMismatch before anything runs (see `feeds` for the rules), ExecutionError when ONNX Runtime refuses.
+        """
+        arrays = check_feeds(self._manifest, feeds)
+        names = [info.name for info in self._manifest.outputs]
+        try:
+            results = self._session.run(names, arrays)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+            raise ExecutionError(f"{self.provider}: {first_line(error)}") from error
+        return dict(zip(names, results, strict=True))
+
+
+def _options(threads: int | None, optimize: bool, given: onnxruntime.SessionOptions | None) -> onnxruntime.SessionOptions:
+    if given is not None:
+        if threads is not None or not optimize:
+            raise ValueError("session_options replaces threads and optimize: set them there")
+        return given
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {threads}")
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _automatic(path: Path, options: onnxruntime.SessionOptions, log: Callable[[str], None]) -> onnxruntime.InferenceSession:
+    obstacle = cuda_obstacle()
+    if obstacle is None:
+        try:
+            session = _create(path, options, [CUDA, CPU])
+        except ArtifactError:
+            # Either the model is broken, then CPU says so again, or CUDA is: the driver's own message has been printed by now.
+            obstacle = "a session could not be created on it"
+        else:
+            if CUDA in session.get_providers():
+                return session
+            obstacle = "ONNX Runtime did not load it"
+    session = _create(path, options, [CPU])
+    log(f"running on CPU: no CUDA ({obstacle})")
+    return session
+
+
+def _explicit(path: Path, options: onnxruntime.SessionOptions, providers: Sequence[Provider]) -> onnxruntime.InferenceSession:
+    session = _create(path, options, providers)
+    loaded = session.get_providers()
+    for name in map(name_of, providers):
+        if name not in loaded:
+            raise ProviderError(f"{name} was asked for and did not load; loaded: {', '.join(loaded)}")
+    return session
+
+
+def _create(path: Path, options: onnxruntime.SessionOptions, providers: Sequence[Provider]) -> onnxruntime.InferenceSession:
+    """No fallback inside ONNX Runtime: it would change the provider in the middle of a run, with a print."""
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        raise ArtifactError(f"{path}: ONNX Runtime cannot load it on {name_of(providers[0])}: {first_line(error)}") from error
+
+
+# What both numpy and ONNX Runtime hold. Not np.dtype(name): that one knows more names once some other package has registered them.
+_DTYPES = frozenset("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split())
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in _DTYPES:
+        raise ArtifactError(f"input {info.name} has type {info.dtype}, which numpy cannot hold")
+
+
+def _check_names(path: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    pairs = (("inputs", manifest.inputs, session.get_inputs()), ("outputs", manifest.outputs, session.get_outputs()))
+    for what, listed, found in pairs:
+        expected, actual = sorted(info.name for info in listed), sorted(arg.name for arg in found)
+        if expected != actual:
+            raise ArtifactError(f"{path}: its {what} are {', '.join(actual)}, the manifest says {', '.join(expected)}")
