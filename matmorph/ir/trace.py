@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,12 +193,14 @@ def _explain(error: Exception, axes: DynamicAxes | None) -> MatmorphError:
 
 
 def _own_line(error: BaseException) -> str:
-    """The innermost frame that belongs to the model, not to torch or to us."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in (name := frame.filename.replace("\\", "/")) and "/matmorph/ir/" not in name and not name.startswith("<")
-    ]
+    """The innermost frame that belongs to the model: not to torch, to Python's own library or to us."""
+    standard = sysconfig.get_path("stdlib")
+    frames = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        name = frame.filename.replace("\\", "/")
+        own_library = frame.filename.startswith(standard) and "site-packages" not in name
+        if not (own_library or "/torch/" in name or "/matmorph/ir/" in name or name.startswith("<")):
+            frames.append(frame)
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
