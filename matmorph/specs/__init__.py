@@ -1,0 +1,1 @@
+"""The spec language: YAML in, typed and positioned `Spec` out."""

@@ -102,12 +102,18 @@ def read(text: str, file: str) -> MapTree:
 
     SpecError: syntax, duplicate keys, tags, recursive aliases, too many values, several documents, nothing in it, no mapping on top.
     """
+    composer: _Composer | None = None
     try:
-        tree = _Composer(text, file).document()
+        composer = _Composer(text, file)
+        tree = composer.document()
     except yaml.reader.ReaderError as error:
         raise SpecError(f"the character {chr(error.character)!r} is not allowed in YAML", at=_offset(text, file, error.position)) from None
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, file) from None
+    except (ValueError, OverflowError) as error:  # an escape above U+10FFFF, a version number of thousands of digits
+        mark = composer.loader.get_mark() if composer else None
+        at = Position(file, mark.line + 1, mark.column + 1) if mark else None
+        raise SpecError(f"YAML syntax: {error}", at=at) from None
     if isinstance(tree, MapTree):
         return tree
     if isinstance(tree, Scalar) and tree.plain and not tree.text:
@@ -136,7 +142,8 @@ class _Composer:
     def __init__(self, text: str, file: str) -> None:
         self.file = file
         self.lines = text.splitlines()
-        self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self.loader = yaml.SafeLoader(text)
+        self.events: Iterator[Any] = iter(self.loader.get_event, None)
         self.anchors: dict[str, Tree | None] = {}  # None while the anchored value itself is being read
         self.nodes = 0
 
@@ -185,6 +192,7 @@ class _Composer:
 
     def scalar(self, event: Any, keypath: str) -> Scalar:
         at = self.position(event)
+        _refuse_surrogates(event.value, at, keypath)
         return Scalar(at, keypath, event.value, event.style is None, self.text_start(event, at))
 
     def text_start(self, event: Any, at: Position) -> Position | None:
@@ -234,6 +242,7 @@ class _Composer:
             raise SpecError("a key must be a name, not a list, a mapping, an alias or nothing", at=at, keypath=keypath)
         if event.tag is not None:
             raise SpecError(f"YAML tags are not allowed ({_tag(event.tag)})", at=at, keypath=keypath)
+        _refuse_surrogates(event.value, at, keypath)
         if event.value == "<<" and event.style is None:
             raise SpecError("YAML merge keys (<<) are not read; use extends, or repeat the keys", at=at, keypath=keypath)
         return str(event.value)
@@ -257,6 +266,12 @@ class _Composer:
         if isinstance(tree, SeqTree):
             return replace(tree, keypath=keypath, items=tuple(self.moved(t, join(keypath, i), alias_at) for i, t in enumerate(tree.items)))
         return replace(tree, keypath=keypath)
+
+
+def _refuse_surrogates(text: str, at: Position | None, keypath: str) -> None:
+    """Half a character (an escape like "\\ud800") cannot be written to any file."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise SpecError("the text contains half a surrogate pair", at=at, keypath=keypath)
 
 
 def _tag(tag: str) -> str:
@@ -306,10 +321,12 @@ def _from_data(data: Any, keypath: str, depth: int, nodes: list[int]) -> Tree:
         for key in data:
             if not isinstance(key, str) or not key:
                 raise SpecError(f"a key must be a non-empty str, got {key!r} ({type(key).__name__})", keypath=keypath)
+            _refuse_surrogates(key, None, keypath)
         return MapTree(None, keypath, {str(k): _from_data(v, join(keypath, str(k)), depth + 1, nodes) for k, v in data.items()}, {})
     if isinstance(data, list | tuple):
         return SeqTree(None, keypath, tuple(_from_data(v, join(keypath, i), depth + 1, nodes) for i, v in enumerate(data)))
     if isinstance(data, str):
+        _refuse_surrogates(data, None, keypath)
         return Scalar(None, keypath, str(data), plain=False)
     return Scalar(None, keypath, _plain_text(data, keypath), plain=True)
 

@@ -1,0 +1,206 @@
+"""The spec language as frozen dataclasses: every key with its type, default, limits and documentation.
+
+The loader reads through them and the JSON Schema is generated from them, so this file is the reference of the language.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from matmorph.errors import Position
+from matmorph.specs.notations import Count, Rank, Size
+from matmorph.specs.selectors import Match
+from matmorph.specs.typed import read_dataclass
+
+__all__ = [
+    "AdamW",
+    "Budget",
+    "Calibration",
+    "Count",
+    "Export",
+    "Match",
+    "MethodUse",
+    "Optimizer",
+    "Pays",
+    "Rank",
+    "Rule",
+    "Size",
+    "Spec",
+    "Stage",
+    "Tolerance",
+    "Train",
+    "read_dataclass",
+]
+
+LANGUAGE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The largest errors a rewritten site may have; `on_exceed` says what happens above them."""
+
+    weight_error: float | None = field(
+        default=None, metadata={"doc": "largest |W - W'| / |W| (Frobenius) of a site", "exclusive_minimum": 0}
+    )
+    output_error: float | None = field(
+        default=None, metadata={"doc": "largest relative output error of a site on the calibration data", "exclusive_minimum": 0}
+    )
+    on_exceed: Literal["fail", "roll_back"] = field(
+        default="fail", metadata={"doc": "fail: name the worst site and stop; roll_back: undo the worst sites"}
+    )
+    at: Position | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.weight_error is None and self.output_error is None:
+            raise ValueError("give weight_error, output_error or both")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How many calibration samples are read, and which gradients are gathered with them."""
+
+    samples: int = field(default=256, metadata={"doc": "number of samples that are read (fewer where the data ends)", "minimum": 1})
+    sensitivity: Literal["none", "fisher"] = field(default="none", metadata={"doc": "fisher: gradients of train.loss weigh the errors"})
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What the ONNX file is written for."""
+
+    opset: int = field(default=21, metadata={"doc": "ONNX opset", "minimum": 18, "maximum": 25})
+    precision: Literal["fp32", "fp16", "bf16", "keep"] = field(
+        default="fp32", metadata={"doc": "type of the exported weights and activations; keep: as in the model"}
+    )
+    target: tuple[Literal["cuda", "cpu"], ...] = field(
+        default=("cuda", "cpu"), metadata={"doc": "devices on which ONNX Runtime must run the file", "min_items": 1}
+    )
+    tokens: tuple[int, ...] = field(
+        default=(1, 16, 256), metadata={"doc": "numbers of rows for which contractions are planned", "minimum": 1, "min_items": 1}
+    )
+    activations: Literal["fp32", "int8"] = field(default="fp32", metadata={"doc": "type in which quantised matmuls multiply"})
+    codebook: Literal["rebuild", "packed"] = field(
+        default="rebuild", metadata={"doc": "rebuild: dense again when the session loads; packed: codes stay packed"}
+    )
+    adapters: Literal["inline", "inputs"] = field(default="inline", metadata={"doc": "inputs: adapters are inputs of the graph"})
+
+    def __post_init__(self) -> None:
+        if len(set(self.target)) < len(self.target):
+            raise ValueError(f"target names a device twice: {', '.join(self.target)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits that `rank: auto` and `any_of` are allocated under; all given limits hold."""
+
+    parameters: Count | None = field(default=None, metadata={"doc": "parameters, as a percentage or a count"})
+    bytes: Size | None = field(default=None, metadata={"doc": "bytes of the data file, as a percentage or a size"})
+    macs: Count | None = field(default=None, metadata={"doc": "multiply-accumulates, as a percentage or a count"})
+    of: Literal["matched", "model"] = field(
+        default="model", metadata={"doc": "what a percentage refers to: the matched sites or the whole model"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.parameters is None and self.bytes is None and self.macs is None:
+            raise ValueError("give parameters, bytes, macs or several of them")
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    lr: float = field(metadata={"doc": "learning rate", "exclusive_minimum": 0})
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.999), metadata={"doc": "decay of the first and second moment", "minimum": 0, "exclusive_maximum": 1}
+    )
+    eps: float = field(default=1e-8, metadata={"doc": "added to the root of the second moment", "exclusive_minimum": 0})
+    weight_decay: float = field(default=0.01, metadata={"doc": "decoupled weight decay", "minimum": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """One optimizer by name."""
+
+    adamw: AdamW = field(metadata={"doc": "Adam with decoupled weight decay"})
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """What the training graphs are built for."""
+
+    loss: Literal["cross_entropy", "mse"] = field(metadata={"doc": "loss of the training graph"})
+    output: str | None = field(default=None, metadata={"doc": "output of the model that the loss reads; the first by default"})
+    ignore_index: int = field(default=-100, metadata={"doc": "label that counts nothing"})
+    optimizer: Optimizer | None = field(default=None, metadata={"doc": "optimizer and its settings"})
+    trainable: tuple[str, ...] = field(default=("adapters",), metadata={"doc": "adapters, factors, all, or globs over parameter names"})
+    frozen: tuple[str, ...] = field(default=(), metadata={"doc": "as trainable, but kept fixed"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pays:
+    """What a rewrite must gain beyond bytes, or be rejected."""
+
+    time: bool = field(default=False, metadata={"doc": "reject a rewrite that is predicted to be slower"})
+
+
+@dataclass(frozen=True, slots=True)
+class MethodUse:
+    """One method of a rewrite with its settings: `spec` is an instance of the method's Spec. `at`: the method's key."""
+
+    method: str
+    spec: Any
+    at: Position | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which sites, and what becomes of them. The first rule that matches a site owns it. `rewrite` () is `keep`."""
+
+    match: Match = field(compare=False, metadata={"doc": "conditions that all hold for a site of this rule"})
+    rewrite: tuple[MethodUse, ...] = field(metadata={"doc": "a method, a list of methods (a replacing one first), any_of, or keep"})
+    name: str = field(default="", metadata={"doc": "name in reports and for extends; rule-N by default"})
+    expect: int | None = field(default=None, metadata={"doc": "how many sites the rule owns; another count is an error", "minimum": 1})
+    optional: bool = field(default=False, metadata={"doc": "no error when the rule matches nothing"})
+    force: bool = field(default=False, metadata={"doc": "rewrite even where it takes more bytes than the dense matmul"})
+    pays: Pays = field(default=Pays(), metadata={"doc": "what else a rewrite must gain"})
+    untie: bool = field(default=False, metadata={"doc": "separate a head from the embedding table it shares"})
+    at: Position | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run of select ... rewrite. `rules:` alone is one stage without a name.
+
+    `tolerance` and `calibration` are already those of the spec where the stage says nothing.
+    """
+
+    name: str | None = field(metadata={"doc": "name of the stage"})
+    rules: tuple[Rule, ...] = field(metadata={"doc": "rules in order: the first that matches a site owns it", "min_items": 1})
+    tolerance: Tolerance | None = field(default=None, metadata={"doc": "over the tolerance of the spec, key by key"})
+    calibration: Calibration = field(default=Calibration(), metadata={"doc": "over the calibration of the spec, key by key"})
+    budget: Budget | None = field(default=None, metadata={"doc": "limits for this stage"})
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A whole spec, read and checked.
+
+    `resolved` is plain data (extends applied, defaults of methods, calibration and export written out) that loads to an equal Spec; matches
+    are compared through it. `file` is the source as the user gave it ("<dict>" for a dict).
+    """
+
+    version: int
+    name: str
+    stages: tuple[Stage, ...]
+    tolerance: Tolerance | None
+    calibration: Calibration
+    export: Export
+    seed: int
+    strict: bool
+    file: str = field(compare=False)
+    resolved: dict[str, Any] = field(hash=False, repr=False)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of all stages, in order."""
+        return tuple(rule for stage in self.stages for rule in stage.rules)
