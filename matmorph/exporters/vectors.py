@@ -1,0 +1,103 @@
+"""Check vectors: inputs of several shapes and what torch answers to them, against which ONNX Runtime is held here and on any machine later.
+
+The inputs are the example's own values, cropped or repeated along the dynamic axes, so that token ids stay token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+import torch
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Graph, Range, Value
+from matmorph.ir.evaluate import evaluate
+from matmorph.ir.types import Dim, symbol
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One call: arrays by input name, and by output name what torch answers (outputs that are None are left out)."""
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """`cases`, the example's shape first; `notes`: shapes at which the model itself fails."""
+
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...] = ()
+
+
+def check_vectors(graph: Graph, examples: Sequence[torch.Tensor]) -> Vectors:
+    """Cases at up to three shapes: the example's, the smallest first axis with half of every other, and a larger one.
+
+    examples: flat tensor inputs in `graph.inputs` order, on the graph's device. A static model has one case. Raises InputError for a graph
+    whose weights are on the meta device.
+    """
+    if graph.device == "meta":
+        raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
+    own = _own_sizes(graph, examples)
+    cases: list[Case] = []
+    notes: list[str] = []
+    for sizes in _shapes(own, graph.ranges):
+        inputs = [_resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
+        try:
+            with torch.no_grad():
+                results = evaluate(graph, inputs)
+        except (RuntimeError, IndexError) as error:
+            if sizes == own:
+                raise
+            at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            notes.append(f"not checked at {at}: the model itself fails there ({str(error).splitlines()[0]})")
+            continue
+        named = zip((entry.name for entry in graph.signature.inputs if entry.value is not None), inputs, strict=True)
+        outputs = zip(graph.signature.outputs, results, strict=True)
+        cases.append(Case({n: _array(t) for n, t in named}, {n: _array(t) for n, t in outputs if t is not None}))
+    return Vectors(tuple(cases), tuple(notes))
+
+
+def _own_sizes(graph: Graph, examples: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Sizes of the example by symbol, in order of first use."""
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(graph.inputs, examples, strict=True):
+        for dim, size in zip(value.tensor.shape, tensor.shape, strict=True):
+            if isinstance(dim, sympy.Symbol):
+                sizes.setdefault(str(dim), int(size))
+    return sizes
+
+
+def _shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[str, int]]:
+    if not own:
+        return [{}]
+    limits = {name: ranges.get(name, Range()) for name in own}
+    first = next(iter(own))
+    small = {name: limits[name].low if name == first else max(size // 2, limits[name].low) for name, size in own.items()}
+    large = {name: min(size + 1 + 2 * (name != first), limits[name].high or size + 3) for name, size in own.items()}
+    return [dict(shape) for shape in dict.fromkeys(tuple(shape.items()) for shape in (dict(own), small, large))]
+
+
+def _resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+    for axis, dim in enumerate(value.tensor.shape):
+        wanted = _size(dim, sizes)
+        if wanted != tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
+    return tensor
+
+
+def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else int(dim.subs({symbol(name): size for name, size in sizes.items()}))
+
+
+def _array(value: object) -> np.ndarray:
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    plain = value.detach().cpu()
+    return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
