@@ -1,0 +1,240 @@
+"""Tables of a report for the terminal: rich on a terminal, plain unwrapped columns in a pipe.
+
+A model with many sites is summarised by role (one line for all sites that were treated alike); `every=True` lists each site.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from rich.console import Console
+from rich.table import Table
+
+from matmorph.report.model import Pair, Parity, Report, SiteRow
+
+LONG = 24
+"""A report with more sites than this is summarised unless every row is asked for."""
+
+_PIPE_WIDTH = 10_000  # no wrapping in a pipe: a line there is a record
+
+
+def make_console(file: IO[str] | None = None) -> Console:
+    """A console that wraps and colours on a terminal only. `file` None = the standard output at the time of the call."""
+    console = Console(file=file or sys.stdout, highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(file=file or sys.stdout, highlight=False, markup=False, no_color=True, width=_PIPE_WIDTH)
+    return console
+
+
+# ---- numbers
+
+
+def count(number: float) -> str:
+    """`1234567` -> "1.23 M" (decimal units, three digits)."""
+    return _scaled(number, (("G", 1e9), ("M", 1e6), ("k", 1e3)), "")
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units: `90868376` -> "90.9 MB"."""
+    return _scaled(number, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
+
+
+def _scaled(number: float, units: Sequence[tuple[str, float]], base: str) -> str:
+    for unit, factor in units:
+        if abs(number) >= factor:
+            scaled = number / factor
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{number:.0f} {base}".strip()
+
+
+def percent(pair: Pair) -> str:
+    before, after = pair
+    return f"{100 * after / before:.1f} %" if before else "-"
+
+
+def change(pair: Pair, unit: Callable[[float], str]) -> str:
+    """ "14.2 -> 8.49 MB", or a single figure where nothing changed; a unit that both share is written once."""
+    before, after = (unit(value) for value in pair)
+    if pair[0] == pair[1]:
+        return before
+    number, _, name = before.partition(" ")
+    return f"{number if after.endswith(f' {name}') else before} -> {after}"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return "x".join(str(dim) for dim in shape)
+
+
+def error_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 1e-3 or value == 0 else f"{value:.0e}"
+
+
+def rank_text(rows: Sequence[SiteRow]) -> str:
+    """ "64", "88..115", "<= 96" (the data decides), "-" without a rank."""
+    ranks = [row.rank for row in rows if row.rank is not None]
+    if not ranks:
+        return "-"
+    prefix = "<= " if any(row.rank_at_most for row in rows) else ""
+    low, high = min(ranks), max(ranks)
+    return f"{prefix}{low}" if low == high else f"{prefix}{low}..{high}"
+
+
+def parity_line(parity: Parity) -> str:
+    shapes = "1 shape" if parity.cases == 1 else f"{parity.cases} shapes"
+    return f"ONNX Runtime agrees with torch to {parity.max_difference:.1e} at {shapes} ({parity.provider})"
+
+
+# ---- groups
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sites that were treated alike; `rows` in report order."""
+
+    rows: tuple[SiteRow, ...]
+
+    @property
+    def first(self) -> SiteRow:
+        return self.rows[0]
+
+    def total(self, field: str) -> Pair:
+        """Sum of a (before, after) field."""
+        pairs: list[Pair] = [getattr(row, field) for row in self.rows]
+        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+    def worst(self, field: str) -> float | None:
+        """The largest of an error field over the sites that have it."""
+        values = [getattr(row, field) for row in self.rows if getattr(row, field) is not None]
+        return max(values) if values else None
+
+    def layers(self) -> str:
+        layers = sorted({row.layer for row in self.rows if row.layer is not None})
+        if not layers:
+            return "-"
+        gapless = layers == list(range(layers[0], layers[-1] + 1))
+        if len(layers) > 1 and gapless:
+            return f"{layers[0]}..{layers[-1]}"
+        return ", ".join(str(layer) for layer in layers)
+
+
+def group(rows: Sequence[SiteRow], key: Callable[[SiteRow], object]) -> list[Group]:
+    """Groups in order of their first row."""
+    found: dict[object, list[SiteRow]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return [Group(tuple(members)) for members in found.values()]
+
+
+def outcome(row: SiteRow) -> str:
+    """The method where a site was rewritten, else "rejected" or "kept"."""
+    if row.status == "rewritten":
+        return " + ".join(part.method for part in row.parts) or row.method or "rewritten"
+    return "rejected" if row.status == "rejected" else "kept"
+
+
+# ---- tables
+
+
+def _table(console: Console) -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
+
+
+def _columns(table: Table, console: Console, names: Iterable[str], numeric: Iterable[str] = ()) -> None:
+    """Only a path may wrap, and the two words of an error's heading on a terminal."""
+    right = set(numeric)
+    for name in names:
+        narrow = _ERROR_WIDTH if console.is_terminal and name.endswith("error") else None
+        free = name == "path" or narrow is not None
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=not free, max_width=narrow)
+
+
+def _summarised(console: Console, report: Report, groups: int, every: bool) -> bool:
+    shorter = not every and len(report.sites) > LONG and groups < len(report.sites)
+    if shorter:
+        console.print(f"{len(report.sites)} matmul sites in {groups} groups (--all lists every site)")
+    return shorter
+
+
+def print_inspect(console: Console, report: Report, every: bool = False) -> None:
+    """Every site, or one line per (role, form, shape) of a long model."""
+    console.print(f"{report.name}: {count(report.totals.parameters[0])} parameters, {size(report.totals.bytes[0])}")
+    groups = group(report.sites, lambda row: (row.role, row.form, row.shape))
+    table = _table(console)
+    if _summarised(console, report, len(groups), every):
+        _columns(table, console, ("role", "form", "shape", "sites", "layers", "parameters", "uses"), ("sites", "parameters", "uses"))
+        for part in groups:
+            row = part.first
+            uses = sum(member.applications for member in part.rows)
+            parameters = count(part.total("parameters")[0])
+            table.add_row(row.role, row.form, shape_text(row.shape), str(len(part.rows)), part.layers(), parameters, str(uses))
+    else:
+        _columns(table, console, ("path", "role", "form", "shape", "parameters", "uses"), ("parameters", "uses"))
+        for row in report.sites:
+            table.add_row(row.path, row.role, row.form, shape_text(row.shape), count(row.parameters[0]), str(row.applications))
+    console.print(table)
+    _print_notes(console, report)
+
+
+_FIGURES = ("rank", "weight error", "output error", "size")
+_ERROR_WIDTH = 6
+_ROLE_BESIDE_PATH = 100
+"""Columns that a terminal needs before a table of sites shows the role beside the path."""
+
+
+def print_plan(console: Console, report: Report, every: bool = False) -> None:
+    """What was done (or would be, for a plan): every site, or one line per (role, rule, outcome) of a long model; then totals and notes."""
+    groups = group(report.sites, lambda row: (row.role, row.rule, outcome(row)))
+    summary = _summarised(console, report, len(groups), every)
+    rules = ("rule",) if len({row.rule for row in report.sites if row.rule is not None}) > 1 else ()
+    figures = [name for name in _FIGURES if not (report.is_plan and name.endswith("error"))]
+    roomy = console.width >= _ROLE_BESIDE_PATH
+    head = ("role", "sites") if summary else ("path", "role")[: 1 + roomy]
+    table = _table(console)
+    _columns(table, console, (*head, *rules, "method", *figures), ("sites", *_FIGURES))
+    for part in groups if summary else [Group((row,)) for row in report.sites]:
+        row = part.first
+        cells = {
+            "rank": rank_text(part.rows),
+            "weight error": error_text(part.worst("weight_error")),
+            "output error": error_text(part.worst("output_error")),
+            "size": change(part.total("bytes"), size),
+        }
+        names = (row.role, str(len(part.rows))) if summary else (row.path, row.role)[: 1 + roomy]
+        table.add_row(*names, *([row.rule or "-"] if rules else []), outcome(row), *(cells[name] for name in figures))
+    console.print(table)
+    if summary and not report.is_plan:
+        console.print("errors: the worst of each group, relative to the original")
+    _print_reasons(console, report)
+    _print_notes(console, report)
+    print_totals(console, report)
+
+
+def print_totals(console: Console, report: Report) -> None:
+    """Parameters, bytes and MACs of the whole model, before and after."""
+    totals = report.totals
+    done = sum(row.status == "rewritten" for row in report.sites)
+    console.print(f"{'would rewrite' if report.is_plan else 'rewrote'} {done} of {len(report.sites)} sites")
+    figures = (("parameters", totals.parameters, count), ("bytes", totals.bytes, size), ("MACs per token", totals.macs, count))
+    width = max(len(change(pair, unit)) for _, pair, unit in figures)
+    for name, pair, unit in figures:
+        console.print(f"  {name:<15} {change(pair, unit):<{width}}  {percent(pair):>7}")
+    if totals.trainable:
+        console.print(f"  {'trainable':<15} {count(totals.trainable)}")
+
+
+def _print_reasons(console: Console, report: Report) -> None:
+    """Why sites were rejected, each reason once with its number of sites."""
+    reasons = Counter(row.reason for row in report.sites if row.status == "rejected" and row.reason)
+    for reason, sites in reasons.items():
+        console.print(f"rejected ({sites} site{'s' if sites > 1 else ''}): {reason}")
+
+
+def _print_notes(console: Console, report: Report) -> None:
+    for note in report.notes:
+        console.print(f"note: {note}")
