@@ -15,120 +15,22 @@ from torch._ops import HigherOrderOperator, OpOverload
 from matmorph.errors import VerifyError, did_you_mean
 from matmorph.ir.core import Arg
 
-LAYOUT_OPS: frozenset[str] = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "view_as",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "t",
-        "permute",
-        "movedim",
-        "swapaxes",
-        "numpy_T",
-        "mT",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "contiguous",
-        "clone",
-        "alias",
-        "detach",
-        "to",
-        "_to_copy",
-        "type_as",
-        "lift_fresh_copy",
-    ]
-)
+_LAYOUT = """view _unsafe_view reshape view_as reshape_as flatten unflatten transpose t permute movedim swapaxes numpy_T mT squeeze
+unsqueeze expand expand_as contiguous clone alias detach to _to_copy type_as lift_fresh_copy"""
+LAYOUT_OPS: frozenset[str] = frozenset(_LAYOUT.split())
 """Base names of operators that move elements or change their type but compute nothing: patterns and roles look through them."""
 
 # What a trace may call on sizes. A closed set, so that text can name nothing else of these modules.
-_SIZE_FUNCTIONS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "operator": (
-        operator,
-        tuple(
-            [
-                "add",
-                "sub",
-                "mul",
-                "truediv",
-                "floordiv",
-                "mod",
-                "neg",
-                "pow",
-                "abs",
-                "pos",
-                "eq",
-                "ne",
-                "lt",
-                "le",
-                "gt",
-                "ge",
-                "and_",
-                "or_",
-                "xor",
-                "not_",
-                "lshift",
-                "rshift",
-            ]
-        ),
-    ),
-    "math": (
-        math,
-        tuple(
-            [
-                "ceil",
-                "floor",
-                "trunc",
-                "sqrt",
-                "pow",
-                "prod",
-                "exp",
-                "log",
-                "log2",
-                "cos",
-                "sin",
-                "tan",
-                "cosh",
-                "sinh",
-                "tanh",
-                "acos",
-                "asin",
-                "atan",
-            ]
-        ),
-    ),
-    "torch": (
-        torch,
-        tuple(
-            [
-                "sym_max",
-                "sym_min",
-                "sym_int",
-                "sym_float",
-                "sym_ite",
-                "sym_not",
-                "sym_sum",
-                "_sym_sqrt",
-                "_sym_log2",
-                "_sym_exp",
-                "_sym_log",
-                "_sym_cos",
-                "_sym_sin",
-            ]
-        ),
-    ),
-    "builtins": (builtins, ("abs", "round", "pow", "max", "min", "int", "float", "bool")),
+_SIZE_FUNCTIONS: Mapping[str, tuple[Any, str]] = {
+    "operator": (operator, "add sub mul truediv floordiv mod neg pow abs pos eq ne lt le gt ge and_ or_ xor not_ lshift rshift"),
+    "math": (math, "ceil floor trunc sqrt pow prod exp log log2 cos sin tan cosh sinh tanh acos asin atan"),
+    "torch": (torch, "sym_max sym_min sym_int sym_float sym_ite sym_not sym_sum _sym_sqrt _sym_log2 _sym_exp _sym_log _sym_cos _sym_sin"),
+    "builtins": (builtins, "abs round pow max min int float bool"),
 }
 _BY_NAME: Mapping[str, Callable[..., Any]] = {
     f"{module}.{name}": getattr(source, name)
     for module, (source, names) in _SIZE_FUNCTIONS.items()
-    for name in names
+    for name in names.split()
     if hasattr(source, name)
 }
 _BY_FUNCTION: Mapping[Callable[..., Any], str] = {function: name for name, function in reversed(list(_BY_NAME.items()))}

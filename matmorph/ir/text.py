@@ -25,11 +25,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, treespec_dumps
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Arg, Const, Graph, Input, Node, Origin, Range, Value
-from matmorph.ir.text_parse import BARE_NAME, ESCAPES, PLAIN_TREES, PROTOCOL, default_specs, parse_graph
+from matmorph.ir.text_parse import BARE_NAME, ESCAPES, parse_graph
+from matmorph.ir.text_tree import default_specs, format_tree
 
 __all__ = ["format_arg", "format_node", "format_value", "parse_graph", "print_graph", "statements"]
 
@@ -55,7 +55,7 @@ def _body(graph: Graph) -> Iterator[tuple[Any, str]]:
         yield None, f"range {name} {_range(bounds)}"
     call, result = default_specs(len(signature.inputs), len(signature.outputs))
     if signature.in_spec != call:
-        yield None, f"call {_tree(signature.in_spec)}"
+        yield None, f"call {format_tree(signature.in_spec)}"
     for entry in signature.inputs:
         yield entry, _input(entry)
     for const in graph.state:
@@ -65,7 +65,7 @@ def _body(graph: Graph) -> Iterator[tuple[Any, str]]:
     for value, name in zip(graph.outputs, signature.outputs, strict=False):
         yield value, f"output {format_arg(value)} {_quote(name)}"
     if signature.out_spec != result:
-        yield None, f"result {_tree(signature.out_spec)}"
+        yield None, f"result {format_tree(signature.out_spec)}"
 
 
 def _range(bounds: Range) -> str:
@@ -158,35 +158,3 @@ _LITERALS: Mapping[type, Any] = {
     torch.memory_format: str,
     torch.device: lambda device: f"device({_quote(str(device))})",
 }
-
-
-def _tree(spec: TreeSpec) -> str:
-    """The compact form of a pytree; a type that torch cannot serialise is named only, and can then not be read back."""
-    try:
-        schema = json.loads(treespec_dumps(spec, PROTOCOL))[1]
-    except (NotImplementedError, TypeError):
-        return f"opaque {_quote(str(spec))}"
-    return _tree_of(schema)
-
-
-def _tree_of(schema: Mapping[str, Any]) -> str:
-    kind, context = schema["type"], schema["context"]
-    if kind is None:
-        return "*"
-    children = [_tree_of(child) for child in schema["children_spec"]]
-    if kind in PLAIN_TREES:
-        opening, closing = PLAIN_TREES[kind]
-        return f"{opening}{', '.join(children)}{closing}"
-    if kind == "builtins.dict":
-        keys = map(json.dumps, json.loads(context))
-        return f"{{{', '.join(f'{key}: {child}' for key, child in zip(keys, children, strict=True))}}}"
-    return f"{_quote(kind)} {_context(context)} ({', '.join(children)})"
-
-
-def _context(context: Any) -> str:
-    """A context is JSON inside a string nearly always: then shown without the quoting."""
-    try:
-        plain = isinstance(context, str) and json.dumps(json.loads(context)) == context
-    except json.JSONDecodeError:
-        plain = False
-    return str(context) if plain else f"raw {json.dumps(context)}"

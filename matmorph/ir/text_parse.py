@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_structure, treespec_loads
+from torch.utils._pytree import TreeSpec
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Arg, Const, Graph, Input, Node, Origin, Range, Signature, Value
+from matmorph.ir.text_scan import Scanner
+from matmorph.ir.text_tree import default_specs, parse_tree
 from matmorph.ir.types import ScalarType, TensorType, Type, dtype_name, parse_dim
 
 BARE_NAME = r"[A-Za-z0-9_.\-]+"
 ESCAPES = str.maketrans({"%": "%25", "/": "%2F", ":": "%3A", "=": "%3D"})
-PROTOCOL = 1  # of torch's serialised pytrees
-PLAIN_TREES: Mapping[str, tuple[str, str]] = {"builtins.tuple": ("(", ")"), "builtins.list": ("[", "]")}
-_BLANK = re.compile(r"(?:[ \t]|#[^\n]*)*")
-_BLANK_LINES = re.compile(r"(?:\s|#[^\n]*)*")
 _WORDS: Mapping[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 
 
@@ -30,7 +26,7 @@ def parse_graph(text: str, weights: Mapping[str, torch.Tensor] | None = None) ->
 
     Raises InputError with line and column where the text is wrong; a constant without a weight raises InputError when it is loaded.
     """
-    scanner = _Scanner(text)
+    scanner = Scanner(text)
     scanner.lines()
     scanner.expect(r"graph\b", "`graph`")
     graph = _graph(scanner, weights or {}, nested=False)
@@ -38,76 +34,6 @@ def parse_graph(text: str, weights: Mapping[str, torch.Tensor] | None = None) ->
     if scanner.at < len(text):
         scanner.fail("expected the end of the text")
     return graph
-
-
-def default_specs(inputs: int, outputs: int) -> tuple[TreeSpec, TreeSpec]:
-    """The pytrees that a text does not spell out: positional inputs; a single output, or a tuple of them."""
-    return tree_structure(((0,) * inputs, {})), tree_structure(0 if outputs == 1 else (0,) * outputs)
-
-
-@dataclass(slots=True)
-class _Scanner:
-    """A place in a text, and what may come next."""
-
-    text: str
-    at: int = 0
-
-    def fail(self, message: str, at: int | None = None) -> NoReturn:
-        at = self.at if at is None else at
-        start = self.text.rfind("\n", 0, at) + 1
-        line = self.text[start:].split("\n", 1)[0]
-        number, column = self.text.count("\n", 0, at) + 1, at - start + 1
-        raise InputError(f"graph text, line {number}, column {column}: {message}", [line, " " * (column - 1) + "^"])
-
-    def lines(self) -> None:
-        """Skips blanks, line ends and comments."""
-        self.at = _BLANK_LINES.match(self.text, self.at).end()  # type: ignore[union-attr]
-
-    def blanks(self) -> None:
-        self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
-
-    def take(self, pattern: str) -> str | None:
-        """The next token if it matches, blanks before it skipped."""
-        self.blanks()
-        found = re.compile(pattern).match(self.text, self.at)
-        if found is None:
-            return None
-        self.at = found.end()
-        return found[0]
-
-    def expect(self, pattern: str, what: str) -> str:
-        found = self.take(pattern)
-        if found is None:
-            rest = self.text[self.at :].split("\n", 1)[0]
-            self.fail(f"expected {what}, found {rest[:30]!r}" if rest else f"expected {what}, found the end of the line")
-        return found
-
-    def string(self) -> str:
-        self.blanks()
-        if self.text[self.at : self.at + 1] != '"':
-            self.expect("(?!)", "a string in double quotes")
-        found = self.json()
-        return str(found)
-
-    def json(self) -> Any:
-        self.blanks()
-        try:
-            found, self.at = json.JSONDecoder().raw_decode(self.text, self.at)
-        except json.JSONDecodeError as error:
-            self.fail(error.msg, error.pos)
-        return found
-
-    def series(self, closing: str, item: Callable[[], Any]) -> list[Any]:
-        """Items up to `closing`, with commas between them, over as many lines as there are."""
-        found: list[Any] = []
-        self.lines()
-        while self.take(closing) is None:
-            if found:
-                self.expect(",", "`,` or the end of the list")
-                self.lines()
-            found.append(item())
-            self.lines()
-        return found
 
 
 @dataclass(slots=True)
@@ -125,13 +51,13 @@ class _Parts:
     call: TreeSpec | None = None
     result: TreeSpec | None = None
 
-    def bind(self, s: _Scanner, value: Value, at: int) -> None:
+    def bind(self, s: Scanner, value: Value, at: int) -> None:
         if value.name in self.values:
             s.fail(f"%{value.name} is bound twice", at)
         self.values[value.name] = value
 
 
-def _graph(s: _Scanner, weights: Mapping[str, torch.Tensor], nested: bool) -> Graph:
+def _graph(s: Scanner, weights: Mapping[str, torch.Tensor], nested: bool) -> Graph:
     s.expect("device=", "`device=`")
     device = s.expect(r"[a-z]+(:\d+)?", "a device")
     if nested:
@@ -147,7 +73,7 @@ def _graph(s: _Scanner, weights: Mapping[str, torch.Tensor], nested: bool) -> Gr
     return Graph(signature, tuple(parts.nodes), outputs, tuple(parts.state), parts.ranges, device, tuple(parts.notes))
 
 
-def _ends(s: _Scanner, nested: bool) -> bool:
+def _ends(s: Scanner, nested: bool) -> bool:
     before = s.at
     s.lines()
     if nested and s.take(r"\}"):
@@ -162,37 +88,37 @@ def _ends(s: _Scanner, nested: bool) -> bool:
 # statements
 
 
-def _note(s: _Scanner, parts: _Parts) -> None:
+def _note(s: Scanner, parts: _Parts) -> None:
     parts.notes.append(s.string())
 
 
-def _range(s: _Scanner, parts: _Parts) -> None:
+def _range(s: Scanner, parts: _Parts) -> None:
     name = s.expect(r"[A-Za-z_]\w*", "the name of a symbol")
     low, _, high = s.expect(r"\d+\.\.\d*", "a range such as 2..512").partition("..")
     parts.ranges[name] = Range(int(low), int(high) if high else None)
 
 
-def _call(s: _Scanner, parts: _Parts) -> None:
-    parts.call = _tree(s)
+def _call(s: Scanner, parts: _Parts) -> None:
+    parts.call = parse_tree(s)
 
 
-def _result(s: _Scanner, parts: _Parts) -> None:
-    parts.result = _tree(s)
+def _result(s: Scanner, parts: _Parts) -> None:
+    parts.result = parse_tree(s)
 
 
-def _literal(s: _Scanner, parts: _Parts) -> None:
+def _literal(s: Scanner, parts: _Parts) -> None:
     name = s.string()
     s.expect("=", "`=`")
     parts.inputs.append(Input(name, None, _arg(s, parts)))
 
 
-def _input(s: _Scanner, parts: _Parts) -> None:
+def _input(s: Scanner, parts: _Parts) -> None:
     value = Value(*_binding(s, parts))
     parts.values[value.name] = value
     parts.inputs.append(Input(s.string(), value))
 
 
-def _const(s: _Scanner, parts: _Parts, kind: Any) -> None:
+def _const(s: Scanner, parts: _Parts, kind: Any) -> None:
     name, type = _binding(s, parts)
     if not isinstance(type, TensorType):
         s.fail(f"a {kind} is a tensor")
@@ -219,11 +145,11 @@ def _loader(name: str, type: TensorType, names: list[str], weights: Mapping[str,
     return load
 
 
-def _output(s: _Scanner, parts: _Parts) -> None:
+def _output(s: Scanner, parts: _Parts) -> None:
     parts.outputs.append((_arg(s, parts), s.string()))
 
 
-def _node(s: _Scanner, parts: _Parts) -> None:
+def _node(s: Scanner, parts: _Parts) -> None:
     bound: list[tuple[Value, int]] = []
     while not bound or s.take(","):
         if not bound and s.take(r"_(?=\s*=)"):
@@ -253,7 +179,7 @@ def _node(s: _Scanner, parts: _Parts) -> None:
     parts.nodes.append(Node(op, tuple(args), tuple(value for value, _ in bound), attrs, _origin(s)))
 
 
-_STATEMENTS: Mapping[str, Callable[[_Scanner, _Parts], None]] = {
+_STATEMENTS: Mapping[str, Callable[[Scanner, _Parts], None]] = {
     "note": _note,
     "range": _range,
     "call": _call,
@@ -270,7 +196,7 @@ _STATEMENTS: Mapping[str, Callable[[_Scanner, _Parts], None]] = {
 # parts of statements
 
 
-def _binding(s: _Scanner, parts: _Parts) -> tuple[str, Type]:
+def _binding(s: Scanner, parts: _Parts) -> tuple[str, Type]:
     s.blanks()
     at = s.at
     name = _name(s)
@@ -280,12 +206,12 @@ def _binding(s: _Scanner, parts: _Parts) -> tuple[str, Type]:
     return name, _type(s)
 
 
-def _name(s: _Scanner) -> str:
+def _name(s: Scanner) -> str:
     s.expect("%", "a value such as %x")
     return s.string() if s.text[s.at : s.at + 1] == '"' else s.expect(BARE_NAME, "a name")
 
 
-def _type(s: _Scanner) -> Type:
+def _type(s: Scanner) -> Type:
     at = s.at
     word = s.expect(r"\w+", "a type")
     if s.text[s.at : s.at + 1] == "[":
@@ -307,7 +233,7 @@ def _type(s: _Scanner) -> Type:
     return s.fail("expected `)`")
 
 
-def _dim(s: _Scanner, text: str) -> Any:
+def _dim(s: Scanner, text: str) -> Any:
     try:
         return parse_dim(text)
     except ValueError as error:
@@ -326,14 +252,14 @@ def _commas(text: str) -> list[str]:
     return found if text.strip() else []
 
 
-def _origin(s: _Scanner) -> Origin:
+def _origin(s: Scanner) -> Origin:
     scopes = _scopes(s) if s.take("@") else ()
     layer = int(s.expect(r"\d+", "a number")) if s.take("layer=") else None
     rule, location, source = (s.string() if s.take(f"{key}=") else None for key in ("rule", "location", "source"))
     return Origin(scopes, layer, rule, location, source)
 
 
-def _scopes(s: _Scanner) -> tuple[tuple[str, str], ...]:
+def _scopes(s: Scanner) -> tuple[tuple[str, str], ...]:
     at = s.at
     found: list[tuple[str, str]] = []
     outer = ""
@@ -347,7 +273,7 @@ def _scopes(s: _Scanner) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _arg(s: _Scanner, parts: _Parts) -> Arg:
+def _arg(s: Scanner, parts: _Parts) -> Arg:
     s.blanks()
     at = s.at
     if s.text[at : at + 1] == "%":
@@ -366,7 +292,7 @@ def _arg(s: _Scanner, parts: _Parts) -> Arg:
     return _word(s)
 
 
-def _device(s: _Scanner) -> torch.device:
+def _device(s: Scanner) -> torch.device:
     at = s.at
     try:
         return torch.device(s.string())
@@ -374,7 +300,7 @@ def _device(s: _Scanner) -> torch.device:
         s.fail("no such device", at)
 
 
-def _word(s: _Scanner) -> Any:
+def _word(s: Scanner) -> Any:
     at = s.at
     word = s.expect(r"-?\d[\d.]*([eE][+-]?\d+)?|-?[A-Za-z_][\w.]*", "a value or a literal")
     if word in _WORDS:
@@ -388,38 +314,3 @@ def _word(s: _Scanner) -> Any:
         except ValueError:
             continue
     s.fail(f"expected a value or a literal, found {word!r}", at)
-
-
-# pytrees: `*` is a leaf, ( ) [ ] { } are Python's, any other type is its registered name, its context and its children
-
-
-def _tree(s: _Scanner) -> TreeSpec:
-    at = s.at
-    if s.take(r"opaque\b"):
-        s.fail(f"this pytree holds a type without a registered name and cannot be read back: {s.string()}", at)
-    schema = _schema(s)
-    try:
-        return treespec_loads(json.dumps((PROTOCOL, schema)))
-    except (NotImplementedError, ImportError, AttributeError) as error:
-        s.fail(str(error), at)
-
-
-def _schema(s: _Scanner) -> dict[str, Any]:
-    if s.take(r"\*"):
-        return {"type": None, "context": None, "children_spec": []}
-    for kind, (opening, closing) in PLAIN_TREES.items():
-        if s.take(re.escape(opening)):
-            return {"type": kind, "context": "null", "children_spec": s.series(re.escape(closing), lambda: _schema(s))}
-    if s.take(r"\{"):
-        items = s.series(r"\}", lambda: _entry(s))
-        return {"type": "builtins.dict", "context": json.dumps([key for key, _ in items]), "children_spec": [item for _, item in items]}
-    kind = s.string()
-    context = s.json() if s.take(r"raw\b") else json.dumps(s.json())
-    s.expect(r"\(", "`(`")
-    return {"type": kind, "context": context, "children_spec": s.series(r"\)", lambda: _schema(s))}
-
-
-def _entry(s: _Scanner) -> tuple[Any, dict[str, Any]]:
-    key = s.json()
-    s.expect(":", "`:`")
-    return key, _schema(s)

@@ -43,39 +43,11 @@ _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Mod: torch_functions.Mod,
     ast.Div: operator.truediv,
 }
+_FUNCTION_NAMES = """FloorDiv Mod PythonMod ModularIndexing CleanDiv CeilDiv Where Max Min IntTrueDiv FloatTrueDiv FloatPow PowByNatural
+ToFloat TruncToInt TruncToFloat FloorToInt CeilToInt RoundToInt RoundDecimal LShift RShift OpaqueUnaryFn_sqrt OpaqueUnaryFn_exp
+OpaqueUnaryFn_log OpaqueUnaryFn_log2 OpaqueUnaryFn_sin OpaqueUnaryFn_cos"""
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    name: getattr(torch_functions, name)
-    for name in [
-        "FloorDiv",
-        "Mod",
-        "PythonMod",
-        "ModularIndexing",
-        "CleanDiv",
-        "CeilDiv",
-        "Where",
-        "Max",
-        "Min",
-        "IntTrueDiv",
-        "FloatTrueDiv",
-        "FloatPow",
-        "PowByNatural",
-        "ToFloat",
-        "TruncToInt",
-        "TruncToFloat",
-        "FloorToInt",
-        "CeilToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "LShift",
-        "RShift",
-        "OpaqueUnaryFn_sqrt",
-        "OpaqueUnaryFn_exp",
-        "OpaqueUnaryFn_log",
-        "OpaqueUnaryFn_log2",
-        "OpaqueUnaryFn_sin",
-        "OpaqueUnaryFn_cos",
-    ]
-    if hasattr(torch_functions, name)
+    name: getattr(torch_functions, name) for name in _FUNCTION_NAMES.split() if hasattr(torch_functions, name)
 }
 
 
