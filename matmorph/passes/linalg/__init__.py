@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: decompositions that know nothing of graphs."""

@@ -1,0 +1,91 @@
+"""Activation-whitened low rank: the rank-r matrix with the smallest error on the outputs, not on the weight.
+
+With H = sum of x x^T over the calibration rows and H = L L^T, the output error is tr((W - W') H (W - W')^T) = |(W - W') L|_F^2, so the best
+rank-r W' is the truncated SVD of W L, multiplied by L^-1 (SVD-LLM, arXiv 2403.07378). U_r S_r V_r^T L^-1 = U_r U_r^T W: the inverse is
+never formed, and directions that hardly occur in the data cost no accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matmorph.passes.linalg.svd import one_thread
+
+_RAISE = 10.0
+_FIRST_DAMPING = 1e-10
+_LARGEST_DAMPING = 1e3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whitening:
+    """`factor` L [n, n] (or [E, n, n]), lower triangular, float64, with L L^T = H / rows + `shift` I. `notes`: what had to be changed."""
+
+    factor: Tensor
+    shift: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def whitening_factor(second_moment: Tensor, rows: Tensor | int, damping: float) -> Whitening:
+    """Cholesky factor of the damped second moment H / rows + damping * mean(diag(H / rows)) I, in float64.
+
+    `second_moment` [n, n] with `rows` a number, or [E, n, n] with `rows` [E], of which the sum divides all (so that errors add up over the
+    stack as they do on the data). Where float64 cannot factor the matrix (features that never vary, fewer rows than features), damping is
+    raised tenfold until it can, with a note. Without any data (all zero) L is the identity: plain SVD, with a note. Raises ValueError
+    where a moment holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(second_moment).all()):
+        raise ValueError("the second moment of the input holds NaN or infinity")
+    mean = second_moment.double() / max(float(torch.as_tensor(rows).sum()), 1.0)
+    if mean.dim() == 2:
+        return _factor(mean, damping)
+    parts = [_factor(matrix, damping) for matrix in mean]
+    notes = tuple(f"expert {index}: {note}" for index, part in enumerate(parts) for note in part.notes)
+    return Whitening(torch.stack([part.factor for part in parts]), torch.stack([part.shift for part in parts]), notes)
+
+
+def _factor(moment: Tensor, damping: float) -> Whitening:
+    scale = float(moment.diagonal().mean())
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    if scale <= 0:
+        return Whitening(identity, moment.new_ones(()), ("no calibration data reached this input: plain SVD",))
+    used = damping
+    while used <= _LARGEST_DAMPING:
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(moment + used * scale * identity)
+        if not int(failed):
+            raised = (
+                () if used == damping else (f"damping raised from {damping:g} to {used:g}: the second moment is not positive definite",)
+            )
+            return Whitening(lower, moment.new_tensor(used * scale), raised)
+        used = max(used * _RAISE, _FIRST_DAMPING)
+    raise ValueError(f"the second moment of the input is not positive semidefinite: damping {used / _RAISE:g} does not help")
+
+
+def project(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(down [.., n, r], up [.., r, m]) with x @ down @ up = x @ (u u^T w)^T, for `w` [.., m, n] and orthonormal columns `u` [.., m, r].
+
+    For u = left singular vectors of w these are V sqrt(S) and sqrt(S) U^T; for those of w L they are the whitened factors. Both factors get
+    the same norm per rank-one term, so that neither leaves the range of a half-precision type."""
+    inner = u.transpose(-2, -1) @ w
+    norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True)
+    balance = norms.sqrt()
+    down = torch.where(norms > 0, inner / balance.clamp_min(torch.finfo(inner.dtype).tiny), 0.0)
+    return down.transpose(-2, -1).contiguous(), (u.transpose(-2, -1) * balance).contiguous()
+
+
+def relative_weight_error(w: Tensor, approximation: Tensor) -> float:
+    """|W - W'|_F / |W|_F over all axes, in float64; 0 where both are zero."""
+    error = float(torch.linalg.vector_norm((w.double() - approximation.double()).flatten()))
+    size = float(torch.linalg.vector_norm(w.double().flatten()))
+    return error / size if size > 0 else 0.0 if error == 0 else float("inf")
+
+
+def relative_output_error(w: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
+    """|(W - W') L|_F / |W L|_F with L L^T = `second_moment` [.., n, n], as sqrt(tr(E H E^T) / tr(W H W^T)) in float64: no factorisation, no
+    damping. A weight whose outputs are all zero on the data counts as exact where the approximation's are too."""
+    difference = w.double() - approximation.double()
+    error, size = (float(((matrix @ second_moment.double()) * matrix).sum().clamp_min(0).sqrt()) for matrix in (difference, w.double()))
+    return error / size if size > 0 else 0.0 if error == 0 else float("inf")
