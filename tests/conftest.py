@@ -19,7 +19,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # No deadline: the first example of a worker pays for imports. Derandomized: a failure is the same failure everywhere.
-settings.register_profile("default", deadline=None, derandomize=True, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("full", settings.get_profile("default"), max_examples=400)
 settings.load_profile("full" if os.environ.get("MATMORPH_FULL") else "default")
 

@@ -135,7 +135,7 @@ def _create(path: Path, options: onnxruntime.SessionOptions, providers: Sequence
 
 
 # What both numpy and ONNX Runtime hold. Not np.dtype(name): that one knows more names once some other package has registered them.
-_DTYPES = frozenset("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split())
+_DTYPES = frozenset(["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"])
 
 
 def _check_dtype(info: TensorInfo) -> None:

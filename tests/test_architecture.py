@@ -1,0 +1,179 @@
+"""The shape of the code: which way imports point, what the runtime may touch, how long a file may grow."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "matmorph"
+
+# A module may import only from its own line and from lines above it. The longest matching prefix counts.
+LAYERS = (
+    ("matmorph.errors",),
+    ("matmorph.ir",),
+    ("matmorph.report.model",),  # data that passes fill in; the rest of report shows it
+    ("matmorph.specs",),
+    ("matmorph.passes.linalg",),
+    ("matmorph.passes.methods",),
+    ("matmorph.passes",),
+    ("matmorph.exporters",),
+    ("matmorph.report",),
+    ("matmorph.models", "matmorph.hf_folder"),  # where models come from
+    ("matmorph.api",),
+    ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
+)
+# Inside ir, for the modules that others build upon; the rest of ir only has to be free of cycles.
+IR_LAYERS = (
+    ("matmorph.ir.types",),
+    ("matmorph.ir.core",),
+    ("matmorph.ir.ops", "matmorph.ir.site"),
+    ("matmorph.ir.infer",),
+    ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify", "matmorph.ir.view"),
+    ("matmorph.ir.trace",),
+    ("matmorph.ir.matmuls",),
+    ("matmorph.ir.roles",),
+)
+RUNTIME = "matmorph.runtime"
+RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
+MAY_IMPORT_RUNTIME = ("matmorph.api", "matmorph.cli", "matmorph.demo", "matmorph.__main__")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str, *, on_import_only: bool = False) -> Iterator[str]:
+    """Absolute names that a module imports, inside functions and TYPE_CHECKING blocks too unless `on_import_only`."""
+    tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+    for node in tree.body if on_import_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import in line {node.lineno}"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (module if module in SOURCES else str(node.module) for module in full)
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def layer_of(name: str, layers: tuple[tuple[str, ...], ...]) -> int | None:
+    found = [(len(prefix), rank) for rank, line in enumerate(layers) for prefix in line if within(name, prefix)]
+    return max(found)[1] if found else None
+
+
+def wrong_arrows(layers: tuple[tuple[str, ...], ...]) -> list[str]:
+    ranked = {name: rank for name in SOURCES if (rank := layer_of(name, layers)) is not None}
+    return [
+        f"{name} imports {other}"
+        for name, rank in ranked.items()
+        for other in imports(name)
+        if (below := layer_of(other, layers)) is not None and below > rank
+    ]
+
+
+def test_imports_point_one_way() -> None:
+    assert wrong_arrows(LAYERS) == []
+
+
+def test_imports_inside_ir_point_one_way() -> None:
+    assert wrong_arrows(IR_LAYERS) == []
+
+
+def test_every_module_has_a_place() -> None:
+    apart = {"matmorph", *(name for name in SOURCES if within(name, RUNTIME))}
+    assert [name for name in SOURCES if name not in apart and layer_of(name, LAYERS) is None] == []
+
+
+def test_the_arrow_test_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "core.py"
+    source.write_text("def f():\n    from matmorph.passes import select\n")
+    monkeypatch.setitem(SOURCES, "matmorph.ir.core", source)
+    assert [arrow.partition(".select")[0] for arrow in wrong_arrows(LAYERS)] == ["matmorph.ir.core imports matmorph.passes"]
+
+
+def test_no_import_cycle() -> None:
+    graph = {name: {other for other in imports(name, on_import_only=True) if other in SOURCES} for name in SOURCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def test_runtime_stands_alone() -> None:
+    foreign = [
+        f"{name} imports {other}"
+        for name in SOURCES
+        if within(name, RUNTIME)
+        for other in imports(name)
+        if not within(other, RUNTIME) and other.partition(".")[0] not in RUNTIME_MAY_IMPORT
+    ]
+    assert foreign == []
+
+
+def test_only_the_outermost_layers_import_runtime() -> None:
+    others = [name for name in SOURCES if not within(name, RUNTIME) and name not in MAY_IMPORT_RUNTIME]
+    assert [name for name in others for other in imports(name) if within(other, RUNTIME)] == []
+
+
+@pytest.mark.parametrize("module", ["matmorph", "matmorph.runtime", "matmorph.runtime.check"])
+def test_light_modules_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'onnx', 'yaml', 'sympy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_module_under_two_names() -> None:
+    """A class that exists twice compares unequal to itself; it happens when a folder of the package is on sys.path."""
+    for info in pkgutil.walk_packages([str(PACKAGE)], "matmorph."):
+        if info.name != "matmorph.__main__":
+            importlib.import_module(info.name)
+    loaded = {
+        name: file for name, module in sys.modules.items() if (file := getattr(module, "__file__", None)) and PACKAGE in Path(file).parents
+    }
+    assert set(loaded) >= set(SOURCES) - {"matmorph.__main__"}
+    assert [name for name in loaded if not within(name, "matmorph")] == []
+    assert [file for file, count in Counter(loaded.values()).items() if count > 1] == []
+
+
+def test_files_stay_short() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in SOURCES.items()}
+    assert {name: length for name, length in lengths.items() if length >= MAX_FILE_LINES} == {}
+
+
+def test_functions_stay_short() -> None:
+    long = {
+        f"{name}.{node.name}": length
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (length := node.end_lineno - node.lineno + 1) >= MAX_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_no_assert_in_the_package() -> None:
+    """An assert is a traceback for a user, or nothing at all under `python -O`."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+    ]
+    assert found == []
