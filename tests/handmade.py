@@ -1,0 +1,80 @@
+"""Graphs written as text, and their sites found by the plainest rule: a `linear` or an `embedding` whose weight is a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from matmorph.ir.core import Const, Graph, Node, Value
+from matmorph.ir.site import Application, Site
+from matmorph.ir.text import parse_graph
+from matmorph.ir.types import TensorType
+from matmorph.specs.conditions import Facts
+from matmorph.specs.pattern_match import find
+from matmorph.specs.selectors import parse_match
+from matmorph.specs.tree import MapTree, from_data, read
+
+
+def site(path: str, **given: object) -> Site:
+    """A site on its own: 8 inputs, 4 outputs, one application, unless something else is given. `names`, `rule` and `weight` go to its Const."""
+    weight = given.pop("weight", torch.ones(4, 8))
+    names = given.pop("names", (f"{path}.weight",))
+    rule = given.pop("rule", None)
+    const = Const(f"{path}.weight", TensorType("float32", tuple(weight.shape)), load=lambda: weight, names=names, rule=rule)
+    applications = tuple(_application(const) for _ in range(given.pop("uses", 1)))
+    settled = {"form": "linear", "layout": "oi", "in_features": 8, "out_features": 4, "applications": applications} | given
+    return Site(path=path, const=const, **settled)
+
+
+def _application(const: Const) -> Application:
+    x, y = (Value(name, TensorType("float32", (2, width))) for name, width in (("x", 8), ("y", 4)))
+    return Application(Node("aten.linear.default", (x, const), (y,)), x, y)
+
+
+def gather() -> Node:
+    """A node that reads a table, as far as selection looks at it."""
+    return Node("aten.embedding.default", (), (Value("e", TensorType("float32", (2, 8))),))
+
+
+def graph_of(text: str) -> Graph:
+    return parse_graph("graph device=cpu\n" + text)
+
+
+def sites_of(graph: Graph, roles: Mapping[str, str] | None = None) -> tuple[Site, ...]:
+    """One site per weight, in order of first use; `roles` by path."""
+    forms = {"aten.linear.default": ("linear", 0, 1), "aten.embedding.default": ("embedding", 1, 0)}
+    found: dict[Const, Site] = {}
+    for node in graph.nodes:
+        form, x, weight = forms.get(node.op, ("", 0, 0))
+        const = node.args[weight] if form else None
+        if not isinstance(const, Const):
+            continue
+        application = Application(node, node.args[x], node.output)
+        if const in found:
+            found[const] = replace(found[const], applications=(*found[const].applications, application))
+            continue
+        path = const.path.removesuffix(".weight")
+        out_features, in_features = map(int, const.tensor.shape)
+        role = (roles or {}).get(path, "other")
+        layer = node.origin.layer
+        found[const] = Site(path, const, form, "oi", in_features, out_features, (application,), role=role, layer=layer)
+    return tuple(found.values())
+
+
+def match_of(data: dict | str, named: dict | None = None):
+    """A match from data, or from the YAML text of a whole file `s.yaml` with `match:` (and `select:`) at its top."""
+    if isinstance(data, str):
+        spec = read(data, "s.yaml")
+        tree, selections = spec.items["match"], spec.items.get("select")
+    else:
+        spec = from_data({"match": data, "select": named or {}})
+        tree, selections = spec.items["match"], spec.items["select"]
+    assert isinstance(tree, MapTree)
+    return parse_match(tree, selections.items if isinstance(selections, MapTree) else {})
+
+
+def facts(one: Site, layers: int = 6, graph: Graph | None = None, sites: Sequence[Site] = ()) -> Facts:
+    """Facts of one site; patterns are searched in `graph` where one is given."""
+    return Facts(one, layers) if graph is None else Facts(one, layers, lambda pattern: find(pattern, graph, sites))
