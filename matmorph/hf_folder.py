@@ -75,7 +75,7 @@ def load_pretrained(folder: Path, architecture: str) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         details = [*missing[:5], *([f"and {len(missing) - 5} more"] if len(missing) > 5 else [])]
-        raise InputError(f"{folder}: the files lack {len(missing)} weights of {architecture}", details)
+        raise InputError(f"{folder}: the files lack {len(missing)} weight{'s' if len(missing) > 1 else ''} of {architecture}", details)
     return module.eval()
 
 

@@ -1,0 +1,6 @@
+"""`python -m matmorph` = the command `matmorph`."""
+
+from matmorph.cli import main
+
+if __name__ == "__main__":
+    main()
