@@ -28,6 +28,7 @@ from matmorph.ir.ops import resolve
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
 
 _FIRST_HINT = 1009
+_DATA_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -50,6 +51,7 @@ class Inference:
             for (name, bounds), hint in zip(symbols.items(), _hints(symbols.values()), strict=True):
                 self._bind(symbol(name), self._backed(name, bounds, hint))
         self._interned: dict[Any, FakeTensor] = {}
+        self._private: dict[int, Any] = {}
         self._types: dict[int, TensorType] = {}
         self._results: dict[Any, tuple[Any, ...]] = {}
 
@@ -102,6 +104,15 @@ class Inference:
             return result
         key = (result.dtype, result.device, _freeze(result.shape), _freeze(result.stride()), _freeze(result.storage_offset()))
         return self._interned.setdefault(key, result)
+
+    def private(self, fake: Any) -> Any:
+        """A fake of the same type that no other value shares (torch remembers data-dependent sizes on the fake itself)."""
+        if not isinstance(fake, FakeTensor) or id(fake) in self._private:
+            return fake
+        with _oblivious(), self._mode:
+            found = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+        self._private[id(found)] = found
+        return found
 
     # running
 
@@ -284,12 +295,19 @@ def _bind_nodes(inference: Inference, graph: Graph, fakes: dict[Value, Any]) -> 
 
 def infer_node(inference: Inference, node: Node, fakes: dict[Value, Any]) -> tuple[Any, ...]:
     """Results of one node, given the fakes of its operands (a Const gets its own when it is met first)."""
+    if node.inputs() and _depends_on_data(node.op):
+        # Equal types are not equal data: such sizes belong to this very value.
+        fakes.update({value: inference.private(_read(inference, value, fakes)) for value in node.inputs()})
     args = [substitute(inference, arg, fakes) for arg in node.args]
     attrs = {name: substitute(inference, arg, fakes) for name, arg in node.attrs.items()}
     results = inference.run(node.op, args, attrs)
     for result, value in zip(results, node.outputs, strict=False):
         inference.adopt(result, value.type)
     return results
+
+
+def _depends_on_data(op: str) -> bool:
+    return bool(_DATA_TAGS.intersection(getattr(resolve(op), "tags", ())))
 
 
 def substitute(inference: Inference, arg: Arg, fakes: dict[Value, Any]) -> Any:
