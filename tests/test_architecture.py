@@ -40,8 +40,8 @@ IR_LAYERS = (
     ("matmorph.ir.infer",),
     ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify", "matmorph.ir.view"),
     ("matmorph.ir.trace",),
-    ("matmorph.ir.matmuls",),
     ("matmorph.ir.roles",),
+    ("matmorph.ir.matmuls",),
 )
 RUNTIME = "matmorph.runtime"
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
