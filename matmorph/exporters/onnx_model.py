@@ -1,5 +1,5 @@
-"""A Graph as `model.onnx` + `model.onnx.data`: the skeleton is built on fake weights, then each weight is loaded, cast, hashed and written in
-turn, so memory never holds more than one of them and the data file may be of any size."""
+"""A Graph as `model.onnx` + `model.onnx.data`: the skeleton is built on fake weights, then each weight is loaded, cast, hashed and
+written in turn, so memory never holds more than one of them and the data file may be of any size."""
 
 from __future__ import annotations
 
@@ -206,9 +206,7 @@ def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
     return found
 
 
-def _write_weights(
-    file: BinaryIO, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None
-) -> tuple[FileInfo, int]:
+def _write_weights(file: BinaryIO, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None) -> tuple[FileInfo, int]:
     """Streams the weights; equal storage and dtype = written once. Gives every initializer its external reference."""
     digest, position, total = hashlib.sha256(), 0, 0
     written: dict[Any, tuple[int, int]] = {}
