@@ -20,6 +20,7 @@ from rich.console import Console
 
 from matmorph import api
 from matmorph.errors import InputError
+from matmorph.exporters.artifact import RUN, refuse_existing
 from matmorph.exporters.onnx_model import export_onnx
 from matmorph.models import calibration_sentences, minilm, tokenize
 from matmorph.report.table import make_console, parity_line, print_plan
@@ -29,7 +30,6 @@ from matmorph.specs.schema import Export
 Array = np.ndarray[Any, Any]
 Key = TypeVar("Key")
 
-RUN_FILE = "run.json"
 PAIRS = (
     ("A man is playing a guitar on stage.", "Someone performs music in front of an audience."),
     ("The stock market fell sharply today.", "Share prices dropped after the news."),
@@ -88,17 +88,19 @@ def _refuse_foreign(out: Path) -> bool:
     if not out.exists() and not out.is_symlink():
         return False
     try:
-        earlier = "demo" in json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads((out / RUN).read_text(encoding="utf-8"))
+        earlier = isinstance(record, dict) and "demo" in record
     except (OSError, ValueError):
         earlier = False
     if not earlier:
         raise InputError(f"{out}: exists and is not the result of an earlier demo", ["name another folder: matmorph demo --out DIR"])
+    refuse_existing(out, force=True)
     return True
 
 
 def _record(out: Path, figures: Mapping[str, Any]) -> None:
     """Marks the folder as a demo's and keeps its timings, in run.json (which no hash covers)."""
-    path = out / RUN_FILE
+    path = out / RUN
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({**data, "demo": dict(figures)}, indent=2) + "\n", encoding="utf-8")
 

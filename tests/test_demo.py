@@ -89,7 +89,7 @@ def test_a_folder_that_is_not_the_demos_stays(run: Callable[[str], tuple[int, st
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("record", ["{", "[]", '{"machine": "x86_64"}'])
+@pytest.mark.parametrize("record", ["{", "[]", "3", '{"machine": "x86_64"}'])
 def test_another_run_json_is_no_sign_of_a_demo(tmp_path: Path, record: str) -> None:
     (tmp_path / "run.json").write_text(record)
     with pytest.raises(InputError, match="not the result of an earlier demo"):
