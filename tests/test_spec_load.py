@@ -668,6 +668,39 @@ def test_any_spec_comes_back(data: dict[str, Any]) -> None:
     assert [rule.name for rule in spec.rules] == [rule["name"] for rule in data["rules"]]
 
 
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 9)
+    | st.floats(0, 2)
+    | st.sampled_from(["", "auto", "keep", "mlp.*", "low_rank", "rank", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["low_rank", "any_of", "rank", "op", "x"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+def places(data: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [above, *(place for key, item in inner for place in places(item, (*above, key)))]
+
+
+@given(st.sampled_from([RULES, EVERYTHING, STAGES, BASE]), st.data(), ANYTHING)
+def test_a_wrong_value_anywhere_is_a_spec_error_or_fits(text: str, data: st.DataObject, value: Any) -> None:
+    spec: Any = yaml.safe_load(text)
+    *above, key = data.draw(st.sampled_from(places(spec)[1:]))
+    holder = spec
+    for step in above:
+        holder = holder[step]
+    holder[key] = value
+    try:
+        outcome: Any = load_spec(spec, METHODS)
+    except SpecError as error:
+        outcome = error
+    assert isinstance(outcome, Spec) or outcome.keypath
+
+
 def load_text(text: str) -> Spec:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.yaml"

@@ -53,6 +53,8 @@ ERRORS = [
     ("a: 1\nb", "f.yaml:2:2: YAML syntax: could not find expected ':'; a key needs ': ' and a value"),
     ("a: 1\n- b", "f.yaml:2:1: YAML syntax: expected block end, but found '-'; "
                   "the indentation does not fit the lines above, or text follows a closed quote"),
+    ("{a: 1}\nb: 2", "f.yaml:2:1: YAML syntax: expected 'document start', but found 'block mapping start'; "
+                     "something stands beside the mapping; all keys of the spec begin in one column"),
     ('a: "\\UFFFFFFFF"', "f.yaml:1:7: YAML syntax: Python int too large to convert to C int"),
     ('a: "\\ud800"', "f.yaml:1:4: a: the text contains half a surrogate pair"),
     ("a: 1\nb: \x00", "f.yaml:2:4: the character '\\x00' is not allowed in YAML"),
