@@ -18,7 +18,7 @@ from matmorph.specs.tree import MapTree, from_data, read
 
 
 def site(path: str, **given: object) -> Site:
-    """A site on its own: 8 inputs, 4 outputs, one application, unless something else is given. `names`, `rule` and `weight` go to its Const."""
+    """A site on its own: 8 inputs, 4 outputs and one application, where nothing else is given. `names`, `rule`, `weight`: of its Const."""
     weight = given.pop("weight", torch.ones(4, 8))
     names = given.pop("names", (f"{path}.weight",))
     rule = given.pop("rule", None)

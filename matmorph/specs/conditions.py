@@ -15,14 +15,14 @@ from matmorph.specs.numbers import Comparison, Layers
 from matmorph.specs.pattern import Pattern
 from matmorph.specs.pattern_match import Occurrence
 
-_ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
+_ATTENTION = ("q", "k", "v", "qkv", "kv", "qk", "qv", "o")
 _MLP = ("gate", "up", "gate_up", "fc1", "fc2", "down")
 ROLES: tuple[str, ...] = (
     *(f"attention.{part}" for part in _ATTENTION),
     *(f"cross_attention.{part}" for part in _ATTENTION),
     *(f"mlp.{part}" for part in _MLP),
     "moe.router",
-    *(f"moe.{part}" for part in _MLP),
+    *(f"moe.{part}" for part in (*_MLP, "other")),
     "head",
     "embedding",
     "other",
