@@ -123,9 +123,8 @@ class Inference:
         is unknown, refuses these operands, or would fix or unify a named symbol.
         """
         attrs = attrs or {}
-        called = bodies(op, args)
-        if called:
-            return _call(self, op, *called[0])
+        if op in _BODIES:
+            return _call(self, op, *_BODIES[op](args)[0])
         key = (op, _freeze(tuple(args)), _freeze(tuple(attrs.items())))
         found = self._results.get(key)
         if found is None:
@@ -336,9 +335,11 @@ _BODIES: Mapping[str, Callable[[Sequence[Any]], tuple[tuple[Any, Sequence[Any]],
 }
 
 
-def bodies(op: str, args: Sequence[Any]) -> tuple[tuple[Graph, Sequence[Any]], ...]:
-    """The sub-graphs that `op` runs and the operands of each, out of the arguments (Values or fakes); () for an ordinary operator."""
-    return _BODIES[op](args) if op in _BODIES else ()
+def called_bodies(inference: Inference, node: Node, fakes: dict[Value, Any]) -> tuple[tuple[Graph, Sequence[Any]], ...]:
+    """The sub-graphs that a node runs, each with the fakes of its operands; () for an ordinary operator."""
+    if node.op not in _BODIES:
+        return ()
+    return _BODIES[node.op]([substitute(inference, arg, fakes) for arg in node.args])
 
 
 def _call(inference: Inference, op: str, graph: Graph, operands: Sequence[Any]) -> tuple[Any, ...]:
