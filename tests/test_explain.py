@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from handmade import graph_of, site, sites_of
-from test_pattern import GATED, gated_mlp
-from test_select import EMPTY, SITES, later_stage, rules, stage_of
+from handmade import EMPTY, GATED, SITES, gated_mlp, graph_of, later_stage, rules, site, sites_of, stage_of
 
 from matmorph.errors import InputError
 from matmorph.passes.explain import explain

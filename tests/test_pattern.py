@@ -6,7 +6,7 @@ import itertools
 import time
 
 import pytest
-from handmade import facts, graph_of, match_of, sites_of
+from handmade import GATED, facts, gated_mlp, graph_of, match_of, sites_of
 from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ZOO
@@ -20,13 +20,6 @@ from matmorph.specs.pattern import parse_pattern
 from matmorph.specs.pattern_match import find, operator_counts
 from matmorph.specs.tree import Scalar, read
 
-GATED = """
-g = matmul(x)
-u = matmul(x)
-h = mul(silu(g), u)
-d = matmul(h)
-"""
-
 
 def pattern_of(text: str):
     return parse_pattern(Scalar(None, "pattern", text, plain=False))
@@ -36,26 +29,6 @@ def found(text: str, graph) -> list[dict[str, str]]:
     """Each occurrence as {captured name: path of the site, or name of the value}."""
     occurrences = find(pattern_of(text), graph, sites_of(graph))
     return [{name: getattr(item, "path", None) or item.name for name, item in one.captures.items()} for one in occurrences]
-
-
-def gated_mlp(layers: int = 1, product: str = "%s, %up") -> str:
-    """Gated MLPs with a residual, each in a layer of its own; `product` are the operands of the product."""
-    consts, body, x = [], [], "%x"
-    for k in range(layers):
-        for name, shape in {"gate": "[6, 4]", "up": "[6, 4]", "down": "[4, 6]"}.items():
-            consts.append(f'parameter %{name}{k}.w: float32{shape} "layers.{k}.{name}.weight"')
-        operands = product.replace("%s", f"%s{k}").replace("%up", f"%up{k}")
-        body += [
-            f"%g{k}: float32[batch, 6] = aten.linear.default({x}, %gate{k}.w) layer={k}",
-            f"%up{k}: float32[batch, 6] = aten.linear.default({x}, %up{k}.w) layer={k}",
-            f"%s{k}: float32[batch, 6] = aten.silu.default(%g{k}) layer={k}",
-            f"%h{k}: float32[batch, 6] = aten.mul.Tensor({operands}) layer={k}",
-            f"%d{k}: float32[batch, 4] = aten.linear.default(%h{k}, %down{k}.w) layer={k}",
-            f"%r{k}: float32[batch, 4] = aten.add.Tensor({x}, %d{k}) layer={k}",
-        ]
-        x = f"%r{k}"
-    lines = ["range batch 1..", 'input %x: float32[batch, 4] "x"', *consts, *body, f'output {x} "output"']
-    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("product", ["%s, %up", "%up, %s"])

@@ -3,44 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from handmade import gather, graph_of, site, sites_of
-from test_pattern import GATED, gated_mlp
+from handmade import EMPTY, GATED, SITES, gated_mlp, graph_of, later_stage, rules, site, sites_of, stage_of
 
 from matmorph.errors import SpecError
 from matmorph.passes.select import select
-from matmorph.specs.load import load_spec
-from matmorph.specs.schema import Stage
-
-EMPTY = graph_of('input %x: float32[2] "x"\noutput %x "output"')
-SITES = (
-    *(
-        site(f"encoder.layer.{layer}.{path}", role=role, layer=layer, in_features=width)
-        for layer in range(3)
-        for path, role, width in [("attention.query", "attention.q", 8), ("mlp.intermediate", "mlp.fc1", 8), ("mlp.output", "mlp.down", 16)]
-    ),
-    site("head", role="head"),
-    site("embeddings.word", role="embedding", form="embedding", uses=0, gathers=(gather(),)),
-)
-
-
-def stage_of(rules: str, tmp_path, select: str = "") -> Stage:
-    """The only stage of a spec whose rules are given as YAML."""
-    path = tmp_path / "s.yaml"
-    path.write_text(f"version: 1\n{select}rules:\n{rules}")
-    return load_spec(path, {}).stages[0]
-
-
-def later_stage(rules: str, tmp_path) -> Stage:
-    """The second stage of a spec, behind one whose rules are called first and second."""
-    path = tmp_path / "s.yaml"
-    earlier = "".join(f"      - {{name: {name}, match: {{op: matmul}}, rewrite: keep}}\n" for name in ("first", "second"))
-    later = rules.replace("  - ", "      - ")
-    path.write_text(f"version: 1\nstages:\n  - name: one\n    rules:\n{earlier}  - name: two\n    rules:\n{later}")
-    return load_spec(path, {}).stages[1]
-
-
-def rules(*entries: str) -> str:
-    return "".join(f"  - {{{entry}, rewrite: keep}}\n" for entry in entries)
 
 
 def message(error: pytest.ExceptionInfo[SpecError], tmp_path) -> list[str]:
