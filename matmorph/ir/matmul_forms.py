@@ -134,7 +134,8 @@ def _is_1x1(node: Node, weight: Value) -> bool:
     if base_name(node.op) == "convolution":  # x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
         stride, padding, _, transposed, _, groups = rest[:6]
     else:  # x, weight, bias, stride, padding (a word for some), dilation, groups
-        stride, padding, _, groups = [*rest, *[1, 0, 1, 1][len(rest) :]]
+        given = [*rest, *(1, 0, 1, 1)[len(rest) :]]
+        stride, padding, groups = given[0], given[1], given[3]
         transposed = False
     unpadded = padding in ("same", "valid") or set(_tuple(padding)) <= {0}
     return set(weight.tensor.shape[2:]) == {1} and set(_tuple(stride)) <= {1} and unpadded and not transposed and groups == 1
