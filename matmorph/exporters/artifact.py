@@ -32,18 +32,26 @@ FORMAT = 1
 REPORT, PAGE, SPEC, CHECK, MANIFEST, RUN = "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """`report`: the data of report.json; `html`: the text of report.html."""
+
+    report: Mapping[str, Any]
+    html: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Artifact:
     """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
-    answers; `run`: timings and machine, the only file that differs between equal runs; `notes`: plain lines for the manifest."""
+    answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
+    run them, and what it raises leaves nothing behind; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest."""
 
     graph: Graph
     export: Export
     version: str
     source_sha256: str
     spec: str
-    report: Mapping[str, Any]
-    html: str
+    describe: Callable[[Path, OnnxInfo], Described]
     cases: Sequence[Case]
     run: Callable[[], Mapping[str, Any]] = dict
     notes: Sequence[str] = ()
@@ -54,30 +62,28 @@ def write_artifact(
     folder: str | Path,
     artifact: Artifact,
     force: bool = False,
-    check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> OnnxInfo:
-    """Writes the folder of DESIGN's artefact section. `check` gets the complete folder before it takes its name; what it raises leaves
-    nothing behind. `run` is asked for last.
+    """Writes the folder, whole or not at all.
 
     Raises InputError for a folder that exists or cannot be written (see `staged_folder`), and what `export_onnx` raises.
     """
     with staged_folder(folder, force) as staging:
         info = export_onnx(artifact.graph, staging, artifact.export, artifact.onnx_lowerings, progress)
-        texts = {
-            REPORT: json_bytes(artifact.report),
-            PAGE: artifact.html.encode(),
-            SPEC: artifact.spec.encode(),
-            CHECK: npz_bytes(_arrays(artifact.cases, info)),
-        }
-        for name, data in texts.items():
-            (staging / name).write_bytes(data)
-        files = {**info.files, **{name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}}
+        files = {**info.files, **_written(staging, {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info))})}
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
-        if check is not None:
-            check(staging)
+        described = artifact.describe(staging, info)
+        files |= _written(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
         (staging / RUN).write_bytes(json_bytes(artifact.run()))
     return info
+
+
+def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:
+    """Writes the files; their hashes and sizes."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
 
 
 def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileInfo]) -> dict[str, Any]:

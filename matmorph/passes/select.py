@@ -46,9 +46,14 @@ class Selection:
         return tuple(claim for claim in self.claims if claim.rule is rule)
 
 
-def facts_of(graph: Graph, sites: Sequence[Site]) -> dict[Site, Facts]:
+def layer_count(sites: Sequence[Site]) -> int:
+    """What `layer: last 2` counts back from."""
+    return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
+
+
+def facts_of(graph: Graph, sites: Sequence[Site], layers: int | None = None) -> dict[Site, Facts]:
     """What conditions may ask, per site; a pattern is searched and a statistic is read at most once for all of them."""
-    layers = max((site.layer + 1 for site in sites if site.layer is not None), default=0)
+    layers = layer_count(sites) if layers is None else layers
 
     @cache
     def occurrences(pattern: Pattern) -> tuple[Occurrence, ...]:
@@ -58,13 +63,13 @@ def facts_of(graph: Graph, sites: Sequence[Site]) -> dict[Site, Facts]:
     return {site: Facts(site, layers, occurrences, statistic) for site in sites}
 
 
-def select(stage: Stage, graph: Graph, sites: Sequence[Site]) -> Selection:
-    """The claims of a stage's rules on the graph's sites.
+def select(stage: Stage, graph: Graph, sites: Sequence[Site], layers: int | None = None) -> Selection:
+    """The claims of a stage's rules on the given sites of the graph; `layers`: of the whole graph, where some sites are left out.
 
     SpecError: a rule that is not `optional` and owns nothing (with what exists nearby, and which condition excludes the most sites), an
     `expect` that is not the number of sites the rule owns, a statistic asked of weights on the meta device.
     """
-    facts = facts_of(graph, sites)
+    facts = facts_of(graph, sites, layers)
     owners: dict[Site, Rule] = {}
     for rule in stage.rules:
         taken = [site for site in sites if site not in owners and rule.match.test(facts[site])]
