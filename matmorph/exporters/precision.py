@@ -25,7 +25,7 @@ _HALVES = frozenset(HALF.values())
 _FLOAT = ir.DataType.FLOAT
 
 PARITY_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: some 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
+"""Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
 
 LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 """Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""
