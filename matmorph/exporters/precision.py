@@ -223,10 +223,16 @@ def _is_product(value: ir.Value | None) -> bool:
 
 
 def _drop_casts(graph: ir.Graph) -> None:
-    """Casts that no longer change anything, outputs aside."""
+    """Removes Casts that no longer change anything."""
     for node in list(graph):
-        if node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype != node.attributes["to"].value:
+        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Cast" else (None, None)
+        if source is None or result is None or source.dtype != node.attributes["to"].value:
             continue
-        if not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
-            graph.remove(node, safe=True)
+        if result.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue
+            for index, output in enumerate(graph.outputs):
+                if output is result:
+                    graph.outputs[index] = source
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
