@@ -106,6 +106,16 @@ def test_cross_attention_onto_the_result_of_another_part() -> None:
     assert roles(net, x(), x(2, 4, WIDTH)) == {"enter": "other", **names}
 
 
+def test_low_rank_queries_and_keys_are_no_cross_attention() -> None:
+    def step(m: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        normed = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        small_q, small_kv = m.qa(normed), m.kva(normed)
+        return h + m.o(fused(m.q(small_q), *m.kv(small_kv * 2.0).chunk(2, -1)))
+
+    net = Net(step, qa=(WIDTH, 4), kva=(WIDTH, 4), q=(4, WIDTH), kv=(4, 2 * WIDTH), o=SQUARE)
+    assert roles(net, x()) == {"qa": "other", "kva": "other", "q": "attention.q", "kv": "attention.kv", "o": "attention.o"}
+
+
 def test_fused_projections() -> None:
     def qkv(m: nn.Module, h: torch.Tensor) -> torch.Tensor:
         return h + m.o(fused(*m.qkv(h).chunk(3, -1)))
@@ -245,6 +255,47 @@ class Experts(nn.Module):
 
 def test_experts_all_at_once() -> None:
     assert roles(Experts(), x()) == {"router": "moe.router", "a": "moe.gate", "b": "moe.up", "c": "moe.down"}
+
+
+def test_picked_experts_with_biases() -> None:
+    """A bias that is picked by the router's numbers does not make the router a source of the hidden value."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(WIDTH, 3)
+            self.a, self.bias = nn.Parameter(torch.randn(3, WIDTH, INNER)), nn.Parameter(torch.randn(3, INNER))
+            self.b = nn.Parameter(torch.randn(3, INNER // 2, WIDTH))
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            rows = h.flatten(0, 1)
+            scores, chosen = self.router(rows).softmax(-1).topk(1, -1)
+            ids = chosen.flatten()
+            hidden = (rows.unsqueeze(1) @ self.a[ids]).squeeze(1) + self.bias[ids]
+            gate, up = hidden[:, ::2], hidden[:, 1::2]
+            out = ((up + 1) * (gate * torch.sigmoid(1.7 * gate))).unsqueeze(1) @ self.b[ids]
+            return h + (out.squeeze(1) * scores).view(h.shape)
+
+    assert roles(Picked(), x()) == {"router": "moe.router", "a": "moe.gate_up", "b": "moe.down"}
+
+
+def test_a_residual_that_is_no_known_block_is_no_head() -> None:
+    """A depthwise convolution inside an MLP (SegFormer) hides its form, but the stream goes on through it."""
+
+    class Mix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Net(lambda m, h: h + m.o(fused(m.q(h), m.k(h), m.v(h))), **QKVO)
+            self.a, self.mix, self.b = nn.Linear(WIDTH, INNER), nn.Conv1d(INNER, INNER, 3, padding=1, groups=INNER), nn.Linear(INNER, WIDTH)
+            self.score = nn.Linear(WIDTH, 3)
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            h = self.inner(h)
+            h = h + self.b(F.gelu(self.mix(self.a(F.layer_norm(h, (WIDTH,))).mT).mT))
+            return self.score(h)
+
+    found = roles(Mix(), x())
+    assert found == {f"inner.{name}": role for name, role in SELF.items()} | {"a": "other", "b": "other", "score": "head"}
 
 
 def test_one_weight_has_one_role() -> None:
