@@ -44,13 +44,10 @@ class SiteScope:
         self._entries = tuple(self._enter(application) for application in site.applications)
 
     def weight(self) -> Tensor:
-        """W, loaded once; `forget` lets go of it."""
+        """W, loaded once; it goes with the scope."""
         if self._weight is None:
             self._weight = self.site.weight().detach()
         return self._weight
-
-    def forget(self) -> None:
-        self._weight = None
 
     def builder_for(self, label: str, seed: int, before: Sequence[Fragment]) -> SiteBuilder:
         """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it."""
