@@ -2,7 +2,7 @@
 
 1. `view` and `_unsafe_view` become `reshape`: a view may rely on the strides that one backend's kernels happen to give.
 2. `clone`, `contiguous`, `lift_fresh_copy`, `dropout` in eval mode, and conversions to the type a value has already, are the value itself.
-3. Other conversions become `_to_copy`; `flatten`, `unflatten` and `chunk` become `reshape` and `split`.
+3. Other conversions become `_to_copy`; `flatten` and `unflatten` become `reshape` where one -1 says enough, `chunk` becomes `split`.
 
 In this form many programs need no `run_decompositions`, which traces them a second time (`is_functional`).
 """
@@ -94,9 +94,9 @@ def _convert(node: torch.fx.Node) -> Normal | None:
 
 
 def _to_shape(node: torch.fx.Node) -> Normal | None:
-    """A reshape to the result's shape, where at most one of its dims is symbolic."""
+    """A reshape to the result's shape where at most one of its dims is symbolic; else the operator itself, which only may alias."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    return Op("aten.reshape.default", (node.args[0], sizes)) if sizes.count(-1) <= 1 else None
+    return Op("aten.reshape.default", (node.args[0], sizes)) if sizes.count(-1) <= 1 else Op(op_name(node.target), node.args, node.kwargs)
 
 
 def _chunk(node: torch.fx.Node) -> Normal | None:
