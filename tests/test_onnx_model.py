@@ -265,3 +265,12 @@ def test_source_scopes_reach_the_file(tmp_path: Path) -> None:
     assert b"pkg.torch" not in (tmp_path / MODEL).read_bytes()
     assert b".py" not in (tmp_path / MODEL).read_bytes()  # no stack traces, no paths of this machine
     assert not np.any([node.name.startswith("node_") for node in model.graph.node])
+
+
+def test_results_that_are_plain_numbers_stay_out_of_the_file(tmp_path: Path) -> None:
+    class Counted(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"y": x + 1, "n": 3, "none": None}
+
+    info = export_onnx(trace(Counted().eval(), (randn(2, 3),), ({0: "batch"},)), tmp_path, Export())
+    assert [port.name for port in info.outputs] == ["y"]

@@ -168,6 +168,11 @@ class Fixed(nn.Module):
         return x.reshape(3, 4) + 1
 
 
+class Pairs(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, 2, 4)
+
+
 class ByValue(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[x > 0]
@@ -178,6 +183,7 @@ class ByValue(nn.Module):
     [
         (Writes(), (torch.ones(3, 4),), NAMED, r"writes to its buffer count in forward"),
         (Fixed(), (torch.ones(3, 4),), NAMED, r"works only with batch = 3|fixes that axis"),
+        (Pairs(), (torch.ones(6, 4),), NAMED, r"needs batch to be a multiple of 2"),
         (ByValue(), (torch.ones(3, 4),), NAMED, r"depends on the values of a tensor"),
         (nn.Linear(5, 4), (torch.ones(3, 4),), NAMED, r"cannot be traced: .*"),
     ],

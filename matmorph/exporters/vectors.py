@@ -25,7 +25,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One call: arrays by input name, and by output name what torch answers (outputs that are None are left out)."""
+    """One call: arrays by input name, and by output name what torch answers (None and plain numbers are left out)."""
 
     inputs: Arrays
     outputs: Arrays
@@ -64,8 +64,8 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
             notes.append(f"not checked at {at}: the model itself fails there ({str(error).splitlines()[0]})")
             continue
         named = zip((entry.name for entry in graph.signature.inputs if entry.value is not None), inputs, strict=True)
-        outputs = zip(graph.signature.outputs, results, strict=True)
-        cases.append(Case({n: _array(t) for n, t in named}, {n: _array(t) for n, t in outputs if t is not None}))
+        outputs = zip(graph.signature.outputs, results, graph.outputs, strict=True)
+        cases.append(Case({n: _array(t) for n, t in named}, {n: _array(t) for n, t, output in outputs if isinstance(output, Value)}))
     return Vectors(tuple(cases), tuple(notes))
 
 

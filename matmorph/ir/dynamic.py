@@ -142,13 +142,14 @@ def _key(key: Any) -> Any:
 
 _SUGGESTION = re.compile(r"^\s*(\w+) = Dim\('(\w+)'(?:, min=(\d+))?(?:, max=(\d+))?\)", re.MULTILINE)
 _FIXED = re.compile(r"^\s*(\w+) = (\d+)\s*$", re.MULTILINE)
+_MULTIPLE = re.compile(r"^\s*(\w+) = (\d+)\*\w+\s*$", re.MULTILINE)
 _EQUAL = re.compile(r"^\s*(\w+) = ([A-Za-z_]\w*)\s*$", re.MULTILINE)
 
 
 def suggested_ranges(message: str, axes: DynamicAxes) -> Mapping[str, Range]:
     """Ranges that the model itself demands, read from torch.export's "Suggested fixes"; empty where it demands no mere range."""
     fixes = message.partition("Suggested fixes:")[2]
-    if any(name in axes.ranges for name, _ in (*_FIXED.findall(fixes), *_EQUAL.findall(fixes))):
+    if any(name in axes.ranges for name, _ in (*_FIXED.findall(fixes), *_EQUAL.findall(fixes), *_MULTIPLE.findall(fixes))):
         return {}
     found: dict[str, Range] = {}
     for name, _, low, high in _SUGGESTION.findall(fixes):
@@ -162,7 +163,7 @@ def suggested_ranges(message: str, axes: DynamicAxes) -> Mapping[str, Range]:
 
 
 def demands(message: str, axes: DynamicAxes) -> tuple[str, ...]:
-    """Plain lines for what no range can satisfy: an axis that the model fixes, or two axes that it wants equal."""
+    """Plain lines for what no range can satisfy: an axis that the model fixes or needs as a multiple, axes that it wants equal."""
     fixes = message.partition("Suggested fixes:")[2]
     fixed = [
         f"the model works only with {name} = {size}: leave that axis out of dynamic_shapes"
@@ -172,4 +173,5 @@ def demands(message: str, axes: DynamicAxes) -> tuple[str, ...]:
     equal = [
         f"the model needs {a} = {b}: give both axes one name" for a, b in _EQUAL.findall(fixes) if a in axes.ranges and b in axes.ranges
     ]
-    return (*fixed, *equal)
+    multiple = [f"the model needs {name} to be a multiple of {k}: leave that axis static, or pad" for name, k in _MULTIPLE.findall(fixes)]
+    return (*fixed, *equal, *multiple)

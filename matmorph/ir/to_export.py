@@ -43,7 +43,8 @@ def to_exported_program(graph: Graph) -> ExportedProgram:
     specs = [writer.const(const) for const in consts]
     specs += [writer.entry(entry.name, entry.value, entry.literal) for entry in graph.signature.inputs]
     writer.write(graph.nodes)
-    results = tuple(writer.argument(output) for output in graph.outputs)
+    # A result that is a plain number has no place in a file of tensors; the manifest lists what there is.
+    results = tuple(writer.argument(output) if isinstance(output, Value) else None for output in graph.outputs)
     writer.fx.output(results).meta["val"] = tuple(_meta(result) for result in results)
     module = torch.fx.GraphModule(writer.root, writer.fx)
     signature = ExportGraphSignature(specs, [OutputSpec(OutputKind.USER_OUTPUT, _output(result), None) for result in results])

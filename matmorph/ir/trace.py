@@ -7,13 +7,14 @@ the trace and restored, each with a note. A range that the model itself demands 
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import logging
 import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -168,10 +169,11 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences torch's own chatter about internals (deprecations between torch's modules, export logs); errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch.onnx")]
+    """Silences torch's own chatter (deprecations between its modules, logged tracebacks, a graph printed to stderr where an export fails):
+    an error still raises, and we say what it means."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch.onnx", "torch._subclasses")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
