@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -87,7 +88,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Condition:
+class Condition(ABC):
     """One condition. `text` shows it as the spec has it ("role: mlp.*"), `key` is its key in the spec."""
 
     at: Position | None
@@ -95,13 +96,13 @@ class Condition:
     key: str
     text: str
 
+    @abstractmethod
     def holds(self, facts: Facts) -> bool:
         """Whether the site satisfies it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, facts: Facts) -> str:
         """What the site has there, for people."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -296,6 +297,12 @@ class NotInsertedCondition(Condition):
 class NotCondition(Condition):
     child: Condition
 
+    def holds(self, facts: Facts) -> bool:
+        return not self.child.holds(facts)
+
+    def value(self, facts: Facts) -> str:
+        return self.child.value(facts)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupCondition(Condition):
@@ -303,3 +310,9 @@ class GroupCondition(Condition):
 
     children: tuple[Condition, ...] = field(repr=False)
     conjunctive: bool = True
+
+    def holds(self, facts: Facts) -> bool:
+        return (all if self.conjunctive else any)(child.holds(facts) for child in self.children)
+
+    def value(self, facts: Facts) -> str:
+        return ", ".join(child.value(facts) for child in self.children)

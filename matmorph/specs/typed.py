@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -35,7 +36,7 @@ from matmorph.specs.tree import Data, MapTree, Tree
 T = TypeVar("T")
 
 
-class Notation:
+class Notation(ABC):
     """Base of a value type with a notation of its own (`rank`, `40%`).
 
     `EXPECTED` completes "expected ..., got ..."; `BESIDE` are further keys it takes from the mapping it stands in, each with its schema.
@@ -45,17 +46,18 @@ class Notation:
     BESIDE: ClassVar[Mapping[str, JsonSchema]] = types.MappingProxyType({})
 
     @classmethod
+    @abstractmethod
     def from_tree(cls, tree: Tree, beside: Mapping[str, Tree]) -> Self:
         """The value; `beside` holds those of the `BESIDE` keys that are there. SpecError where it does not fit."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def schema(cls) -> JsonSchema:
-        raise NotImplementedError
+        """The JSON Schema of the notation."""
 
+    @abstractmethod
     def plain(self) -> Data:
         """Plain data that reads as this value, together with `plain_beside`."""
-        raise NotImplementedError
 
     def plain_beside(self) -> dict[str, Data]:
         return {}
