@@ -56,7 +56,7 @@ VARIANTS = (
     "deberta-apart",
     "mha-weights",
 )
-"""Models whose like is in the list without them (bert-eager stands for eager attention): sites and roles always, parity in the full grid."""
+"""Models whose like is tested without them (bert-eager stands for eager attention): sites and roles always, parity in the full grid."""
 
 ENTRIES = [pytest.param(entry, id=name, marks=pytest.mark.full if name in VARIANTS else ()) for name, entry in ZOO.items()]
 
