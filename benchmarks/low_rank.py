@@ -9,11 +9,9 @@ in turn; each figure is the median over rounds. `over` = time ratio / FLOP ratio
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,7 @@ import torch
 from _common import finish, parser, tell
 
 import matmorph as mm
-
-SAMPLE_SECONDS = 0.005
-"""A single matmul of one token takes microseconds: a sample repeats it until it lasts this long."""
+from matmorph.demo import medians
 
 
 def spec(rank: int | None) -> dict[str, Any]:
@@ -42,26 +38,6 @@ def session(linear: torch.nn.Linear, rank: int | None, folder: Path, threads: in
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(saved / "model.onnx"), options, providers=["CPUExecutionProvider"])
-
-
-def medians(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
-    """Seconds of one run each, in turn, medians over rounds."""
-    repeats = {name: _repeats(run) for name, run in runs.items()}
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def _repeats(run: Callable[[], object]) -> int:
-    run()  # the first run allocates
-    start = time.perf_counter()
-    run()
-    return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
 
 
 def measure(size: int, ranks: Sequence[int], tokens: Sequence[int], rounds: int, threads: int) -> list[dict[str, Any]]:

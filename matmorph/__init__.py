@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from matmorph.api import Compiled, Model, compile, inspect, load_spec, plan, trace
+    from matmorph.api import Compiled, Model, compile, inspect_model, load_spec, plan, trace
 
-_API = ("Compiled", "Model", "compile", "inspect", "load_spec", "plan", "trace")
+_API = ("Compiled", "Model", "compile", "inspect_model", "load_spec", "plan", "trace")
 
-__all__ = ["Compiled", "Model", "__version__", "compile", "inspect", "load_spec", "plan", "trace"]
+__all__ = ["Compiled", "Model", "__version__", "compile", "inspect_model", "load_spec", "plan", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -127,10 +127,11 @@ def compile_command(
     refused = [name for name, given in (("--train", train), ("--pareto", pareto is not None)) if given]
     if refused:
         raise InputError(f"{refused[0]}: not supported yet")
-    refuse_existing(out, force)
     from matmorph import api
+    from matmorph.exporters.artifact import refuse_existing
     from matmorph.report.table import print_plan
 
+    refuse_existing(out, force)
     loaded = api.load_spec(spec)
     found = _resolve(model)
     batches = _calibration(found, calibration)
@@ -261,15 +262,6 @@ def _print_saved(folder: Path, report: Report) -> None:
     if report.parity is not None:
         print(parity_line(report.parity))
     print(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
-
-
-def refuse_existing(out: Path, force: bool) -> None:
-    """InputError where `out` is in the way, before any work is done; saving itself checks again."""
-    if out.is_symlink() or out.exists():
-        if not out.is_dir():
-            raise InputError(f"{out}: exists and is not a folder")
-        if not force:
-            raise InputError(f"{out}: the folder exists; --force replaces it")
 
 
 @contextmanager

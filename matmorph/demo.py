@@ -6,27 +6,30 @@ Is it smaller, does ONNX Runtime agree with torch, do the sentences still mean t
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import onnxruntime
 from rich.console import Console
 
 from matmorph import api
 from matmorph.errors import InputError
+from matmorph.exporters.artifact import RUN, refuse_existing
+from matmorph.exporters.onnx_model import export_onnx
 from matmorph.models import calibration_sentences, minilm, tokenize
 from matmorph.report.table import make_console, parity_line, print_plan
 from matmorph.runtime import Session
+from matmorph.specs.schema import Export
 
 Array = np.ndarray[Any, Any]
+Key = TypeVar("Key")
 
-RUN_FILE = "run.json"
 PAIRS = (
     ("A man is playing a guitar on stage.", "Someone performs music in front of an audience."),
     ("The stock market fell sharply today.", "Share prices dropped after the news."),
@@ -35,6 +38,7 @@ PAIRS = (
 )
 TIMING_ROUNDS = 15
 TIMING_BATCH = 16
+SAMPLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +88,19 @@ def _refuse_foreign(out: Path) -> bool:
     if not out.exists() and not out.is_symlink():
         return False
     try:
-        earlier = "demo" in json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads((out / RUN).read_text(encoding="utf-8"))
+        earlier = isinstance(record, dict) and "demo" in record
     except (OSError, ValueError):
         earlier = False
     if not earlier:
         raise InputError(f"{out}: exists and is not the result of an earlier demo", ["name another folder: matmorph demo --out DIR"])
+    refuse_existing(out, force=True)
     return True
 
 
 def _record(out: Path, figures: Mapping[str, Any]) -> None:
     """Marks the folder as a demo's and keeps its timings, in run.json (which no hash covers)."""
-    path = out / RUN_FILE
+    path = out / RUN
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({**data, "demo": dict(figures)}, indent=2) + "\n", encoding="utf-8")
 
@@ -120,23 +126,36 @@ def _similarities(pair: Sequence[str], module: Any, session: Session) -> tuple[f
 
 
 def _time(compiled: Any, session: Session) -> Timing:
-    """Dense against rewritten on one provider with equal threads, run by run in turn, medians."""
+    """Dense against rewritten under plain ONNX Runtime, on one provider with its default threads."""
     feeds = tokenize(calibration_sentences()[:TIMING_BATCH])
-    folder = Path(tempfile.mkdtemp(prefix="matmorph-"))
-    try:
-        dense = api.dense_session(compiled, folder, session.provider)
-        seconds: dict[str, list[float]] = {"dense": [], "rewritten": []}
-        runners = {"dense": lambda: dense.run(None, feeds), "rewritten": lambda: session.run(feeds)}
-        for run in runners.values():
-            run()
-        for _ in range(TIMING_ROUNDS):
-            for name, run in runners.items():
-                start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="matmorph-") as folder:
+        export_onnx(compiled.source, Path(folder), Export())
+        dense = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), providers=[session.provider])
+        seconds = medians({"dense": lambda: dense.run(None, feeds), "rewritten": lambda: session.run(feeds)}, TIMING_ROUNDS)
+    return Timing(seconds["dense"], seconds["rewritten"], session.provider)
+
+
+def medians(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
+    """Seconds of one run each: run in turn, so that a change of load hits all alike; medians over rounds.
+
+    A run of microseconds is repeated until a sample lasts a few milliseconds.
+    """
+    repeats = {name: _repeats(run) for name, run in runs.items()}
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
                 run()
-                seconds[name].append(time.perf_counter() - start)
-    finally:
-        shutil.rmtree(folder)
-    return Timing(median(seconds["dense"]), median(seconds["rewritten"]), session.provider)
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _repeats(run: Callable[[], object]) -> int:
+    run()  # the first run allocates
+    start = time.perf_counter()
+    run()
+    return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
 
 
 def _print_similarities(console: Console, rows: Sequence[tuple[str, str, float, float]]) -> None:

@@ -12,13 +12,15 @@ from matmorph.ir.site import Application, Site
 from matmorph.ir.text import parse_graph
 from matmorph.ir.types import TensorType
 from matmorph.specs.conditions import Facts
+from matmorph.specs.load import load_spec
 from matmorph.specs.pattern_match import find
+from matmorph.specs.schema import Stage
 from matmorph.specs.selectors import parse_match
 from matmorph.specs.tree import MapTree, from_data, read
 
 
 def site(path: str, **given: object) -> Site:
-    """A site on its own: 8 inputs, 4 outputs, one application, unless something else is given. `names`, `rule` and `weight` go to its Const."""
+    """A site on its own: 8 inputs, 4 outputs and one application, where nothing else is given. `names`, `rule`, `weight`: of its Const."""
     weight = given.pop("weight", torch.ones(4, 8))
     names = given.pop("names", (f"{path}.weight",))
     rule = given.pop("rule", None)
@@ -78,3 +80,63 @@ def match_of(data: dict | str, named: dict | None = None):
 def facts(one: Site, layers: int = 6, graph: Graph | None = None, sites: Sequence[Site] = ()) -> Facts:
     """Facts of one site; patterns are searched in `graph` where one is given."""
     return Facts(one, layers) if graph is None else Facts(one, layers, lambda pattern: find(pattern, graph, sites))
+
+
+GATED = """
+g = matmul(x)
+u = matmul(x)
+h = mul(silu(g), u)
+d = matmul(h)
+"""
+
+
+def gated_mlp(layers: int = 1, product: str = "%s, %up") -> str:
+    """Gated MLPs with a residual, each in a layer of its own; `product` are the operands of the product."""
+    consts, body, x = [], [], "%x"
+    for k in range(layers):
+        for name, shape in {"gate": "[6, 4]", "up": "[6, 4]", "down": "[4, 6]"}.items():
+            consts.append(f'parameter %{name}{k}.w: float32{shape} "layers.{k}.{name}.weight"')
+        operands = product.replace("%s", f"%s{k}").replace("%up", f"%up{k}")
+        body += [
+            f"%g{k}: float32[batch, 6] = aten.linear.default({x}, %gate{k}.w) layer={k}",
+            f"%up{k}: float32[batch, 6] = aten.linear.default({x}, %up{k}.w) layer={k}",
+            f"%s{k}: float32[batch, 6] = aten.silu.default(%g{k}) layer={k}",
+            f"%h{k}: float32[batch, 6] = aten.mul.Tensor({operands}) layer={k}",
+            f"%d{k}: float32[batch, 4] = aten.linear.default(%h{k}, %down{k}.w) layer={k}",
+            f"%r{k}: float32[batch, 4] = aten.add.Tensor({x}, %d{k}) layer={k}",
+        ]
+        x = f"%r{k}"
+    lines = ["range batch 1..", 'input %x: float32[batch, 4] "x"', *consts, *body, f'output {x} "output"']
+    return "\n".join(lines)
+
+
+EMPTY = graph_of('input %x: float32[2] "x"\noutput %x "output"')
+SITES = (
+    *(
+        site(f"encoder.layer.{layer}.{path}", role=role, layer=layer, in_features=width)
+        for layer in range(3)
+        for path, role, width in [("attention.query", "attention.q", 8), ("mlp.intermediate", "mlp.fc1", 8), ("mlp.output", "mlp.down", 16)]
+    ),
+    site("head", role="head"),
+    site("embeddings.word", role="embedding", form="embedding", uses=0, gathers=(gather(),)),
+)
+
+
+def stage_of(rules: str, tmp_path, select: str = "") -> Stage:
+    """The only stage of a spec whose rules are given as YAML."""
+    path = tmp_path / "s.yaml"
+    path.write_text(f"version: 1\n{select}rules:\n{rules}")
+    return load_spec(path, {}).stages[0]
+
+
+def later_stage(rules: str, tmp_path) -> Stage:
+    """The second stage of a spec, behind one whose rules are called first and second."""
+    path = tmp_path / "s.yaml"
+    earlier = "".join(f"      - {{name: {name}, match: {{op: matmul}}, rewrite: keep}}\n" for name in ("first", "second"))
+    later = rules.replace("  - ", "      - ")
+    path.write_text(f"version: 1\nstages:\n  - name: one\n    rules:\n{earlier}  - name: two\n    rules:\n{later}")
+    return load_spec(path, {}).stages[1]
+
+
+def rules(*entries: str) -> str:
+    return "".join(f"  - {{{entry}, rewrite: keep}}\n" for entry in entries)

@@ -50,27 +50,24 @@ def first_names(module: nn.Module) -> dict[int, str]:
     return found
 
 
-def tree_matmuls(module: nn.Module) -> list[tuple[torch.Tensor, tuple[int, int]]]:
-    """(parameter, (out, in)) of every weight that a module of a known class multiplies its input with."""
-    return [(child.get_parameter(name), shape) for child in module.modules() for name, shape in _own_matmuls(child)]
+def tree_matmuls(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, its matrix [..., out, in]) of every weight that a module of a known class multiplies its input with."""
+    return [(child.get_parameter(name), matrix) for child in module.modules() for name, matrix in _own_matmuls(child)]
 
 
-def _own_matmuls(child: nn.Module) -> list[tuple[str, tuple[int, int]]]:
-    """(attribute, (out, in)) of the weights that this module itself holds and multiplies with."""
+def _own_matmuls(child: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """(attribute, matrix) of the weights that this module itself holds and multiplies with."""
     kind = type(child).__name__
-    if isinstance(child, nn.Linear):
-        return [("weight", (child.out_features, child.in_features))]
+    if isinstance(child, nn.Linear) or kind.endswith("TopKRouter"):
+        return [("weight", child.weight)]
     if kind == "Conv1D":  # transformers' GPT-2 layer: [in, out]
-        return [("weight", (child.weight.shape[1], child.weight.shape[0]))]
+        return [("weight", child.weight.T)]
     if isinstance(child, nn.Conv1d | nn.Conv2d):
         ones = (1,) * len(child.kernel_size)
         plain = (child.kernel_size, child.stride, child.groups, child.padding) == (ones, ones, 1, tuple(0 for _ in ones))
-        return [("weight", (child.out_channels, child.in_channels))] if plain else []
+        return [("weight", child.weight.flatten(1))] if plain else []
     if isinstance(child, nn.MultiheadAttention):
-        return [("in_proj_weight", (3 * child.embed_dim, child.embed_dim))]
+        return [("in_proj_weight", child.in_proj_weight)]
     if kind.endswith("Experts"):
-        stacks = [(name, parameter) for name, parameter in child.named_parameters(recurse=False) if parameter.dim() == 3]
-        return [(name, (stack.shape[1], stack.shape[2])) for name, stack in stacks]
-    if kind.endswith("TopKRouter"):
-        return [("weight", (child.weight.shape[0], child.weight.shape[1]))]
+        return [(name, stack) for name, stack in child.named_parameters(recurse=False) if stack.dim() == 3]
     return []

@@ -29,6 +29,7 @@ LAYERS = (
     ("matmorph.exporters",),
     ("matmorph.report",),
     ("matmorph.models", "matmorph.hf_folder"),  # where models come from
+    ("matmorph.saving",),
     ("matmorph.api",),
     ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
 )
@@ -40,12 +41,12 @@ IR_LAYERS = (
     ("matmorph.ir.infer",),
     ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify", "matmorph.ir.view"),
     ("matmorph.ir.trace",),
-    ("matmorph.ir.matmuls",),
     ("matmorph.ir.roles",),
+    ("matmorph.ir.matmuls",),
 )
 RUNTIME = "matmorph.runtime"
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
-MAY_IMPORT_RUNTIME = ("matmorph.api", "matmorph.cli", "matmorph.demo", "matmorph.__main__")
+MAY_IMPORT_RUNTIME = ("matmorph.saving", "matmorph.api", "matmorph.cli", "matmorph.demo", "matmorph.__main__")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

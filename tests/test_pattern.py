@@ -6,21 +6,19 @@ import itertools
 import time
 
 import pytest
-from handmade import facts, graph_of, match_of, sites_of
+from handmade import GATED, facts, gated_mlp, graph_of, match_of, sites_of
 from hypothesis import given
 from hypothesis import strategies as st
+from zoo import ZOO
 
 from matmorph.errors import SpecError
+from matmorph.ir.matmuls import find_sites
+from matmorph.ir.site import Site
+from matmorph.ir.trace import trace
+from matmorph.specs.conditions import ROLES
 from matmorph.specs.pattern import parse_pattern
 from matmorph.specs.pattern_match import find, operator_counts
 from matmorph.specs.tree import Scalar, read
-
-GATED = """
-g = matmul(x)
-u = matmul(x)
-h = mul(silu(g), u)
-d = matmul(h)
-"""
 
 
 def pattern_of(text: str):
@@ -31,26 +29,6 @@ def found(text: str, graph) -> list[dict[str, str]]:
     """Each occurrence as {captured name: path of the site, or name of the value}."""
     occurrences = find(pattern_of(text), graph, sites_of(graph))
     return [{name: getattr(item, "path", None) or item.name for name, item in one.captures.items()} for one in occurrences]
-
-
-def gated_mlp(layers: int = 1, product: str = "%s, %up") -> str:
-    """Gated MLPs with a residual, each in a layer of its own; `product` are the operands of the product."""
-    consts, body, x = [], [], "%x"
-    for k in range(layers):
-        for name, shape in {"gate": "[6, 4]", "up": "[6, 4]", "down": "[4, 6]"}.items():
-            consts.append(f'parameter %{name}{k}.w: float32{shape} "layers.{k}.{name}.weight"')
-        operands = product.replace("%s", f"%s{k}").replace("%up", f"%up{k}")
-        body += [
-            f"%g{k}: float32[batch, 6] = aten.linear.default({x}, %gate{k}.w) layer={k}",
-            f"%up{k}: float32[batch, 6] = aten.linear.default({x}, %up{k}.w) layer={k}",
-            f"%s{k}: float32[batch, 6] = aten.silu.default(%g{k}) layer={k}",
-            f"%h{k}: float32[batch, 6] = aten.mul.Tensor({operands}) layer={k}",
-            f"%d{k}: float32[batch, 4] = aten.linear.default(%h{k}, %down{k}.w) layer={k}",
-            f"%r{k}: float32[batch, 4] = aten.add.Tensor({x}, %d{k}) layer={k}",
-        ]
-        x = f"%r{k}"
-    lines = ["range batch 1..", 'input %x: float32[batch, 4] "x"', *consts, *body, f'output {x} "output"']
-    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("product", ["%s, %up", "%up, %s"])
@@ -244,17 +222,12 @@ def brute_force(calls: list[tuple[str, str, tuple[str, ...]]], graph) -> set[tup
     """Every assignment of distinct nodes to calls, in every order of commuting operands, kept where the names agree."""
     results = set()
     for nodes in itertools.permutations(graph.nodes, len(calls)):
-        if any(node.op.split(".")[1] != op for node, (_, op, _) in zip(nodes, calls, strict=True)):
+        if [node.op.split(".")[1] for node in nodes] != [op for _, op, _ in calls]:
             continue
-        orders = [
-            itertools.permutations(node.args) if op in ("add", "mul") else [node.args]
-            for node, (_, op, _) in zip(nodes, calls, strict=True)
-        ]
+        orders = [itertools.permutations(n.args) if ".add." in n.op or ".mul." in n.op else [n.args] for n in nodes]
         for placed in itertools.product(*orders):
             bound = {name: node.output for node, (name, _, _) in zip(nodes, calls, strict=True)}
-            pairs = [
-                (arg, value) for (_, _, args), values in zip(calls, placed, strict=True) for arg, value in zip(args, values, strict=False)
-            ]
+            pairs = [pair for (_, _, args), values in zip(calls, placed, strict=True) for pair in zip(args, values, strict=False)]
             if all(bound.setdefault(arg, value) is value for arg, value in pairs):
                 results.add(tuple(node.output.name for node in nodes))
     return results
@@ -295,6 +268,41 @@ def test_a_rule_claims_what_the_pattern_claims() -> None:
 def test_operator_counts_show_what_is_missing() -> None:
     graph = graph_of(gated_mlp(2))
     assert operator_counts(pattern_of("a = matmul(x)\nb = gelu(a)"), graph, sites_of(graph)) == {"matmul": 6, "gelu": 0}
+
+
+# ------------------------------------------------------------------------------------------------------------------ traced models
+
+
+TRACED = {
+    "llama": {
+        GATED: ("model.layers.{k}.mlp.", {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}),
+        # grouped keys and values are repeated through slices of everything, unsqueeze and expand
+        "v = matmul(x)\no = matmul(scaled_dot_product_attention(q, k, v))": (
+            "model.layers.{k}.self_attn.",
+            {"v": "v_proj", "o": "o_proj"},
+        ),
+    },
+    "bert": {
+        HEADS: ("encoder.layer.{k}.attention.", {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}),
+        "a = matmul(x)\nb = matmul(gelu(a))": ("encoder.layer.{k}.", {"a": "intermediate.dense", "b": "output.dense"}),
+    },
+}
+
+
+@pytest.mark.parametrize("model", TRACED)
+def test_traced_models(model: str) -> None:
+    module, inputs, dynamic_shapes = ZOO[model].build()
+    graph = trace(module, inputs, dynamic_shapes)
+    sites = find_sites(graph)
+    assert {site.role for site in sites} <= set(ROLES)
+    for text, (prefix, names) in TRACED[model].items():
+        occurrences = find(pattern_of(text), graph, sites)
+        seen = [{name: item.path for name, item in one.captures.items() if isinstance(item, Site)} for one in occurrences]
+        assert seen == [{name: prefix.format(k=k) + path for name, path in names.items()} for k in (0, 1)]
+
+
+def test_every_role_of_the_zoo_is_a_role() -> None:
+    assert {role for entry in ZOO.values() for role in entry.roles.values()} <= set(ROLES)
 
 
 # ------------------------------------------------------------------------------------------------------------------ time

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
+from zoo import ZOO
+
 from matmorph.errors import InputError
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.trace import trace
-from torch import nn
-from zoo import ZOO
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
+from torch import nn
+
 from matmorph.errors import InputError, TraceError
 from matmorph.ir.core import Range
 from matmorph.ir.evaluate import bind, evaluate
 from matmorph.ir.trace import trace
-from torch import nn
 
 NAMED = ({0: "batch"},)
 

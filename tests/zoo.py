@@ -52,15 +52,19 @@ class Entry:
         """Inputs at three other shapes, one of them with batch 1."""
         return [self.inputs(b, s, torch.Generator().manual_seed(2 + i)) for i, (b, s) in enumerate(OTHER_SIZES)]
 
-    def expected(self, module: nn.Module) -> dict[str, tuple[int, int]]:
-        """(out, in) of every weight that the module tree multiplies with, by path; tied weights once, under their first name."""
-        found: dict[str, tuple[int, int]] = {}
+    def matrices(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """[..., out, in] of every weight that the module tree multiplies with, by path; tied weights once, under their first name."""
+        found: dict[str, torch.Tensor] = {}
         first = first_names(module)
-        for tensor, shape in tree_matmuls(module):
-            path = first[id(tensor)].removesuffix(".weight")
+        for parameter, matrix in tree_matmuls(module):
+            path = first[id(parameter)].removesuffix(".weight")
             parts = self.slices.get(path)
-            found.update({f"{path}[{a}:{b}]": (b - a, shape[1]) for a, b in parts} if parts else {path: shape})
+            found.update({f"{path}[{a}:{b}]": matrix[a:b] for a, b in parts} if parts else {path: matrix})
         return found
+
+    def expected(self, module: nn.Module) -> dict[str, tuple[int, int]]:
+        """(out, in) of every weight that the module tree multiplies with, by path."""
+        return {path: (matrix.shape[-2], matrix.shape[-1]) for path, matrix in self.matrices(module).items()}
 
     def tables(self, module: nn.Module, inputs: Inputs) -> dict[str, tuple[int, int]]:
         """(rows, width) by path of every table that an eager run gathers from, tied ones included."""
@@ -72,6 +76,7 @@ class Entry:
         return {first[id(table)].removesuffix(".weight"): (table.shape[0], table.shape[1]) for table in used}
 
     def role_of(self, path: str) -> str:
+        """The role that the site of this path should have."""
         return next(role for glob, role in self.roles.items() if fnmatchcase(path, glob.replace("[", "[[]")))
 
 

@@ -15,10 +15,13 @@ import onnx_ir as ir
 
 from matmorph.exporters.folding import Array, constant_value, fold
 
-_MERGED = frozenset(
-    "Shape Squeeze Unsqueeze Reshape Concat Cast Range Gather Slice Add Sub Mul Div Mod Neg Expand Transpose And Or Not Equal Less "
-    "LessOrEqual Greater GreaterOrEqual Max Min ConstantOfShape Size".split()
-)
+# fmt: off
+_MERGED = frozenset([
+    "Shape", "Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "Range", "Gather", "Slice", "Add", "Sub", "Mul", "Div", "Mod",
+    "Neg", "Expand", "Transpose", "And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Max", "Min",
+    "ConstantOfShape", "Size",
+])
+# fmt: on
 """Operators of shape and mask arithmetic: two equal ones are one, as long as no float is computed."""
 
 
@@ -40,6 +43,7 @@ class _Walk:
         self.weights = weights
         self.known: dict[ir.Value, Array] = {}
         self.seen: dict[Any, ir.Node] = {}
+        self.splits: dict[ir.Node, ir.Node] = {}
 
     def visit(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and (value := constant_value(node)) is not None:
@@ -49,12 +53,15 @@ class _Walk:
             return
         self._settle_type(node)
         inputs = [self.known.get(value) if value is not None else None for value in node.inputs]
-        if node.inputs and all(found is not None for found, value in zip(inputs, node.inputs, strict=True) if value is not None):
-            if (value := fold(node, inputs)) is not None:
-                self.known[node.outputs[0]] = value
-                return
+        constant = node.inputs and all(found is not None for found, value in zip(inputs, node.inputs, strict=True) if value is not None)
+        if constant and (value := fold(node, inputs)) is not None:
+            self.known[node.outputs[0]] = value
+            return
         if node.op_type == "Concat":
             self._join_constants(node)
+        if node.op_type == "SequenceAt" and (part := self._part_of_split(node)) is not None:
+            self._replace(node.outputs[0], part)
+            return
         for rule in _COPIES.get(node.op_type, ()):
             source = rule(node, self.known)
             if source is not None and self._replace(node.outputs[0], source):
@@ -94,6 +101,38 @@ class _Walk:
         for index, value in enumerate(merged):
             node.replace_input_with(index, value)
 
+    def _part_of_split(self, node: ir.Node) -> ir.Value | None:
+        """`SequenceAt(SplitToSequence(x), i)` is output i of a Split, which every provider runs and which needs no sequence type."""
+        sequence = node.inputs[0].producer() if node.inputs[0] is not None else None
+        index = self.known.get(node.inputs[1]) if node.inputs[1] is not None else None
+        if sequence is None or index is None or sequence.op_type != "SplitToSequence":
+            return None
+        if sequence not in self.splits:
+            sizes = self._split_sizes(sequence)
+            if sizes is None:
+                return None
+            inputs = [sequence.inputs[0], self._constant(np.asarray(sizes, np.int64))]
+            attributes = {"axis": sequence.attributes["axis"].value if "axis" in sequence.attributes else 0}
+            split = ir.node("Split", inputs, attributes, num_outputs=len(sizes), metadata_props=dict(sequence.metadata_props))
+            self.graph.insert_after(sequence, split)
+            self.splits[sequence] = split
+        return self.splits[sequence].outputs[int(index)]
+
+    def _split_sizes(self, sequence: ir.Node) -> list[int] | None:
+        """Sizes of the parts, where they are constants and the parts keep the axis."""
+        data, keeps = sequence.inputs[0], sequence.attributes.get("keepdims")
+        given = self.known.get(sequence.inputs[1]) if len(sequence.inputs) > 1 and sequence.inputs[1] is not None else None
+        if given is None or data is None or (keeps is not None and not keeps.value):
+            return None
+        if given.ndim == 1:
+            return [int(size) for size in given]
+        axis = sequence.attributes["axis"].value if "axis" in sequence.attributes else 0
+        whole = data.shape[axis] if data.shape is not None else None
+        if not isinstance(whole, int):
+            return None
+        size = int(given)
+        return [min(size, whole - start) for start in range(0, whole, size)]
+
     def _constant(self, array: Array) -> ir.Value:
         """A new known value; `place_constants` gives it its name and storage."""
         value = ir.Value(name=None, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
@@ -118,7 +157,12 @@ class _Walk:
     def _merge(self, node: ir.Node) -> None:
         if node.op_type not in _MERGED or len(node.outputs) != 1 or not self._mergeable(node):
             return
-        key = (node.op_type, node.domain, tuple(map(self._identity, node.inputs)), tuple(sorted(map(_attribute_key, node.attributes.values()))))
+        key = (
+            node.op_type,
+            node.domain,
+            tuple(map(self._identity, node.inputs)),
+            tuple(sorted(map(_attribute_key, node.attributes.values()))),
+        )
         first = self.seen.setdefault(key, node)
         if first is not node:
             self._replace(node.outputs[0], first.outputs[0])

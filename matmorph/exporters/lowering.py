@@ -1,6 +1,7 @@
 """A functional ExportedProgram translated to onnx_ir, operator by operator, with the translations of onnxscript's torchlib.
 
-Only this file and `prepare` touch torch's private exporter; torch.onnx.export(optimize=False) gives the same graph at several times the cost.
+Only this file and `prepare` touch torch's private exporter; torch.onnx.export(optimize=False) gives the same graph and takes several times
+as long.
 """
 
 from __future__ import annotations

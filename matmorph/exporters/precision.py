@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from matmorph.errors import ExportError
 from matmorph.exporters.cleanup import unique
+from matmorph.exporters.folding import Array
 
 Precision = Literal["fp32", "fp16", "bf16", "keep"]
 
@@ -24,17 +25,21 @@ _HALVES = frozenset(HALF.values())
 _FLOAT = ir.DataType.FLOAT
 
 PARITY_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: about 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
+"""Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: some 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
 
 LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 """Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""
 
-UPPER = frozenset(
-    "LayerNormalization RMSNormalization GroupNormalization InstanceNormalization BatchNormalization LpNormalization Softmax LogSoftmax "
-    "ReduceMean ReduceSum ReduceSumSquare ReduceL1 ReduceL2 ReduceProd ReduceLogSumExp ReduceLogSum CumSum Pow Exp Log Sqrt Reciprocal "
-    "Softplus Sin Cos Tan Asin Acos Sinh Cosh Einsum Attention Resize GridSample TopK".split()
-)
-"""Operators that stay in float32: sums over many terms, and functions that leave the range of half precision."""
+# fmt: off
+UPPER = frozenset([
+    "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
+    "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd",
+    "ReduceLogSumExp", "ReduceLogSum", "CumSum", "Pow", "Exp", "Log", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos", "Tan",
+    "Asin", "Acos", "Sinh", "Cosh", "Einsum", "Attention", "Resize", "GridSample", "TopK", "SplitToSequence", "SequenceAt",
+    "ConcatFromSequence", "SequenceConstruct",
+])
+# fmt: on
+"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors."""
 
 
 def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -> None:
@@ -65,9 +70,9 @@ def convert(model: ir.Model, precision: str) -> None:
         return
     settle_types(model)
     _widen(model)
+    _drop_casts(model.graph)
     if precision in HALF:
         _narrow(model, HALF[precision])
-    _drop_casts(model.graph)
 
 
 def settle_types(model: ir.Model) -> None:
@@ -177,17 +182,23 @@ class _Narrowing:
             return self.half if all(value.dtype == self.half for value in data) else _FLOAT
         return self.half if all(value.dtype == self.half for value in computed) else _FLOAT
 
-    def _representable(self, array: np.ndarray) -> bool:  # type: ignore[type-arg]
+    def _representable(self, array: Array) -> bool:
         """No finite number overflows and none but zero vanishes (an eps of 1e-12 is 0 in fp16)."""
-        info = onnx_finfo(self.half)
+        smallest, largest = _limits(self.half)
         size = np.abs(array[np.isfinite(array) & (array != 0)].astype(np.float64))
-        return bool(np.all(size <= info[1]) and np.all(size >= info[0]))
+        return bool(np.all(size <= largest) and np.all(size >= smallest))
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node | None) -> ir.Value:
         if (value, dtype) in self.casts:
             return self.casts[value, dtype]
         name = unique(f"{value.name}:{dtype.name.lower()}", self.taken)
         made = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
+        self.casts[value, dtype] = made
+        if value.const_value is not None:
+            made.const_value = ir.Tensor(value.const_value.numpy().astype(dtype.numpy()), name=name)
+            self.graph.register_initializer(made)
+            self.initializers.add(made)
+            return made
         path = {"matmorph.path": reader.metadata_props["matmorph.path"]} if reader and "matmorph.path" in reader.metadata_props else {}
         cast = ir.node("Cast", [value], attributes={"to": dtype.value}, outputs=[made], metadata_props=path)
         producer = value.producer()
@@ -195,14 +206,13 @@ class _Narrowing:
             self.graph.insert_after(producer, cast)
         else:
             self.graph.insert_before(self.graph[0], cast)
-        self.casts[value, dtype] = made
         return made
 
 
 _LAYOUT = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Identity", "Split", "Expand", "Gather"})
 
 
-def onnx_finfo(dtype: ir.DataType) -> tuple[float, float]:
+def _limits(dtype: ir.DataType) -> tuple[float, float]:
     """(smallest normal, largest finite) magnitude."""
     return (2.0**-14, 65504.0) if dtype is ir.DataType.FLOAT16 else (2.0**-126, 3.3895313892515355e38)
 

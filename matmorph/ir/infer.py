@@ -28,6 +28,7 @@ from matmorph.ir.ops import resolve
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
 
 _FIRST_HINT = 1009
+_DATA_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -50,6 +51,7 @@ class Inference:
             for (name, bounds), hint in zip(symbols.items(), _hints(symbols.values()), strict=True):
                 self._bind(symbol(name), self._backed(name, bounds, hint))
         self._interned: dict[Any, FakeTensor] = {}
+        self._private: dict[int, Any] = {}
         self._types: dict[int, TensorType] = {}
         self._results: dict[Any, tuple[Any, ...]] = {}
 
@@ -103,6 +105,15 @@ class Inference:
         key = (result.dtype, result.device, _freeze(result.shape), _freeze(result.stride()), _freeze(result.storage_offset()))
         return self._interned.setdefault(key, result)
 
+    def private(self, fake: Any) -> Any:
+        """A fake of the same type that no other value shares (torch remembers data-dependent sizes on the fake itself)."""
+        if not isinstance(fake, FakeTensor) or id(fake) in self._private:
+            return fake
+        with _oblivious(), self._mode:
+            found = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+        self._private[id(found)] = found
+        return found
+
     # running
 
     def run(self, op: str, args: Sequence[Any], attrs: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
@@ -112,9 +123,8 @@ class Inference:
         is unknown, refuses these operands, or would fix or unify a named symbol.
         """
         attrs = attrs or {}
-        called = bodies(op, args)
-        if called:
-            return _call(self, op, *called[0])
+        if op in _BODIES:
+            return _call(self, op, *_BODIES[op](args)[0])
         key = (op, _freeze(tuple(args)), _freeze(tuple(attrs.items())))
         found = self._results.get(key)
         if found is None:
@@ -284,12 +294,19 @@ def _bind_nodes(inference: Inference, graph: Graph, fakes: dict[Value, Any]) -> 
 
 def infer_node(inference: Inference, node: Node, fakes: dict[Value, Any]) -> tuple[Any, ...]:
     """Results of one node, given the fakes of its operands (a Const gets its own when it is met first)."""
+    if node.inputs() and _depends_on_data(node.op):
+        # Equal types are not equal data: such sizes belong to this very value.
+        fakes.update({value: inference.private(_read(inference, value, fakes)) for value in node.inputs()})
     args = [substitute(inference, arg, fakes) for arg in node.args]
     attrs = {name: substitute(inference, arg, fakes) for name, arg in node.attrs.items()}
     results = inference.run(node.op, args, attrs)
     for result, value in zip(results, node.outputs, strict=False):
         inference.adopt(result, value.type)
     return results
+
+
+def _depends_on_data(op: str) -> bool:
+    return bool(_DATA_TAGS.intersection(getattr(resolve(op), "tags", ())))
 
 
 def substitute(inference: Inference, arg: Arg, fakes: dict[Value, Any]) -> Any:
@@ -318,9 +335,11 @@ _BODIES: Mapping[str, Callable[[Sequence[Any]], tuple[tuple[Any, Sequence[Any]],
 }
 
 
-def bodies(op: str, args: Sequence[Any]) -> tuple[tuple[Graph, Sequence[Any]], ...]:
-    """The sub-graphs that `op` runs and the operands of each, out of the arguments (Values or fakes); () for an ordinary operator."""
-    return _BODIES[op](args) if op in _BODIES else ()
+def called_bodies(inference: Inference, node: Node, fakes: dict[Value, Any]) -> tuple[tuple[Graph, Sequence[Any]], ...]:
+    """The sub-graphs that a node runs, each with the fakes of its operands; () for an ordinary operator."""
+    if node.op not in _BODIES:
+        return ()
+    return _BODIES[node.op]([substitute(inference, arg, fakes) for arg in node.args])
 
 
 def _call(inference: Inference, op: str, graph: Graph, operands: Sequence[Any]) -> tuple[Any, ...]:

@@ -48,8 +48,8 @@ class Site:
     """A unique weight with all its applications; rewritten in all places or in none.
 
     `path`: dotted path of the parameter without a trailing ".weight" ("encoder.layer.0.attention.self.query"), with "[a:b]" for a slice
-    along the out axis. `weight()` gives [out, in], or [batch, out, in] for an expert stack, in the stored dtype. `rows`: (a, b) of the
-    slice in the stored constant, None for the whole. `gathers`: nodes that read the constant as an embedding table (a head tied to a table).
+    along the out axis. `weight()` gives [out, in], or [batch, out, in] for an expert stack, in the stored dtype. `rows`: (a, b) of that
+    slice in the constant, None for the whole. `gathers`: nodes that read the constant as an embedding table (a head tied to a table).
     `blocked`: why no method may take this site (overlapping slices ...), None normally.
     """
 

@@ -164,11 +164,12 @@ def _node(s: Scanner, parts: _Parts) -> None:
     args: list[Arg] = []
 
     def operand() -> bool:
+        at = s.at
         key = s.take(r"[A-Za-z_]\w*=")
         if key:
             attrs[key[:-1]] = _arg(s, parts)
         elif attrs:
-            s.fail("a positional argument after one with a name")
+            s.fail("a positional argument after one with a name", at)
         else:
             args.append(_arg(s, parts))
         return True
@@ -212,6 +213,7 @@ def _name(s: Scanner) -> str:
 
 
 def _type(s: Scanner) -> Type:
+    s.blanks()
     at = s.at
     word = s.expect(r"\w+", "a type")
     if s.text[s.at : s.at + 1] == "[":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
@@ -78,14 +78,22 @@ class CompiledModule(torch.nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         weights = {const.path: self._held(const).detach() for const in self._mm_graph.state}
         trains = {const.path: self._held(const).requires_grad for const in self._mm_graph.state}
-        return _rebuild, (print_graph(self._mm_graph), weights, trains, self.training)
+        signature = self._mm_graph.signature
+        # The classes travel too: importing them registers them as pytrees, which reading the text needs.
+        classes = (*_classes(signature.in_spec), *_classes(signature.out_spec))
+        return _rebuild, (print_graph(self._mm_graph), weights, trains, self.training, classes)
 
 
-def _rebuild(text: str, weights: Mapping[str, torch.Tensor], trains: Mapping[str, bool], training: bool) -> CompiledModule:
+def _rebuild(text: str, weights: Mapping[str, torch.Tensor], trains: Mapping[str, bool], training: bool, classes: Any) -> CompiledModule:
     module = CompiledModule(parse_graph(text, weights), weights)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trains.get(name, parameter.requires_grad))
     return module.train(training)
+
+
+def _classes(spec: TreeSpec) -> tuple[type, ...]:
+    own = () if spec.is_leaf() or spec.type is None else (spec.type,)
+    return (*own, *(kind for child in spec.children() for kind in _classes(child)))
 
 
 def _moved(node: Node, traced: str, device: torch.device) -> Node:

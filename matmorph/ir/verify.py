@@ -15,7 +15,7 @@ from typing import Any
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Arg, Graph, Node, Value, map_values, values_in
-from matmorph.ir.infer import Inference, bodies, infer_node, substitute
+from matmorph.ir.infer import Inference, called_bodies, infer_node
 from matmorph.ir.text import statements
 
 _AROUND = 5
@@ -88,7 +88,7 @@ def _check_types(graph: Graph, inference: Inference, fakes: dict[Value, Any]) ->
             inferred = inference.type_of(result)
             if not inference.equal(value.type, inferred):
                 raise _fault(graph, node, f"%{value.name} is stored as {value.type}, but {node.op} gives {inferred}")
-        for body, operands in bodies(node.op, [substitute(inference, arg, fakes) for arg in node.args]):
+        for body, operands in called_bodies(inference, node, fakes):
             for value, operand in zip(body.inputs, operands, strict=True):
                 if not inference.equal(value.type, inference.type_of(operand)):
                     raise _fault(graph, node, f"%{value.name} is a {value.type}, but {node.op} passes a {inference.type_of(operand)}")
@@ -167,7 +167,7 @@ def _retyped(value: Value, result: Any, inference: Inference) -> Value:
 def _retyped_bodies(node: Node, inference: Inference, fakes: dict[Value, Any]) -> dict[Graph, Graph]:
     """The sub-graphs of a node that change."""
     found: dict[Graph, Graph] = {}
-    for body, operands in bodies(node.op, [substitute(inference, arg, fakes) for arg in node.args]):
+    for body, operands in called_bodies(inference, node, fakes):
         inputs = {old: _retyped(old, operand, inference) for old, operand in zip(body.inputs, operands, strict=True)}
         new = _retype(_with_inputs(body, inputs), inference, dict(zip(inputs.values(), operands, strict=True)))
         if new is not body:

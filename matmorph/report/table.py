@@ -157,7 +157,7 @@ def _columns(table: Table, console: Console, names: Iterable[str], numeric: Iter
 def _summarised(console: Console, report: Report, groups: int, every: bool) -> bool:
     shorter = not every and len(report.sites) > LONG and groups < len(report.sites)
     if shorter:
-        console.print(f"{len(report.sites)} matmul sites in {groups} groups (--all lists every site)")
+        console.print(f"{len(report.sites)} sites in {groups} groups (--all lists every site)")
     return shorter
 
 
@@ -224,8 +224,6 @@ def print_totals(console: Console, report: Report) -> None:
     width = max(len(change(pair, unit)) for _, pair, unit in figures)
     for name, pair, unit in figures:
         console.print(f"  {name:<15} {change(pair, unit):<{width}}  {percent(pair):>7}")
-    if totals.trainable:
-        console.print(f"  {'trainable':<15} {count(totals.trainable)}")
 
 
 def _print_reasons(console: Console, report: Report) -> None:

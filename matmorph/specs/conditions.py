@@ -15,14 +15,14 @@ from matmorph.specs.numbers import Comparison, Layers
 from matmorph.specs.pattern import Pattern
 from matmorph.specs.pattern_match import Occurrence
 
-_ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
+_ATTENTION = ("q", "k", "v", "qkv", "kv", "qk", "qv", "o")
 _MLP = ("gate", "up", "gate_up", "fc1", "fc2", "down")
 ROLES: tuple[str, ...] = (
     *(f"attention.{part}" for part in _ATTENTION),
     *(f"cross_attention.{part}" for part in _ATTENTION),
     *(f"mlp.{part}" for part in _MLP),
     "moe.router",
-    *(f"moe.{part}" for part in _MLP),
+    *(f"moe.{part}" for part in (*_MLP, "other")),
     "head",
     "embedding",
     "other",
@@ -33,14 +33,17 @@ OPS: tuple[str, ...] = ("matmul", "linear", "addmm", "mm", "einsum", "conv1x1", 
 """What `op` takes: `matmul` = every weight matmul in whatever form, `embedding` = tables (also one tied to a head), else one form."""
 
 
-def read_statistic(name: str, site: Site) -> float:
-    """A statistic of `site.weight()`, read one matrix at a time, in float64; of an expert stack, the largest over its matrices.
+def read_statistic(name: str, site: Site) -> float | None:
+    """A statistic of `site.weight()`, read one matrix at a time, in float64; of an expert stack, the largest over its matrices. None for
+    a weight on the meta device, which has no numbers.
 
     `effective_rank`: exp of the Shannon entropy of the singular values divided by their sum (Roy & Vetterli, "The effective rank: a
     measure of effective dimensionality", EUSIPCO 2007, eq. 1-4); between 1 and min(in, out), 0 for a zero matrix.
     `outlier_ratio`: max |w| / sqrt(mean(w^2)), at least 1; 0 for a zero matrix. RewriteError: NaN or Inf in the weight.
     """
     weight = site.weight().detach()
+    if weight.is_meta:
+        return None
     matrices = weight.unbind(0) if weight.dim() == 3 else (weight,)
     values = []
     for matrix in matrices:
@@ -80,7 +83,7 @@ class Facts:
     site: Site
     layers: int = 0
     occurrences: Callable[[Pattern], tuple[Occurrence, ...]] = _no_occurrences
-    statistic: Callable[[str, Site], float] = read_statistic
+    statistic: Callable[[str, Site], float | None] = read_statistic
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,11 +203,11 @@ class StatisticCondition(Condition):
     comparisons: tuple[Comparison, ...]
 
     def _read(self, facts: Facts) -> float:
-        weight_is_meta = facts.site.const.load().is_meta
-        if weight_is_meta:
+        number = facts.statistic(self.key, facts.site)
+        if number is None:
             message = f"{self.key} reads the weight of {facts.site.path}, and this model is on the meta device"
             raise SpecError(message, at=self.at, keypath=self.keypath)
-        return facts.statistic(self.key, facts.site)
+        return number
 
     def holds(self, facts: Facts) -> bool:
         number = self._read(facts)

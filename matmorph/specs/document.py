@@ -149,7 +149,7 @@ class RewriteKind:
         for index, ((use, tree), kind) in enumerate(zip(uses, kinds, strict=True)):
             problem = _misplaced(kinds, index)
             if problem and isinstance(tree, MapTree):
-                raise tree.key_error(use.method, f"{problem} ({use.method} is a {kind} method)")
+                raise tree.key_error(use.method, f"{problem} ({use.method} is of kind {kind})")
         return tuple(use for use, _ in uses)
 
     def kind(self, method: str) -> str:
@@ -161,7 +161,7 @@ class RewriteKind:
     def schema(self) -> JsonSchema:
         method, alternative = {"$ref": "#/$defs/method"}, {"$ref": "#/$defs/alternative"}
         any_of = {"type": "array", "items": alternative, "minItems": 1, "description": "alternatives to choose from (not supported yet)"}
-        choice: JsonSchema = {"type": "object", "properties": {"any_of": any_of}, "required": ["any_of"], "additionalProperties": False}
+        choice: JsonSchema = {"type": "object", "properties": {"any_of": any_of}, "minProperties": 1, "additionalProperties": False}
         return {"oneOf": [{"const": "keep"}, method, {"type": "array", "items": method, "minItems": 1}, choice]}
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from matmorph.specs.schema import MethodUse, Rule, Spec, Stage
-from matmorph.specs.tree import MapTree, SeqTree, Tree, to_data
+from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree, to_data
 from matmorph.specs.typed import to_plain
 
 SCHEMA_LINE = "# yaml-language-server: $schema=schema.json"
+_TEXT = "tag:yaml.org,2002:str"
 _WIDTH = 110  # characters; a mapping or list that fits is written on one line
 
 
@@ -83,7 +84,18 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else None
+    if not text.replace("\n", "").isprintable():  # control characters survive only as escapes
+        style = '"'
+    elif to_data(Scalar(None, "", text, plain=True)) != text:  # a text that looks like a number
+        style = "'"
+    return dumper.represent_scalar(_TEXT, text, style=style)
+
+
+def _represent_float(dumper: yaml.SafeDumper, number: float) -> yaml.Node:
+    """Its shortest form, which our reader takes back exactly: 1e-05, where PyYAML prints 1.0e-05."""
+    text = repr(number)
+    return dumper.represent_scalar("tag:yaml.org,2002:float" if "." in text else _TEXT, text)
 
 
 def _represent_mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:
@@ -100,5 +112,6 @@ def _is_short(data: Any) -> bool:
 
 
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(float, _represent_float)
 _Dumper.add_representer(dict, _represent_mapping)
 _Dumper.add_representer(list, _represent_list)

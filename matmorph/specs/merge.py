@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from matmorph.specs.kinds import NULLS, plain_text
@@ -19,11 +19,12 @@ from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree
 
 OWN_KEYS = ("name", "extends")  # say something about one file alone and are not inherited
 NAMED_LISTS = ("rules", "stages")
-CONDITIONS = ("match", "select")
 CHOICES: Mapping[str, Collection[str] | None] = {"rewrite": None, "optimizer": None, "rank": tuple(RANK_KINDS)}
 """Keys whose mapping is one of several alternatives: the keys that name the alternative, None = all."""
 
 MAX_RULES = 1000
+
+Merge = Callable[[str, Tree, Tree], Tree]  # (key, base, top) -> what stands under the key
 
 
 def extend(base: MapTree, top: MapTree) -> MapTree:
@@ -38,22 +39,31 @@ def extend(base: MapTree, top: MapTree) -> MapTree:
 
 def _merge(key: str, base: Tree, top: Tree) -> Tree:
     if isinstance(base, MapTree) and isinstance(top, MapTree):
-        return top if _other_choice(key, base, top) else _merge_mapping(base, top, whole=key in CONDITIONS)
+        return top if _other_choice(key, base, top) else _merge_mapping(base, top, _BELOW.get(key, _merge))
     if key in NAMED_LISTS and isinstance(base, SeqTree) and isinstance(top, SeqTree):
         return _merge_named(base, top)
     return top
 
 
-def _merge_mapping(base: MapTree, top: MapTree, whole: bool = False) -> MapTree:
-    """`whole`: values are replaced, not merged."""
+def _replace(key: str, base: Tree, top: Tree) -> Tree:
+    return top
+
+
+def _merge_selection(name: str, base: Tree, top: Tree) -> Tree:
+    return _merge("match", base, top)
+
+
+_BELOW: Mapping[str, Merge] = {"match": _replace, "select": _merge_selection}
+"""How the values of a mapping under such a key merge."""
+
+
+def _merge_mapping(base: MapTree, top: MapTree, below: Merge = _merge) -> MapTree:
     items = dict(base.items)
     for key, tree in top.items.items():
         if key in items and plain_text(tree) in NULLS:
             del items[key]
-        elif key in items and not whole:
-            items[key] = _merge(key, items[key], tree)
         else:
-            items[key] = tree
+            items[key] = below(key, items[key], tree) if key in items else tree
     return replace(top, items=items, key_at={**base.key_at, **top.key_at})
 
 

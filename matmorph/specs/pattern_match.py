@@ -28,7 +28,7 @@ Digraph: TypeAlias = Any
 """An `nx.DiGraph` whose nodes are ints (networkx is typed only in part)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Occurrence:
     """One place where a pattern holds. `captures`: a Site for each captured weight matmul, else the Value."""
 
@@ -105,8 +105,12 @@ def _weight_matmul(site: Site, application: Application, computed: Mapping[Value
 
 
 def _is_layout(node: Node) -> bool:
+    """Whether a node only moves elements; a slice that takes everything (the `:` of `x[:, None, :]`) does too."""
     source = node.args[0] if node.args else None
-    return node.op.startswith("aten.") and base_name(node.op) in LAYOUT_OPS and isinstance(source, Value) and len(node.outputs) == 1
+    if not node.op.startswith("aten.") or not isinstance(source, Value) or len(node.outputs) != 1:
+        return False
+    name = base_name(node.op)
+    return name in LAYOUT_OPS or (name == "slice" and node.output.type == source.type)
 
 
 def _computed_values(graph: Graph) -> dict[Value, Value]:

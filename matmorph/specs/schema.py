@@ -154,7 +154,10 @@ class MethodUse:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which sites, and what becomes of them. The first rule that matches a site owns it. `rewrite` () is `keep`."""
+    """Which matmuls, and what becomes of them; the first rule that matches one owns it.
+
+    `rewrite` () is `keep`; after loading, `name` is never empty.
+    """
 
     match: Match = field(compare=False, metadata={"doc": "conditions that all hold for a site of this rule"})
     rewrite: tuple[MethodUse, ...] = field(metadata={"doc": "a method, a list of methods (a replacing one first), any_of, or keep"})
@@ -169,9 +172,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One run of select ... rewrite. `rules:` alone is one stage without a name.
+    """One run of selecting and rewriting; it sees what the stages before it made.
 
-    `tolerance` and `calibration` are already those of the spec where the stage says nothing.
+    `rules:` without `stages:` is one stage with the name None. `tolerance` and `calibration` are already those of the spec where the stage
+    says nothing.
     """
 
     name: str | None = field(metadata={"doc": "name of the stage"})

@@ -289,6 +289,7 @@ _SYNTAX: tuple[tuple[str, str], ...] = (
     (r"could not find expected ':'", "a key needs ': ' and a value"),
     (r"scanning a quoted scalar", "a quote is not closed, or \\ begins an unknown escape (single quotes have none)"),
     (r"parsing a block (mapping|collection)", "the indentation does not fit the lines above, or text follows a closed quote"),
+    (r"expected '<document start>'", "something stands beside the mapping; all keys of the spec begin in one column"),
     (r"undefined tag handle|scanning a tag|parsing a node", "YAML tags are not allowed; quote a value that begins with !"),
 )
 

@@ -147,7 +147,7 @@ class Record:
             if key not in mapping.items:
                 if field.required:
                     raise mapping.error(f"{key} is missing", [f"{key}: {field.doc}"] if field.doc else [])
-            elif extra is field and isinstance(field.kind, Own):
+            elif extra and key == extra.key and isinstance(field.kind, Own):
                 taken = {name: mapping.items[name] for name in beside_keys if name in mapping.items}
                 values[field.name] = field.kind.type.from_tree(mapping.items[key], taken)
             else:
@@ -188,7 +188,8 @@ class Field:
         return self.kind.type.BESIDE if isinstance(self.kind, Own) else {}
 
     def default_schema(self) -> JsonSchema:
-        return {} if self.required or self.default is None else {"default": to_plain(self.default)}
+        plain = None if self.required else to_plain(self.default)
+        return {} if plain in (None, "", [], {}) else {"default": plain}
 
 
 def _field(field: dataclasses.Field[Any], kind: Kind) -> Field:

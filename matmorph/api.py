@@ -1,0 +1,163 @@
+"""The public functions: load_spec, plan, compile, inspect_model, explain, trace.
+
+import matmorph as mm
+compiled = mm.compile(model, "low-rank-60", example_inputs, dynamic_shapes=..., calibration=batches)
+compiled.save("out/")
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Graph
+from matmorph.ir.matmuls import find_sites
+from matmorph.ir.to_torch import CompiledModule, to_torch
+from matmorph.ir.trace import trace
+from matmorph.models import Model
+from matmorph.passes.explain import Explanation
+from matmorph.passes.explain import explain as explain_site
+from matmorph.passes.methods import Method, method_table
+from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
+from matmorph.report.model import Report
+from matmorph.saving import Job, save
+from matmorph.specs.load import load_spec as read_spec
+from matmorph.specs.schema import Spec
+
+__all__ = ["Compiled", "Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""(what is going on, how much of it is done, of how much or None)."""
+
+SpecSource: TypeAlias = "Spec | str | os.PathLike[str] | Mapping[str, Any]"
+
+
+def load_spec(source: SpecSource) -> Spec:
+    """A library name, a path or a dict as a checked Spec; a Spec is given back as it is. Raises SpecError with file:line:column."""
+    if isinstance(source, Spec):
+        return source
+    if isinstance(source, Mapping | str):
+        return read_spec(source, method_table())
+    if isinstance(source, os.PathLike):
+        return read_spec(Path(source), method_table())
+    raise InputError(f"a spec is a library name, a path or a dict, got {type(source).__name__}")
+
+
+def _methods() -> dict[str, Method]:
+    return {name: method() for name, method in method_table().items()}
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__
+
+
+def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Report:
+    """Every matmul site as it is: rows of status "unclaimed"."""
+    return inspect_graph(trace(model, example_inputs, dynamic_shapes), _name(model))
+
+
+def plan(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None) -> Report:
+    """What `compile` would do and what it would cost; needs no weights (a model on the meta device will do), calibration or labels.
+
+    The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
+    """
+    loaded = load_spec(spec)
+    return plan_graph(trace(model, example_inputs, dynamic_shapes), loaded, _methods(), _name(model))
+
+
+def explain(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str) -> Explanation:
+    """Why the site at `path` is or is not claimed: each rule of the first stage, condition by condition. Raises InputError for a path
+    that is no site (with the nearest)."""
+    loaded = load_spec(spec)
+    graph = trace(model, example_inputs, dynamic_shapes)
+    return explain_site(loaded.stages[0], graph, find_sites(graph), path)
+
+
+def compile(
+    model: Any,
+    spec: SpecSource,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int | None = None,
+    *,
+    progress: Progress | None = None,
+    onnx_lowerings: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Compiled:
+    """Rewrites the model's matmuls by the spec.
+
+    model: nn.Module, fx.GraphModule or ExportedProgram. example_inputs: a dict = keyword arguments, a tuple = positional; dynamic_shapes
+    mirrors it with axis names ({"input_ids": {0: "batch", 1: "seq"}}), None = static. calibration: batches like the example inputs, for
+    methods that need data; where given, every claimed site's output error is measured. seed: None = the spec's. onnx_lowerings:
+    translations of your own operators for the export (torch operator -> onnxscript function).
+
+    Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
+    hold, 1). The model itself is not changed.
+    """
+    loaded = load_spec(spec)
+    show = progress or silent
+    started = time.perf_counter()
+    show("tracing", 0, 1)
+    graph = trace(model, example_inputs, dynamic_shapes)
+    show("tracing", 1, 1)
+    if graph.device == "meta":
+        raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
+    used = loaded.seed if seed is None else seed
+    traced = time.perf_counter()
+    done = compile_graph(graph, loaded, _methods(), _name(model), calibration=calibration, seed=used, progress=show)
+    seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
+    return Compiled(Job(loaded, done.source, done.graph, done.report, example_inputs, onnx_lowerings or {}, seconds), show)
+
+
+class Compiled:
+    """A rewritten model.
+
+    `graph` and `source`: the IR after and before. `module`: a torch module with weights of its own. `report`: what was done to each site;
+    `save` adds the parity of the export to it.
+    """
+
+    def __init__(self, job: Job, progress: Progress = silent) -> None:
+        self._job = job
+        self._progress = progress
+
+    @property
+    def spec(self) -> Spec:
+        """The spec, resolved."""
+        return self._job.spec
+
+    @property
+    def source(self) -> Graph:
+        """The traced model, before any rewrite."""
+        return self._job.source
+
+    @property
+    def graph(self) -> Graph:
+        """The rewritten graph."""
+        return self._job.graph
+
+    @property
+    def report(self) -> Report:
+        """A row per site and totals; after `save` also the parity of the export."""
+        return self._job.report
+
+    @cached_property
+    def module(self) -> CompiledModule:
+        """The rewritten model as a torch module in eval mode, called like the source; made on first use (a copy of all weights)."""
+        return to_torch(self.graph)
+
+    def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
+        """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.
+
+        force: replace an existing artefact folder. Raises InputError (the folder exists, cannot be written, disk full), ExportError and
+        CheckError (parity).
+        """
+        path = Path(folder)
+        report = save(path, self._job, force, self._progress)
+        self._job = replace(self._job, report=report)
+        return path

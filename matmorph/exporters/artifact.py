@@ -1,0 +1,234 @@
+"""The artefact folder, written whole or not at all: everything goes into a temporary sibling folder, which takes the name at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from matmorph.errors import InputError, VerifyError
+from matmorph.exporters.lowering import Lowerings
+from matmorph.exporters.onnx_model import FileInfo, OnnxInfo, Port, Progress, export_onnx
+from matmorph.exporters.vectors import Case
+from matmorph.ir.core import Graph
+
+if TYPE_CHECKING:
+    from matmorph.specs.schema import Export
+
+FORMAT = 1
+"""Of manifest.json; `matmorph.runtime` reads this one."""
+
+REPORT, PAGE, SPEC, CHECK, MANIFEST, RUN = "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """`report`: the data of report.json; `html`: the text of report.html."""
+
+    report: Mapping[str, Any]
+    html: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifact:
+    """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
+    answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
+    run them, and what it raises leaves nothing behind; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest."""
+
+    graph: Graph
+    export: Export
+    version: str
+    source_sha256: str
+    spec: str
+    describe: Callable[[Path, OnnxInfo], Described]
+    cases: Sequence[Case]
+    run: Callable[[], Mapping[str, Any]] = dict
+    notes: Sequence[str] = ()
+    onnx_lowerings: Lowerings | None = field(default=None)
+
+
+def write_artifact(
+    folder: str | Path,
+    artifact: Artifact,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> OnnxInfo:
+    """Writes the folder, whole or not at all.
+
+    Raises InputError for a folder that exists or cannot be written (see `staged_folder`), and what `export_onnx` raises.
+    """
+    with staged_folder(folder, force) as staging:
+        info = export_onnx(artifact.graph, staging, artifact.export, artifact.onnx_lowerings, progress)
+        files = {**info.files, **_written(staging, {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info))})}
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
+        described = artifact.describe(staging, info)
+        files |= _written(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
+        (staging / RUN).write_bytes(json_bytes(artifact.run()))
+    return info
+
+
+def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:
+    """Writes the files; their hashes and sizes."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+
+
+def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileInfo]) -> dict[str, Any]:
+    """manifest.json as plain data; `ranges` lists what the model demands of each axis, [low, high] with high null = unbounded."""
+    return {
+        "format": FORMAT,
+        "matmorph": artifact.version,
+        "source": {"weights_sha256": artifact.source_sha256},
+        "inputs": [port.to_dict() for port in info.inputs],
+        "outputs": [port.to_dict() for port in info.outputs],
+        "ranges": {name: [limits.low, limits.high] for name, limits in artifact.graph.ranges.items()},
+        "precision": info.precision,
+        "tolerance": info.tolerance,
+        "opset": info.opset,
+        "target": list(artifact.export.target),
+        "notes": list(artifact.notes),
+        "files": {name: files[name].to_dict() for name in sorted(files)},
+    }
+
+
+def _arrays(cases: Sequence[Case], info: OnnxInfo) -> dict[str, np.ndarray[Any, Any]]:
+    """`input:<name>:<k>` and `output:<name>:<k>`. Inputs take the dtype of the exported graph (float32 where the source took half)."""
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for number, case in enumerate(cases):
+        for port in info.inputs:
+            found[f"input:{port.name}:{number}"] = _as(case.inputs[port.name], port)
+        for port in info.outputs:
+            found[f"output:{port.name}:{number}"] = np.asarray(case.outputs[port.name])
+    return found
+
+
+def _as(array: np.ndarray[Any, Any], port: Port) -> np.ndarray[Any, Any]:
+    return array if port.dtype == "bfloat16" else np.asarray(array, np.dtype(port.dtype))
+
+
+def json_bytes(data: Mapping[str, Any]) -> bytes:
+    """Readable, and the same bytes for the same data. Raises VerifyError for NaN or infinity, which JSON does not have."""
+    try:
+        return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise VerifyError(f"a figure that is not finite cannot be written to JSON ({error})") from error
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    """What `numpy.load` reads, without the clock that `numpy.savez` puts into the zip directory; stored, not compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            entry = io.BytesIO()
+            np.lib.format.write_array(entry, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), entry.getvalue())
+    return buffer.getvalue()
+
+
+def refuse_existing(folder: str | Path, force: bool) -> None:
+    """Raises InputError where `staged_folder` would refuse: worth asking before hours of work.
+
+    An existing folder needs `force`, and even then only an empty one or an earlier artefact (it has a manifest.json of ours) is replaced.
+    """
+    path = Path(folder)
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise InputError(f"{path} exists and is not a folder")
+    if not force:
+        raise InputError(f"{path}: the folder exists", ["choose another folder, or replace it with --force (force=True)"])
+    if any(path.iterdir()) and not is_artifact(path):
+        raise InputError(
+            f"{path} holds something other than an artefact and is not replaced, even with --force",
+            ["choose another folder, or empty this one yourself"],
+        )
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder has a manifest.json that matmorph wrote."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "matmorph" in data and "format" in data
+
+
+@contextlib.contextmanager
+def staged_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when it does not.
+
+    Parent folders are made where they lack. Raises InputError for a folder that exists (see `refuse_existing`), that cannot be written,
+    and for a full disk; an older artefact stays as it was in each case.
+    """
+    path = Path(folder)
+    refuse_existing(path, force)
+    target = path.absolute()
+    made = [parent for parent in target.parents if not parent.exists()]
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        staging.chmod(0o777 & ~_umask(staging))
+        yield staging
+        _exchange(staging, target)
+    except OSError as error:
+        raise InputError(_reason(path, error)) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if not target.exists():
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def _umask(folder: Path) -> int:
+    """The process's file mask, read from a file made under it: asking for it would change it for other threads."""
+    probe = folder / "probe"
+    probe.touch(mode=0o777)
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return 0o777 & ~mode
+
+
+def _exchange(staging: Path, target: Path) -> None:
+    """Renames; an old folder is moved aside first, comes back if the new one cannot take its place, and goes only then."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old = aside / target.name
+    try:
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def _reason(folder: Path, error: OSError) -> str:
+    if error.errno in _FULL:
+        return f"{folder} cannot be written: the disk is full ({error.strerror}); nothing was left behind"
+    if error.errno in _DENIED:
+        return f"{folder} cannot be written: no permission ({error.strerror})"
+    return f"{folder} cannot be written: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")

@@ -1,0 +1,269 @@
+"""A Graph as `model.onnx` + `model.onnx.data`: the skeleton is built on fake weights, then each weight is loaded, cast, hashed and
+written in turn, so memory never holds more than one of them and the data file may be of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import sympy
+import torch
+
+from matmorph.errors import ExportError, VerifyError
+from matmorph.exporters.cleanup import clean, name_everything, remove_unused, unique
+from matmorph.exporters.lowering import Lowerings, lower
+from matmorph.exporters.precision import check_target, convert, parity_tolerance
+from matmorph.ir.core import Const, Graph, Value
+from matmorph.ir.to_export import to_exported_program
+from matmorph.ir.types import TensorType, format_dim
+
+if TYPE_CHECKING:
+    from matmorph.specs.schema import Export
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+
+_DTYPES: Mapping[ir.DataType, torch.dtype] = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.BOOL: torch.bool,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
+}
+
+_PAGE, _LINE, _LARGE = 4096, 64, 65536
+"""Large weights start on a memory page so that a session can map them, others on a cache line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output: numpy's dtype name ("int64", "bfloat16") and dims as numbers or expressions of axis names ("batch*seq")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Hash and size of a written file."""
+
+    sha256: str
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sha256": self.sha256, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxInfo:
+    """What was written. `bytes`: of all weights in the data file, padding not counted; `tolerance`: of a parity check, relative to
+    max(1, |reference|)."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opset: int
+    precision: str
+    tolerance: float
+    bytes: int
+    nodes: int
+    files: Mapping[str, FileInfo]
+
+
+Progress = Callable[[str, int], None]
+"""Called with the path and the bytes of each weight when it has been written."""
+
+
+def export_onnx(
+    graph: Graph, folder: Path, export: Export, onnx_lowerings: Lowerings | None = None, progress: Progress | None = None
+) -> OnnxInfo:
+    """Writes `model.onnx` and `model.onnx.data` into an existing folder; equal graphs give equal bytes.
+
+    Raises ExportError for a precision, opset, operator or weight that cannot be written, VerifyError where ONNX's own checker refuses the
+    result, OSError from the file system.
+    """
+    stored = [const.tensor.dtype for const in graph.used_state()]
+    check_target(export.precision, export.target, stored)
+    model = skeleton(graph, export.opset, export.precision, onnx_lowerings)
+    weights = _weights(model, graph)
+    with (folder / DATA).open("wb") as file:
+        data, total = _write_weights(file, weights, progress)
+    text = _serialized(model)
+    (folder / MODEL).write_bytes(text)
+    _check(folder / MODEL)
+    return OnnxInfo(
+        inputs=tuple(map(_port, model.graph.inputs)),
+        outputs=tuple(map(_port, model.graph.outputs)),
+        opset=export.opset,
+        precision=export.precision,
+        tolerance=parity_tolerance(export.precision, stored),
+        bytes=total,
+        nodes=len(model.graph),
+        files={MODEL: FileInfo(hashlib.sha256(text).hexdigest(), len(text)), DATA: data},
+    )
+
+
+def skeleton(graph: Graph, opset: int = 21, precision: str = "fp32", onnx_lowerings: Lowerings | None = None) -> ir.Model:
+    """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
+    model = lower(to_exported_program(graph), opset, onnx_lowerings)
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    _name_ports(model, graph)
+    clean(model)
+    convert(model, precision)
+    remove_unused(model.graph)
+    _separate_outputs(model.graph)
+    _name_axes(model, graph)
+    fixed = [*(str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)), *model.graph.initializers]
+    name_everything(model, fixed)
+    model.producer_name, model.producer_version = "matmorph", ""
+    model.graph.name = "main"
+    return model
+
+
+def _name_ports(model: ir.Model, graph: Graph) -> None:
+    """Inputs and outputs get the names of the signature, and exactly its dims."""
+    entries = [entry for entry in graph.signature.inputs if entry.value is not None]
+    weights = set(model.graph.initializers)
+    for value, entry in zip(model.graph.inputs, entries, strict=True):
+        if entry.name in weights:
+            raise ExportError(
+                f"input {entry.name} has the name of a weight, and ONNX has one name space for both",
+                ["rename the argument of forward, or wrap the model in a module of its own"],
+            )
+        value.name = entry.name
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    """A result that is an input, a weight or another output too gets a node of its own, because ONNX wants distinct names."""
+    seen: set[ir.Value] = set()
+    for index, value in enumerate(list(graph.outputs)):
+        if value in seen or value.producer() is None:
+            copy = ir.Value(name=None, type=value.type, shape=value.shape)
+            graph.append(ir.node("Identity", [value], outputs=[copy]))
+            graph.outputs[index] = copy
+        seen.add(value)
+
+
+def _name_axes(model: ir.Model, graph: Graph) -> None:
+    """Replaces the symbols of the translation by axis names everywhere, and names the outputs."""
+    names: dict[str, str] = {}
+    for value, source in zip(model.graph.inputs, graph.inputs, strict=True):
+        for dim, wanted in zip(value.shape or (), source.tensor.shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(wanted, sympy.Symbol):
+                names[str(dim.value)] = str(wanted)
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+    for value, source in zip(model.graph.inputs, graph.inputs, strict=True):
+        value.shape = _shape(source)
+    taken = {str(value.name) for value in model.graph.inputs} | set(model.graph.initializers)
+    results = [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
+    for value, (name, source) in zip(model.graph.outputs, results, strict=True):
+        value.name = unique(name, taken)
+        value.shape = _shape(source)
+
+
+def _shape(value: Value) -> ir.Shape:
+    dims = value.type.shape if isinstance(value.type, TensorType) else ()
+    return ir.Shape([dim if isinstance(dim, int) else format_dim(dim) for dim in dims])
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """A dim over axis names, None (unknown) where it depends on a symbol that no input carries."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    symbols = re.findall(r"\b[su]\d+\b", dim.value)
+    if any(symbol not in names for symbol in symbols):
+        return None
+    return re.sub(r"\b[su]\d+\b", lambda match: names[match.group()], dim.value)
+
+
+def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
+    """Initializers that await data with their Consts, in `state` order."""
+    waiting = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
+    found = [(waiting.pop(const.path), const) for const in graph.used_state() if const.path in waiting]
+    if waiting:
+        raise VerifyError(f"the translation made weights that the graph does not have: {', '.join(waiting)}")
+    return found
+
+
+def _write_weights(file: BinaryIO, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None) -> tuple[FileInfo, int]:
+    """Streams the weights; equal storage and dtype = written once. Gives every initializer its external reference."""
+    digest, position, total = hashlib.sha256(), 0, 0
+    written: dict[Any, tuple[int, int]] = {}
+    for value, const in weights:
+        dtype = _dtype(value)
+        key = (const.storage, dtype, const.nbytes) if const.storage else const
+        if key not in written:
+            data = _bytes_of(const, dtype)
+            padding = -position % (_PAGE if data.nbytes >= _LARGE else _LINE)
+            for block in (bytes(padding), data.data):
+                file.write(block)
+                digest.update(block)
+            position += padding
+            written[key] = (position, data.nbytes)
+            position += data.nbytes
+            total += data.nbytes
+        offset, length = written[key]
+        shape = ir.Shape(value.shape if value.shape is not None else ())
+        value.const_value = ir.ExternalTensor(DATA, offset, length, dtype, shape=shape, name=str(value.name), base_dir="")
+        if progress is not None:
+            progress(const.path, length)
+    return FileInfo(digest.hexdigest(), position), total
+
+
+def _bytes_of(const: Const, dtype: ir.DataType) -> npt.NDArray[np.uint8]:
+    tensor = const.load().detach()
+    if tensor.is_meta:
+        raise ExportError(f"weight {const.path} is on the meta device and has no data; load the model's weights before exporting")
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    wanted = _DTYPES.get(dtype)
+    if wanted is None:
+        raise ExportError(f"weight {const.path} is {tensor.dtype}, which this export does not write to ONNX")
+    cast = tensor.to(device="cpu", dtype=wanted).contiguous()
+    if wanted is torch.float16 and tensor.dtype is not wanted and not bool(torch.isfinite(cast).all() or not torch.isfinite(tensor).all()):
+        raise ExportError(f"weight {const.path} has values beyond the range of fp16 (65504); export with precision fp32 or bf16")
+    flat: npt.NDArray[np.uint8] = cast.reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerifyError("the exported file is not valid ONNX", str(error).splitlines()[:10]) from error
+
+
+def _port(value: ir.Value) -> Port:
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+    return Port(str(value.name), _dtype(value).numpy().name, dims)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise VerifyError(f"{value.name} has no element type in the translated graph")
+    return value.dtype

@@ -1,0 +1,198 @@
+"""Writing what replaces a site: rows in, fragments of the methods, their sum, the bias, and the layout the node had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import VerifyError
+from matmorph.ir.build import Builder, unique_name
+from matmorph.ir.core import Const, Node, Origin, Value, map_values
+from matmorph.ir.infer import Inference
+from matmorph.ir.site import Application, Fragment, Site
+from matmorph.passes.rows import RowView, emit, row_view
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One application read as rows: the value, and the nodes that make it."""
+
+    application: Application
+    view: RowView
+    rows: Value
+    nodes: tuple[Node, ...]
+
+
+class SiteScope:
+    """All applications of one site, each entered as rows once however many methods read them.
+
+    `rule`, `location`: go into the origin of every new node. `dotted`: names of all weights of the model; new ones are added.
+    """
+
+    def __init__(self, site: Site, builder: Builder, inference: Inference, rule: str, location: str | None, dotted: set[str]) -> None:
+        self.site = site
+        self._builder = builder
+        self._inference = inference
+        self._rule = rule
+        self._location = location
+        self._dotted = dotted
+        self._weight: Tensor | None = None
+        self._entries = tuple(self._enter(application) for application in site.applications)
+
+    def weight(self) -> Tensor:
+        """W, loaded once; `forget` lets go of it."""
+        if self._weight is None:
+            self._weight = self.site.weight().detach()
+        return self._weight
+
+    def forget(self) -> None:
+        self._weight = None
+
+    def builder_for(self, label: str, seed: int, before: Sequence[Fragment]) -> SiteBuilder:
+        """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it."""
+        return SiteBuilder(self, label, seed, tuple(before))
+
+    def close(self, fragments: Sequence[Fragment], keeps_node: bool) -> Mapping[Node, tuple[Node, ...]]:
+        """What stands in place of each application's node. `keeps_node`: the dense matmul stays, the fragments are added to it.
+
+        The result is bound to the node's own output Value, so nothing behind it changes. VerifyError where the type would differ.
+        """
+        return {
+            entry.application.node: self._close(entry, [(f.parts[k], f.outputs[k]) for f in fragments], keeps_node)
+            for k, entry in enumerate(self._entries)
+        }
+
+    def new_const(self, label: str, tensor: Tensor, trainable: bool) -> Const:
+        name = unique_name(f"{self.site.path}.{label}", self._dotted)
+        return self._builder.const(name, tensor.detach(), trainable=trainable, rule=self._rule)
+
+    def write(self, entry: Entry, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
+        """The value that `body` makes and the nodes it wrote, in the place of one application."""
+        source = entry.application.node.origin
+        return self._record(source, body)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self._entries
+
+    @property
+    def emitter(self) -> Builder:
+        return self._builder
+
+    def _record(self, source: Origin, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
+        self._builder.origin = replace(source, rule=self._rule, location=self._location)
+        mark = len(self._builder.nodes)
+        value = body()
+        return value, tuple(self._builder.nodes[mark:])
+
+    def _enter(self, application: Application) -> Entry:
+        view = row_view(self.site, application)
+        rows, nodes = self._record(application.node.origin, lambda: emit(self._builder, view.enter, application.x))
+        return Entry(application, view, rows, nodes)
+
+    def _close(self, entry: Entry, parts: Sequence[tuple[tuple[Node, ...], Value]], keeps_node: bool) -> tuple[Node, ...]:
+        node, target = entry.application.node, entry.application.output
+        dense: tuple[Node, ...] = ()
+        if keeps_node:
+            copy, dense = self._record(node.origin, lambda: self._builder(node.op, *node.args, name=f"{target.name}_dense", **node.attrs))
+            dense = tuple(replace(item, origin=node.origin) for item in dense)
+        values = [value for _, value in parts]
+        final, tail = self._record(node.origin, lambda: self._finish(entry, values, copy if keeps_node else None))
+        if not self._inference.equal(final.type, target.type):
+            raise VerifyError(f"{self.site.path}: the rewrite gives {final.type} where the matmul gives {target.type}")
+        written = (*dense, *entry.nodes, *(item for nodes, _ in parts for item in nodes), *tail)
+        return tuple(_rebind(item, final, target) for item in written)
+
+    def _finish(self, entry: Entry, values: Sequence[Value], dense: Value | None) -> Value:
+        """Sum, bias, layout; or, beside a dense matmul that stays, sum, layout, and the sum of both."""
+        b, bias = self._builder, entry.application.bias
+        y = values[0]
+        for value in values[1:]:
+            y = b("aten.add.Tensor", y, value)
+        if dense is not None:
+            return b("aten.add.Tensor", dense, emit(b, entry.view.leave, y))
+        if bias is not None and entry.view.bias_on_rows:
+            y = b("aten.add.Tensor", y, bias)
+        y = emit(b, entry.view.leave, y)
+        return y if bias is None or entry.view.bias_on_rows else b("aten.add.Tensor", y, bias)
+
+
+class SiteBuilder:
+    """What a method's `build` writes with (see `methods.FragmentBuilder`)."""
+
+    def __init__(self, scope: SiteScope, label: str, seed: int, before: tuple[Fragment, ...]) -> None:
+        self.seed = seed
+        self._scope = scope
+        self._label = label
+        self._before = before
+        self._entry: Entry | None = None
+
+    def weight(self) -> Tensor:
+        """W [out, in] or [batch, out, in] in the stored dtype: every method sees the original."""
+        return self._scope.weight()
+
+    def residual(self) -> Tensor:
+        """What the methods before this one leave of W, in float32 or better; W itself where there is none."""
+        w = self.weight()
+        left = w if w.dtype == torch.float64 else w.float()
+        for fragment in self._before:
+            left = left - fragment.weight()
+        return left
+
+    def const(self, name: str, tensor: Tensor, *, trainable: bool = True) -> Const:
+        """A new weight under the dotted name `<site path>.<method>.<name>`."""
+        return self._scope.new_const(f"{self._label}.{name}", tensor, trainable)
+
+    def __call__(self, op: str, *args: Any, name: str | None = None, **attrs: Any) -> Value:
+        """Any operator, inside a body."""
+        return self._scope.emitter(op, *args, name=name, **attrs)
+
+    def matmul(self, x: Value, const: Const, *, name: str | None = None) -> Value:
+        """x [.., in] times `const` [in, out], in the type of x. For an expert stack `const` is [batch, in, out]: the application's own
+        selection picks its matrices, or all are used at once."""
+        application = self._application()
+        wish = None if name is None else f"{application.output.name}_{name}"
+        operand: Value = const
+        if self._scope.site.batch is not None and application.select is not None:
+            operand = self("aten.index_select.default", operand, 0, application.select)
+        if operand.tensor.dtype != x.tensor.dtype:
+            operand = self("aten._to_copy.default", operand, dtype=x.tensor.torch_dtype)
+        return self("aten.matmul.default", x, operand, name=wish)
+
+    def fragment(self, body: Callable[[Value], Value], consts: Sequence[Const], weight: Callable[[], Tensor], **more: Any) -> Fragment:
+        """Emits `body(rows)` once per application: rows [.., in] to [.., out], without the bias. `more`: choice, bound, notes ..."""
+        parts, outputs = [], []
+        for entry in self._scope.entries:
+            self._entry = entry
+            value, nodes = self._scope.write(entry, lambda rows=entry.rows: body(rows))  # type: ignore[misc]
+            if not any(value in node.outputs for node in nodes):
+                raise VerifyError(f"{self._scope.site.path}: the fragment of {self._label} does not make its own output")
+            parts.append(nodes)
+            outputs.append(value)
+        self._entry = None
+        return Fragment(tuple(parts), tuple(outputs), tuple(consts), weight, **more)
+
+    def _application(self) -> Application:
+        if self._entry is None:
+            raise VerifyError("a matmul is emitted outside the body of a fragment")
+        return self._entry.application
+
+
+def _rebind(node: Node, old: Value, new: Value) -> Node:
+    """The node with one Value exchanged, in what it reads and in what it makes."""
+    if old not in node.outputs and old not in node.inputs():
+        return node
+
+    def change(value: Value) -> Value:
+        return new if value is old else value
+
+    return replace(
+        node,
+        args=map_values(node.args, change),
+        attrs={name: map_values(arg, change) for name, arg in node.attrs.items()},
+        outputs=tuple(change(value) for value in node.outputs),
+    )

@@ -1,0 +1,155 @@
+"""What a method is, and which there are. ONE FILE = ONE METHOD: its spec, its mathematics, its fragment, its choices, its merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Const, Value
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+
+Kind = Literal["replace", "update"]
+"""replace: takes the place of the dense matmul; update: is added to what stays (its kinds for blocks and training plans come later)."""
+
+ENTRY_POINT_GROUP = "matmorph.methods"
+
+_BUILT_IN: Mapping[str, str] = {
+    "low_rank": "matmorph.passes.methods.low_rank:LowRank",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """What one choice would cost in accuracy; None where that error was not asked for (see `SiteRow` for both)."""
+
+    weight_error: float | None = None
+    output_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteStats:
+    """Calibration statistics of a site's input: `second_moment` = sum of x x^T over `rows` rows, [in, in]; for an expert stack [E, in, in]
+    and the number of rows of each expert, [E]."""
+
+    second_moment: Tensor
+    rows: int | Tensor
+
+
+class FragmentBuilder(Protocol):
+    """What `build` writes its fragment with; `passes.fragment.SiteBuilder` is the one that exists."""
+
+    seed: int
+
+    def weight(self) -> Tensor:
+        """The original W [out, in] or [batch, out, in], stored dtype, loaded once per site."""
+        ...
+
+    def residual(self) -> Tensor:
+        """W minus what the methods before this one stand for (W itself for the first); for updates."""
+        ...
+
+    def const(self, name: str, tensor: Tensor, *, trainable: bool = True) -> Const:
+        """A new weight `<site path>.<method>.<name>`."""
+        ...
+
+    def matmul(self, x: Value, const: Const, *, name: str | None = None) -> Value:
+        """x [.., in] times const [in, out]; for an expert stack const is [batch, in, out] and the application's experts are picked."""
+        ...
+
+    def fragment(self, body: Callable[[Value], Value], consts: Sequence[Const], weight: Callable[[], Tensor], **more: Any) -> Fragment:
+        """`body(rows)` is emitted once per application, `weight()` is the dense matrix it stands for; `more`: other fields of Fragment."""
+        ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """One way to treat a matmul. Stateless: a method is a class without fields, made once."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    Spec: ClassVar[type]
+
+    def needs(self, spec: Any) -> frozenset[Statistic]:
+        """Statistics of the calibration data that `build` reads."""
+        ...
+
+    def check(self, site: Site, spec: Any) -> Reject | None:
+        """Why this site cannot be treated, from shapes and types only (no weight is read). Size is judged elsewhere, from `cost`."""
+        ...
+
+    def choices(self, site: Site, spec: Any) -> Iterable[Choice]:
+        """What `auto` may pick; exactly one choice otherwise. Only for sites that `check` let pass."""
+        ...
+
+    def cost(self, site: Site, spec: Any, choice: Choice) -> Cost:
+        """What the site takes under that choice, from shapes only."""
+        ...
+
+    def errors(self, site: Site, spec: Any, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        """The error of each choice, all from one decomposition."""
+        ...
+
+    def build(self, site: Site, spec: Any, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """The fragment; its own `choice` says what was taken in the end."""
+        ...
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Back to one dense (W, bias or None) from the tensors of the fragment's consts by their short names."""
+        ...
+
+
+def dense_cost(site: Site) -> Cost:
+    """What the site takes as it is, its bias excluded; `macs` per row of x, summed over applications."""
+    size = site.const.tensor.torch_dtype.itemsize
+    return Cost(site.parameters, site.parameters * size, site.in_features * site.out_features * len(site.applications))
+
+
+def refuse_larger(site: Site, cost: Cost) -> Reject | None:
+    """The law of every replacing method: it may not take more bytes than the dense weight (`force: true` overrides)."""
+    dense = dense_cost(site).bytes
+    if cost.bytes <= dense:
+        return None
+    return Reject(f"does not pay: {cost.bytes:,} bytes, the dense weight has {dense:,} (force: true rewrites it all the same)")
+
+
+def method_table() -> Mapping[str, type[Method]]:
+    """All methods by name: ours, and those that installed packages announce in the entry-point group `matmorph.methods`.
+
+    Raises InputError where two announce the same name, where a class is no method, or where a package cannot be imported.
+    """
+    found: dict[str, tuple[str, type[Method]]] = {name: ("matmorph", _import(place)) for name, place in _BUILT_IN.items()}
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, point.value)):
+        owner = point.dist.name if point.dist is not None else point.value
+        if point.name in found:
+            raise InputError(f"two packages announce a method named {point.name}: {found[point.name][0]} and {owner}")
+        found[point.name] = (owner, _load(point, owner))
+    return {name: method for name, (_, method) in found.items()}
+
+
+def _import(place: str) -> type[Method]:
+    module, _, name = place.partition(":")
+    method: type[Method] = getattr(import_module(module), name)
+    return method
+
+
+def _load(point: EntryPoint, owner: str) -> type[Method]:
+    try:
+        method = point.load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the method {point.name} of {owner} cannot be imported: {error}") from error
+    missing = [part for part in _PARTS if not hasattr(method, part)]
+    if missing or not isinstance(method, type):
+        raise InputError(f"the method {point.name} of {owner} lacks {', '.join(missing) or 'a class'}")
+    found: type[Method] = method
+    if found.name != point.name:
+        raise InputError(f"the method {point.name} of {owner} calls itself {found.name}")
+    return found
+
+
+_PARTS: tuple[str, ...] = ("name", "kind", "Spec", "needs", "check", "choices", "cost", "errors", "build", "merge")

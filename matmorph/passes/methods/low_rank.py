@@ -1,0 +1,194 @@
+"""low_rank: W [out, in] becomes two factors, y = (x @ down) @ up + bias.
+
+Plain, they are the truncated SVD: the smallest |W - W'|_F of any matrix of that rank (Eckart and Young 1936). Whitened, they make the
+smallest output error on the calibration data (SVD-LLM, arXiv 2403.07378; see `linalg.whiten`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import floor, sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import RewriteError
+from matmorph.ir.core import Value
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.svd import Solver, Truncated, rank_for_energy, rank_for_error, singular_values, tail_errors, truncated_svd
+from matmorph.passes.linalg.whiten import Whitening, project, whitening_factor
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.specs.schema import Rank
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankSpec:
+    """Two factors of inner size `rank`.
+
+    `{error: e}` bounds the weight error |W - W'|/|W| of a plain rewrite and the output error on the calibration data of a whitened one;
+    `{energy: e}` counts squared singular values of W, or of W L with L L^T the damped second moment of the input.
+    """
+
+    rank: Rank = field(metadata={"doc": "inner size of the two factors"})
+    whiten: bool = field(
+        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
+    )
+    damping: float = field(
+        default=1e-4,
+        metadata={"doc": "share of the mean of the second moment's diagonal that whitening adds to it", "minimum": 0, "maximum": 1},
+    )
+    solver: Solver = field(default="auto", metadata={"doc": "singular value solver; each proves its result within 1 % of the best"})
+
+
+class LowRank:
+    """Truncated SVD or activation-whitened SVD of one matmul."""
+
+    name: ClassVar[str] = "low_rank"
+    kind: ClassVar[str] = "replace"
+    two_factor: ClassVar[bool] = True
+    Spec: ClassVar[type] = LowRankSpec
+
+    def needs(self, spec: LowRankSpec) -> frozenset[Statistic]:
+        return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()
+
+    def check(self, site: Site, spec: LowRankSpec) -> Reject | None:
+        full = min(site.in_features, site.out_features)
+        guards = (
+            (site.blocked is not None, site.blocked or ""),
+            (site.form == "embedding", "low_rank serves matmuls, this is an embedding table"),
+            (bool(site.gathers), "the weight is also read as an embedding table; low_rank serves only the matmul: use untie: true"),
+            (site.const.tensor.dtype not in _DTYPES, f"low_rank needs a floating-point weight, this one is {site.const.tensor.dtype}"),
+            (spec.rank.kind == "fixed" and int(spec.rank.value or 0) > full, f"rank {spec.rank.value} is above min(in, out) = {full}"),
+        )
+        return next((Reject(reason) for fails, reason in guards if fails), None)
+
+    def choices(self, site: Site, spec: LowRankSpec) -> Iterable[Choice]:
+        """One: the rank, or for `energy` and `error` its upper limit, since the weight decides."""
+        if spec.rank.kind in _FROM_DATA:
+            return [Choice(_within(spec.rank, site, min(site.in_features, site.out_features)), at_most=True)]
+        return [Choice(_within(spec.rank, site, _wanted(spec.rank, site)))]
+
+    def cost(self, site: Site, spec: LowRankSpec, choice: Choice) -> Cost:
+        per_row = (site.in_features + site.out_features) * (choice.rank or 0)
+        parameters = per_row * (site.batch or 1)
+        return Cost(parameters, parameters * site.const.tensor.torch_dtype.itemsize, per_row * len(site.applications))
+
+    def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        """Weight errors of plain factors; output errors, on the damped second moment, of whitened ones."""
+        w = _readable(site, site.weight())
+        tails = tail_errors(singular_values(_objective(w, _whitening(spec, stats))))
+        found = [float(tails[min(choice.rank or 0, len(tails) - 1)]) for choice in choices]
+        return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
+
+    def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
+        w = _readable(site, b.weight())
+        whitening = _whitening(spec, stats)
+        objective = _objective(w, whitening)
+        rank = _rank(site, spec, choice, objective)
+        found = truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)
+        factors = [_stored(site, factor) for factor in project(w, found.u.to(w.dtype))]
+        down, up = (b.const(name, factor) for name, factor in zip(("down", "up"), factors, strict=True))
+
+        def body(rows: Value) -> Value:
+            return b.matmul(b.matmul(rows, down, name="down"), up, name="up")
+
+        return b.fragment(
+            body,
+            [down, up],
+            lambda: self.merge({"down": factors[0], "up": factors[1]})[0],
+            choice=Choice(rank),
+            bound=_bound(w, objective, found, whitening),
+            notes=(*(whitening.notes if whitening else ()), *_solver_note(found)),
+        )
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """W' [.., out, in] = (down @ up)^T in float32 or better; the bias is not low_rank's."""
+        down, up = (part if part.dtype == torch.float64 else part.float() for part in (parts["down"], parts["up"]))
+        return (down @ up).transpose(-2, -1), None
+
+
+_FROM_DATA = {"energy": rank_for_energy, "error": rank_for_error}
+
+
+def _wanted(rank: Rank, site: Site) -> int:
+    """A rank that shapes decide; `ratio` is the share of in * out parameters that the factors may take."""
+    value = float(rank.value or 0)
+    if rank.kind == "fixed":
+        return int(value)
+    if rank.kind == "ratio":
+        return floor(value * site.in_features * site.out_features / (site.in_features + site.out_features))
+    raise RewriteError(f"{site.path}: rank {rank.kind} is not supported yet")
+
+
+def _within(rank: Rank, site: Site, wanted: int) -> int:
+    """Into multiple_of, min, max and 1..min(in, out). `ratio` is a promise of size and rounds down to the multiple, `energy` and `error`
+    are promises of accuracy and round up."""
+    full = min(site.in_features, site.out_features)
+    step = rank.multiple_of
+    rounded = -(-wanted // step) * step if rank.kind in _FROM_DATA else max(wanted // step, 1) * step
+    return min(max(rounded, rank.min), rank.max or full, full)
+
+
+def _rank(site: Site, spec: LowRankSpec, choice: Choice, objective: Tensor) -> int:
+    if not choice.at_most:
+        return choice.rank or 1
+    wanted = _FROM_DATA[spec.rank.kind](singular_values(objective), float(spec.rank.value or 0))
+    return _within(spec.rank, site, wanted)
+
+
+def _readable(site: Site, w: Tensor) -> Tensor:
+    """The weight in float32 or better; RewriteError where it holds NaN or infinity."""
+    bad = int((~torch.isfinite(w)).sum())
+    if bad:
+        raise RewriteError(f"{site.const.path}: {bad} of {w.numel()} entries are NaN or infinite")
+    return w.detach() if w.dtype == torch.float64 else w.detach().float()
+
+
+def _stored(site: Site, factor: Tensor) -> Tensor:
+    """In the weight's own type; RewriteError where that cannot hold it."""
+    stored = factor.to(site.const.tensor.torch_dtype).contiguous()
+    if not bool(torch.isfinite(stored).all()):
+        raise RewriteError(f"{site.path}: the factors leave the range of {site.const.tensor.dtype}")
+    return stored
+
+
+def _whitening(spec: LowRankSpec, stats: SiteStats | None) -> Whitening | None:
+    if not spec.whiten:
+        return None
+    if stats is None:
+        raise RewriteError("low_rank with whiten: true needs calibration data")
+    return whitening_factor(stats.second_moment, stats.rows, spec.damping)
+
+
+def _objective(w: Tensor, whitening: Whitening | None) -> Tensor:
+    """The matrix whose truncated SVD is wanted: W, or W L in float64."""
+    return w if whitening is None else w.double() @ whitening.factor
+
+
+def _solver_note(found: Truncated) -> tuple[str, ...]:
+    """Said only where the solver is not exact: how far from the smallest error it can be."""
+    return (f"{found.solver} solver: proven within {found.guard - 1:.2%} of the smallest error",) if found.solver == "randomized" else ()
+
+
+def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening | None) -> Bound | None:
+    """Eckart-Young: no matrix of this rank has a smaller error. `found.optimum` is the proven least |(W - W') L|_F.
+
+    For whitened factors the error is measured without the damping d: the tail of W H W^T is at least that of W (H + d I) W^T less
+    d |W|_F^2, and the norm |W L|^2 is smaller without it by exactly d |W|_F^2.
+    """
+    norm = float(torch.linalg.vector_norm(objective, dtype=torch.float64))
+    if norm == 0:
+        return None
+    if whitening is None:
+        return Bound("eckart_young", "weight_error", found.optimum / norm)
+    shift = whitening.shift.reshape(-1)
+    damped = float((w.double().square().reshape(len(shift), -1).sum(1) * shift).sum())
+    tail, total = found.optimum**2 - damped, norm**2 - damped
+    if tail <= 0 or total <= 0:
+        return None
+    return Bound("eckart_young", "output_error", sqrt(tail / total))

@@ -1,0 +1,190 @@
+"""The order of the passes: select, calibrate, rewrite, verify, per stage; and the report of what came of it.
+
+`plan_graph` goes the same way from shapes alone; a stage after the first is planned on the source graph, because what the first one
+inserts exists only once it is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from matmorph.errors import MatmorphError, SpecError
+from matmorph.ir.core import Graph
+from matmorph.ir.matmuls import find_sites
+from matmorph.ir.site import Reject, Site, Statistic
+from matmorph.ir.verify import verify
+from matmorph.passes.calibrate import calibrate
+from matmorph.passes.methods import Method, SiteStats
+from matmorph.passes.reporting import dense_row, site_rows, totals
+from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible_ranks, splice, total_cost
+from matmorph.passes.select import Selection, layer_count, select
+from matmorph.passes.tolerance import hold, refuse_rejects
+from matmorph.report.model import Report, SiteRow
+from matmorph.specs.conditions import InsertedByCondition
+from matmorph.specs.match import leaves
+from matmorph.specs.schema import Rule, Spec, Stage
+
+Progress = Callable[[str, int, int | None], None]
+"""(what is going on, how much of it is done, of how much or None)."""
+
+Methods = Mapping[str, Method]
+SECOND_MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
+
+
+def silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compilation:
+    """`source` as traced, `graph` as rewritten."""
+
+    source: Graph
+    graph: Graph
+    report: Report
+
+
+def inspect_graph(graph: Graph, name: str, precision: str = "fp32") -> Report:
+    """Every site as it is."""
+    rows = tuple(dense_row(site, precision) for site in find_sites(graph))
+    return Report(name, "", rows, totals(graph, rows, precision), graph.notes, is_plan=True)
+
+
+def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
+    """What compile would do and what it would cost; reads no weight, except for the conditions that ask for a statistic of one.
+
+    Raises SpecError as compile does: dead rules, `expect`, ranks that no site can have, rejects under `strict`.
+    """
+    sites = find_sites(graph)
+    rows = {site.path: dense_row(site, spec.export.precision) for site in sites}
+    left: Sequence[Site] = sites
+    notes: list[str] = []
+    for number, stage in enumerate(spec.stages):
+        planned, later = (stage, ()) if number == 0 else _without_inserted(stage)
+        notes += [f"rule {rule.name} works on what an earlier stage inserts: planned only by compiling" for rule in later]
+        selection = select(planned, graph, left, layer_count(sites))
+        outcomes = _planned(selection, methods)
+        refuse_rejects(outcomes, spec.strict)
+        notes += selection.notes
+        by_site = {outcome.site: outcome for outcome in outcomes}
+        rows.update({row.path: row for row in site_rows(selection.claims, by_site, spec.export.precision)})
+        left = [claim.site for claim in selection.claims if claim.rule is None]
+    found = tuple(rows.values())
+    return Report(name, spec.name, found, totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
+
+
+def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
+    """The stage's rules on matmuls of the source, and those on inserted ones."""
+    later = tuple(rule for rule in stage.rules if any(isinstance(leaf, InsertedByCondition) for leaf, _ in leaves(rule.match.root)))
+    return replace(stage, rules=tuple(rule for rule in stage.rules if rule not in later)), later
+
+
+def _planned(selection: Selection, methods: Methods) -> list[Outcome]:
+    claims = _claimed(selection)
+    refuse_impossible_ranks(claims, methods)
+    found = []
+    for site, rule in claims:
+        parts = appraise(site, rule, methods)
+        if isinstance(parts, Reject):
+            found.append(Outcome(site, rule, parts))
+        else:
+            found.append(Outcome(site, rule, None, parts, cost=total_cost(site, parts)))
+    return found
+
+
+def _claimed(selection: Selection) -> list[tuple[Site, Rule]]:
+    """Sites that a rule rewrites; `keep` owns sites and leaves them."""
+    return [(claim.site, claim.rule) for claim in selection.claims if claim.rule is not None and claim.rule.rewrite]
+
+
+def compile_graph(
+    graph: Graph,
+    spec: Spec,
+    methods: Methods,
+    name: str,
+    *,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Compilation:
+    """The rewritten graph and its report. With calibration data every claimed site's output error is measured.
+
+    Raises SpecError (dead rules, `expect`, a method without the data it needs, rejects under `strict`), RewriteError (NaN in a weight),
+    CheckError (tolerance) and VerifyError (our bug).
+    """
+    batches = _repeatable(calibration, len(spec.stages))
+    current = graph
+    rows: dict[str, SiteRow] = {}
+    notes = list(graph.notes)
+    for stage in spec.stages:
+        sites = find_sites(current)
+        selection = select(stage, current, sites)
+        claims = _claimed(selection)
+        stats = _statistics(current, stage, claims, methods, batches, progress)
+        outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
+        refuse_rejects(outcomes, spec.strict)
+        outcomes, rolled_back = hold(outcomes, stage.tolerance)
+        current = _checked(splice(current, outcomes))
+        notes += [*selection.notes, *rolled_back]
+        for row in site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, spec.export.precision):
+            if row.status != "unclaimed" or row.path not in rows:
+                rows[row.path] = row
+    found = _of_source(tuple(rows.values()), graph)
+    report = Report(name, spec.name, found, totals(graph, found, spec.export.precision, current), tuple(notes))
+    return Compilation(graph, current, report)
+
+
+def _repeatable(calibration: Iterable[Any] | None, stages: int) -> Iterable[Any] | None:
+    """Several stages read the data several times, which an iterator cannot give."""
+    if calibration is None or stages == 1 or iter(calibration) is not calibration:
+        return calibration
+    return list(calibration)
+
+
+def _statistics(
+    graph: Graph, stage: Stage, claims: Sequence[tuple[Site, Rule]], methods: Methods, batches: Iterable[Any] | None, progress: Progress
+) -> Mapping[Site, SiteStats]:
+    """Second moments of all sites that will be rewritten; SpecError where a method needs them and there is no data."""
+    working = [(site, rule) for site, rule in claims if not isinstance(appraise(site, rule, methods), Reject)]
+    if batches is None:
+        _refuse_without_data(working, methods)
+        return {}
+    needs = [(site, SECOND_MOMENT) for site, _ in working if site.applications]
+    return calibrate(graph, needs, batches, stage.calibration.samples, lambda done, total: progress("calibrating", done, total))
+
+
+def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> None:
+    for _, rule in claims:
+        for use in rule.rewrite:
+            wanted = methods[use.method].needs(use.spec)
+            if wanted:
+                statistics = ", ".join(sorted(statistic.value for statistic in wanted))
+                raise SpecError(
+                    f"rule {rule.name}: {use.method} needs calibration data ({statistics}) and none was given",
+                    at=use.at,
+                    details=["pass calibration=... to compile, or --calibration FILE on the command line"],
+                )
+
+
+def _checked(graph: Graph) -> Graph:
+    """Laws of the IR, after every splice."""
+    try:
+        verify(graph)
+    except MatmorphError as error:
+        error.add_note("after the rewrite pass")
+        raise
+    return graph
+
+
+def _of_source(rows: Sequence[SiteRow], source: Graph) -> tuple[SiteRow, ...]:
+    """Rows of the source's own sites, in its order, then those of inserted matmuls that a later stage rewrote."""
+    order = {site.path: index for index, site in enumerate(find_sites(source))}
+    own = sorted((row for row in rows if row.path in order), key=lambda row: order[row.path])
+    inserted = [
+        replace(row, notes=(*row.notes, "a matmul that an earlier stage inserted: its errors refer to that matmul"))
+        for row in rows
+        if row.path not in order and row.status == "rewritten"
+    ]
+    return (*own, *inserted)

@@ -1,0 +1,267 @@
+"""Rewrite: every claimed site gets its fragments, all on one graph, and ONE splice puts them in.
+
+`appraise` judges from shapes alone (plan uses it too), `build` makes the fragments and measures them, `splice` exchanges the nodes.
+`rewrite` is the three in a row; a caller that rolls back leaves outcomes out between the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from matmorph.errors import RewriteError, SpecError
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Graph, Node, Value, values_in
+from matmorph.ir.infer import Inference
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
+from matmorph.passes.fragment import SiteScope
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
+from matmorph.passes.methods import Method, SiteStats, dense_cost, refuse_larger
+from matmorph.passes.rows import unreadable
+from matmorph.specs.schema import Rank
+
+if TYPE_CHECKING:
+    from matmorph.specs.schema import MethodUse, Rule
+
+Progress = Callable[[int, int | None], None]
+"""(done, total or None where it is not known)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One method of a site's rewrite: what it takes under `choice`, and what its fragment had to say."""
+
+    use: MethodUse
+    kind: str
+    choice: Choice
+    cost: Cost
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What became of one claimed site. `reject`: why nothing did, then all the rest is empty.
+
+    `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
+    afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
+    """
+
+    site: Site
+    rule: Rule
+    reject: Reject | None = None
+    parts: tuple[Part, ...] = ()
+    weight_error: float | None = None
+    output_error: float | None = None
+    bound: Bound | None = None
+    cost: Cost | None = None
+    nodes: Mapping[Node, tuple[Node, ...]] | None = None
+    consts: tuple[Const, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
+
+
+def rewrite(
+    graph: Graph,
+    claims: Iterable[tuple[Site, Rule]],
+    methods: Mapping[str, Method],
+    stats: Mapping[Site, SiteStats] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Graph, tuple[Outcome, ...]]:
+    """The rewritten graph and an outcome per claim, in order. Claims of rules that keep (`rewrite: keep`) must be left out by the caller.
+
+    RewriteError: a weight with NaN or infinity. SpecError: a method that needs calibration data where `stats` has none for its site, or
+    a rank that no site of its rule can have.
+    """
+    outcomes = build(graph, claims, methods, stats, seed=seed, progress=progress)
+    return splice(graph, outcomes), outcomes
+
+
+def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | tuple[Part, ...]:
+    """What the rule would make of the site, from shapes only: a choice and a cost per method (upper limits where the data decides), or why
+    not. The bytes law is judged here where the choice is final."""
+    if site.blocked is not None:
+        return Reject(site.blocked)
+    if rule.untie:
+        site = replace(site, gathers=())
+    if (reason := unreadable(site)) is not None:
+        return reason
+    parts: list[Part] = []
+    for use in rule.rewrite:
+        method = methods[use.method]
+        reject = method.check(site, use.spec)
+        if reject is not None:
+            return reject
+        choices = list(method.choices(site, use.spec))
+        if len(choices) != 1 or (method.kind == "replace" and parts):
+            raise RewriteError(f"{site.path}: {use.method} leaves {len(choices)} choices as part {len(parts) + 1} of its rewrite")
+        parts.append(Part(use, method.kind, choices[0], method.cost(site, use.spec, choices[0])))
+    return _too_large(site, rule, [part for part in parts if not part.choice.at_most]) or tuple(parts)
+
+
+def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
+    """Of all parts together, and of the dense weight where none replaces it."""
+    costs = [part.cost for part in parts]
+    if not any(part.kind == "replace" for part in parts):
+        costs.append(dense_cost(site))
+    return Cost(sum(c.parameters for c in costs), sum(c.bytes for c in costs), sum(c.macs for c in costs))
+
+
+def refuse_impossible_ranks(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
+    """SpecError for a fixed rank above min(in, out) of EVERY site of its rule; above that of some sites it is a Reject of those."""
+    owned: dict[int, tuple[Rule, list[Site]]] = {}
+    for site, rule in claims:
+        owned.setdefault(id(rule), (rule, []))[1].append(site)
+    for rule, sites in owned.values():
+        largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
+        limit = min(largest.in_features, largest.out_features)
+        for use in rule.rewrite:
+            rank = getattr(use.spec, "rank", None)
+            fixed = int(rank.value or 0) if isinstance(rank, Rank) and rank.kind == "fixed" else 0
+            if getattr(methods[use.method], "two_factor", False) and fixed > limit:
+                where = f"min(in, out) of every matched site; the largest is {limit} ({largest.path})"
+                raise SpecError(f"rank {fixed} of rule {rule.name} is above {where}", at=use.at)
+
+
+def build(
+    graph: Graph,
+    claims: Iterable[tuple[Site, Rule]],
+    methods: Mapping[str, Method],
+    stats: Mapping[Site, SiteStats] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Outcome, ...]:
+    """An outcome per claim. One site at a time: its weight is let go before the next is read, only factors stay."""
+    listed = list(claims)
+    refuse_impossible_ranks(listed, methods)
+    inference = Inference(graph.ranges, graph.device)
+    shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
+    found: list[Outcome] = []
+    for site, rule in listed:
+        found.append(_outcome(shop, site, rule, (stats or {}).get(site)))
+        if progress is not None:
+            progress(len(found), len(listed))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shop:
+    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken."""
+
+    builder: Builder
+    inference: Inference
+    dotted: set[str]
+    methods: Mapping[str, Method]
+    seed: int
+
+
+def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Outcome:
+    planned = appraise(site, rule, shop.methods)
+    if isinstance(planned, Reject):
+        return Outcome(site, rule, planned)
+    location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
+    scope = SiteScope(site, shop.builder, shop.inference, rule.name, location, shop.dotted)
+    fragments: list[Fragment] = []
+    parts: list[Part] = []
+    for part, label in zip(planned, _labels(planned), strict=True):
+        method = shop.methods[part.use.method]
+        _needs(method, part.use, rule, site, stats)
+        fragment = method.build(site, part.use.spec, part.choice, stats, scope.builder_for(label, shop.seed, fragments))
+        fragments.append(fragment)
+        cost = method.cost(site, part.use.spec, fragment.choice)
+        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=fragment.notes))
+    if (reject := _too_large(site, rule, parts)) is not None:
+        return Outcome(site, rule, reject)
+    return _measured(scope, rule, parts, fragments, stats)
+
+
+def _labels(parts: Sequence[Part]) -> list[str]:
+    """What names the weights of each part: the method, numbered where it comes again."""
+    names = [part.use.method for part in parts]
+    return [name if name not in names[:k] else f"{name}_{names[:k].count(name)}" for k, name in enumerate(names)]
+
+
+def _needs(method: Method, use: MethodUse, rule: Rule, site: Site, stats: SiteStats | None) -> None:
+    missing = sorted(statistic.value for statistic in method.needs(use.spec)) if stats is None else []
+    if missing:
+        raise SpecError(f"rule {rule.name}: {use.method} needs calibration data ({', '.join(missing)} of {site.path})", at=use.at)
+
+
+def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
+    """The bytes law, for the replacing part."""
+    judged = () if rule.force else (refuse_larger(site, part.cost) for part in parts if part.kind == "replace")
+    return next((reject for reject in judged if reject is not None), None)
+
+
+def _measured(scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None) -> Outcome:
+    site = scope.site
+    keeps_node = not any(part.kind == "replace" for part in parts)
+    w = scope.weight()
+    approximation = _stands_for(w, fragments, keeps_node)
+    return Outcome(
+        site,
+        rule,
+        None,
+        tuple(parts),
+        weight_error=relative_weight_error(w, approximation),
+        output_error=None if stats is None else relative_output_error(w, approximation, stats.second_moment),
+        bound=fragments[0].bound if len(fragments) == 1 else None,  # a bound for one form says nothing of a sum
+        cost=total_cost(site, parts),
+        nodes=scope.close(fragments, keeps_node),
+        consts=tuple(const for fragment in fragments for const in fragment.consts),
+    )
+
+
+def _stands_for(w: Tensor, fragments: Sequence[Fragment], keeps_node: bool) -> Tensor:
+    """W' = base + sum of updates, factors as they are stored."""
+    terms = [*([w] if keeps_node else []), *(fragment.weight() for fragment in fragments)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
+    """The graph with all fragments in the place of their nodes. What only they read (transposes of the weight, sizes, picked experts) goes
+    too, and a replaced weight that nothing reads any more leaves `state`; new weights stand where it stood."""
+    taken = [outcome for outcome in outcomes if outcome.nodes is not None]
+    exchanged = {node: new for outcome in taken for node, new in (outcome.nodes or {}).items()}
+    nodes = [new for node in graph.nodes for new in exchanged.get(node, (node,))]
+    nodes = _without_orphans(nodes, {value for node in exchanged for value in node.inputs()}, graph)
+    read = {value for node in nodes for value in node.inputs()} | set(values_in(graph.outputs))
+    was_read = set(graph.used_state())
+    added: dict[Const, list[Const]] = {}
+    for outcome in taken:
+        added.setdefault(outcome.site.const, []).extend(outcome.consts)
+    state: list[Const] = []
+    for const in graph.state:
+        if const in read or const not in was_read:
+            state.append(const)
+        state.extend(added.get(const, ()))
+    return replace(graph, nodes=tuple(nodes), state=tuple(state))
+
+
+def _without_orphans(nodes: Sequence[Node], dropped: set[Value], graph: Graph) -> list[Node]:
+    """Nodes whose results only exchanged nodes read, and in turn what only those read. Nodes that nobody read before stay."""
+    uses: dict[Value, int] = {}
+    for value in (*(value for node in nodes for value in node.inputs()), *values_in(graph.outputs)):
+        uses[value] = uses.get(value, 0) + 1
+    makers = {value: node for node in nodes for value in node.outputs}
+    dead: set[Node] = set()
+    suspects = list(dropped)
+    while suspects:
+        maker = makers.get(suspects.pop())
+        if maker is None or maker in dead or any(uses.get(value, 0) for value in maker.outputs):
+            continue
+        dead.add(maker)
+        for value in maker.inputs():
+            uses[value] -= 1
+            suspects.append(value)
+    return [node for node in nodes if node not in dead]

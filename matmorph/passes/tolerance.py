@@ -1,0 +1,64 @@
+"""`tolerance:`: which rewritten sites have errors above the limits, and what happens then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matmorph.errors import CheckError, SpecError
+from matmorph.ir.site import Reject
+from matmorph.passes.rewrite import Outcome
+from matmorph.specs.schema import Tolerance
+
+KINDS = ("weight_error", "output_error")
+
+
+def hold(outcomes: Sequence[Outcome], tolerance: Tolerance | None) -> tuple[tuple[Outcome, ...], tuple[str, ...]]:
+    """The outcomes that stay, and a note per site that was rolled back, the worst first.
+
+    Raises CheckError naming the worst site under `on_exceed: fail`, and SpecError for a limit on output errors that nothing measured.
+    """
+    if tolerance is None:
+        return tuple(outcomes), ()
+    excess = {outcome: found for outcome in outcomes if outcome.reject is None and (found := _excess(outcome, tolerance)) is not None}
+    ranked = sorted(excess, key=lambda outcome: -excess[outcome][0])
+    if ranked and tolerance.on_exceed == "fail":
+        others = [f"{outcome.site.path}: {excess[outcome][1]}" for outcome in ranked[1:6]]
+        more = [f"and {len(ranked) - 6} more"] if len(ranked) > 6 else []
+        raise CheckError(f"{ranked[0].site.path}: {excess[ranked[0]][1]}", [*others, *more, *_where(tolerance)])
+    kept = tuple(
+        Outcome(outcome.site, outcome.rule, Reject(f"rolled back: {excess[outcome][1]}")) if outcome in excess else outcome
+        for outcome in outcomes
+    )
+    return kept, tuple(f"{outcome.site.path} rolled back: {excess[outcome][1]}" for outcome in ranked)
+
+
+def _excess(outcome: Outcome, tolerance: Tolerance) -> tuple[float, str] | None:
+    """(how many times the limit, in words) of the error that exceeds its limit most, None where all hold."""
+    found = []
+    for kind in KINDS:
+        limit, error = getattr(tolerance, kind), getattr(outcome, kind)
+        if limit is None:
+            continue
+        if error is None:
+            raise SpecError(f"tolerance.{kind} needs calibration data", at=tolerance.at, keypath="tolerance")
+        if error > limit:
+            found.append((error / limit, f"{kind} {error:.3g} exceeds {limit:g}"))
+    return max(found, default=None)
+
+
+def _where(tolerance: Tolerance) -> list[str]:
+    return [f"limit at {tolerance.at}", "on_exceed: roll_back leaves such sites dense"] if tolerance.at else []
+
+
+def refuse_rejects(outcomes: Sequence[Outcome], strict: bool) -> None:
+    """Under `strict: true` a Reject of a matched site is a SpecError at the rule."""
+    rejects = [outcome for outcome in outcomes if outcome.reject is not None] if strict else []
+    if not rejects:
+        return
+    first, rest = rejects[0], rejects[1:6]
+    details = [f"{outcome.site.path}: {_reason(outcome)}" for outcome in rest]
+    raise SpecError(f"strict: rule {first.rule.name} cannot rewrite {first.site.path}: {_reason(first)}", at=first.rule.at, details=details)
+
+
+def _reason(outcome: Outcome) -> str:
+    return outcome.reject.reason if outcome.reject is not None else ""

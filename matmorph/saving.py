@@ -1,0 +1,125 @@
+"""From a compiled graph to an artefact folder: check vectors, export, parity on this machine's ONNX Runtime, report, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import matmorph
+from matmorph.errors import CheckError
+from matmorph.exporters.artifact import Artifact, Described, refuse_existing, write_artifact
+from matmorph.exporters.onnx_model import OnnxInfo
+from matmorph.exporters.vectors import Vectors, check_vectors
+from matmorph.ir.core import Graph
+from matmorph.ir.evaluate import bind
+from matmorph.ir.trace import read_examples
+from matmorph.report.html import html_page
+from matmorph.report.model import Parity, Report
+from matmorph.runtime.check import check
+from matmorph.specs.dump import dump_resolved
+from matmorph.specs.schema import Spec
+
+PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is saved: the graphs before and after, the spec and report they belong to, and the example call."""
+
+    spec: Spec
+    source: Graph
+    graph: Graph
+    report: Report
+    example_inputs: Any
+    onnx_lowerings: Mapping[Any, Callable[..., Any]]
+    seconds: Mapping[str, float]
+
+
+def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
+    """Writes the folder, whole or not at all, and gives the report with its parity.
+
+    Raises InputError (folder exists, cannot be written, disk full), ExportError, and CheckError where ONNX Runtime and torch disagree.
+    """
+    refuse_existing(folder, force)
+    started = time.perf_counter()
+    args, kwargs = read_examples(job.example_inputs, torch.device(job.graph.device))
+    vectors = check_vectors(job.graph, bind(job.graph, args, kwargs))
+    report = replace(job.report, versions=versions(), notes=(*job.report.notes, *vectors.notes))
+    spec = dump_resolved(job.spec)
+    final: list[Report] = []
+
+    def describe(staging: Path, info: OnnxInfo) -> Described:
+        progress("checking", 0, 1)
+        final.append(replace(report, parity=_parity(staging, info, vectors)))
+        progress("checking", 1, 1)
+        return Described(final[0].to_dict(), html_page(final[0], spec))
+
+    artifact = Artifact(
+        graph=job.graph,
+        export=job.spec.export,
+        version=matmorph.__version__,
+        source_sha256=weights_sha256(job.source),
+        spec=spec,
+        describe=describe,
+        cases=vectors.cases,
+        run=lambda: _run_info(job, time.perf_counter() - started),
+        notes=report.notes,
+        onnx_lowerings=job.onnx_lowerings or None,
+    )
+    total = len(job.graph.used_state())
+    written = iter(range(1, total + 1))
+    write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
+    return final[0]
+
+
+def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:
+    """The check that `matmorph verify` will make, made before the folder takes its name."""
+    result = check(staging)
+    if not result.ok or result.max_difference is None:
+        raise CheckError(
+            "ONNX Runtime does not answer as torch does, so nothing was written",
+            [problem.replace(str(staging), "") for problem in result.problems],
+        )
+    return Parity(result.max_difference, info.tolerance, len(vectors.cases), result.provider or "")
+
+
+def weights_sha256(graph: Graph) -> str:
+    """Hash of the source's weights: name, type and bytes of each in state order, one in memory at a time."""
+    digest = hashlib.sha256()
+    for const in graph.state:
+        digest.update(f"{const.path} {const.type}\n".encode())
+        data = const.load().detach().cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _run_info(job: Job, saving: float) -> dict[str, Any]:
+    """What differs from run to run: times, machine, threads."""
+    seconds = {**job.seconds, "save": saving}
+    return {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }

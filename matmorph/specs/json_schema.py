@@ -1,0 +1,127 @@
+"""The JSON Schema (draft 2020-12) of the spec language, for completion and checks in editors.
+
+Generated from what the loader reads through, methods included. It is stricter than the loader in spelling (`1_000` is no JSON integer) and
+knows nothing of what lies between keys (extends, names, the order of methods); the loader has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from matmorph.specs.conditions import OPS, ROLES
+from matmorph.specs.document import document_record
+from matmorph.specs.kinds import JsonSchema
+from matmorph.specs.numbers import FORMS, LAYER_FORMS
+from matmorph.specs.selectors import BLOCKS, KEYS
+from matmorph.specs.typed import Record
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+_MATCH: JsonSchema = {"$ref": "#/$defs/match"}
+_TEXT: JsonSchema = {"type": "string", "minLength": 1}
+_MATCHES: JsonSchema = {"type": "array", "items": _MATCH, "minItems": 1}
+
+
+def _one_or_more(item: JsonSchema) -> JsonSchema:
+    return {"oneOf": [item, {"type": "array", "items": item, "minItems": 1}]}
+
+
+_COMPARISON = _one_or_more({"type": ["string", "number"]})
+
+_CONDITIONS: Mapping[str, tuple[JsonSchema, str]] = {
+    "role": (_one_or_more({"anyOf": [{"enum": list(ROLES)}, _TEXT]}), "role by dataflow: a glob, a quoted brace form, or a list"),
+    "path": (_one_or_more(_TEXT), 'dotted path of the weight: a glob (** crosses dots) or "re:..."'),
+    "layer": (_one_or_more({"oneOf": [{"type": "integer", "minimum": 0}, _TEXT]}), f"index of the layer: {LAYER_FORMS}"),
+    "op": (_one_or_more({"enum": list(OPS)}), "form of the matmul; matmul is any of them; embedding is a table"),
+    "block": ({"enum": list(BLOCKS)}, "all matmuls of one block (not supported yet)"),
+    "in_features": (_COMPARISON, f"input width: {FORMS}"),
+    "out_features": (_COMPARISON, f"output width: {FORMS}"),
+    "params": (_COMPARISON, f"elements of the matrix: {FORMS}"),
+    "shared": ({"type": "boolean"}, "whether the weight is applied more than once, or is a table too"),
+    "inserted_by": (_one_or_more(_TEXT), "rule of an earlier stage that inserted the matmul"),
+    "pattern": (_TEXT, "lines such as `g = matmul(x)`: a piece of the graph; names on the left are captured"),
+    "claim": (_one_or_more(_TEXT), "captured matmuls that the rule owns; all of them by default"),
+    "use": (_one_or_more(_TEXT), "named selections that must match too"),
+    "not": (_MATCH, "conditions that do not all hold"),
+    "any": (_MATCHES, "at least one of these matches"),
+    "all": (_MATCHES, "each of these matches"),
+    "effective_rank": (_COMPARISON, f"exp of the entropy of the singular values (reads the weight): {FORMS}"),
+    "outlier_ratio": (_COMPARISON, f"largest element over the root mean square (reads the weight): {FORMS}"),
+}
+
+
+def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
+    """The schema of a spec file, with the settings of `methods` (classes with `Spec`).
+
+    A spec that extends others may leave out whatever they give, so only one that extends nothing must be complete.
+    """
+    document: JsonSchema = _without_required(document_record(methods, {}, []).schema())
+    rules, stages = document["properties"]["rules"], document["properties"]["stages"]
+    rule = rules["items"]
+    rules["items"] = stages["items"]["properties"]["rules"]["items"] = {"$ref": "#/$defs/rule"}
+    settings = {name: Record(method.Spec).schema() for name, method in methods.items()}
+    complete_rules: JsonSchema = {"items": {"$ref": "#/$defs/complete_rule"}}
+    complete_stages = {"items": {"required": ["name", "rules"], "properties": {"rules": complete_rules}}}
+    return {
+        "$schema": DRAFT,
+        "title": "matmorph spec",
+        **document,
+        "required": ["version"],
+        "if": {"required": ["extends"]},
+        "else": {
+            "oneOf": [{"required": ["rules"]}, {"required": ["stages"]}],
+            "properties": {"rules": complete_rules, "stages": complete_stages},
+        },
+        "$defs": {
+            "rule": rule,
+            "match": _match(),
+            "method": _method({name: _without_required(schema) for name, schema in settings.items()}),
+            "alternative": _alternative(),
+            **_complete({name: schema.get("required", []) for name, schema in settings.items()}),
+        },
+    }
+
+
+def _without_required(schema: Any) -> Any:
+    """The schema with no key of any mapping required."""
+    if isinstance(schema, list):
+        return [_without_required(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_required(item) for key, item in schema.items() if key != "required" or "properties" not in schema}
+
+
+def _complete(required: Mapping[str, list[str]]) -> dict[str, JsonSchema]:
+    """What rules and methods must have that no base can give. `properties` says nothing of lists, and `items` nothing of mappings."""
+    methods = {name: {"required": keys} for name, keys in required.items() if keys}
+    rewrite: JsonSchema = {"$ref": "#/$defs/complete_rewrite"}
+    return {
+        "complete_rule": {"required": ["match", "rewrite"], "properties": {"rewrite": rewrite}},
+        "complete_rewrite": {"properties": {**methods, "any_of": {"items": rewrite}}, "items": {"properties": methods}},
+    }
+
+
+def _method(settings: Mapping[str, JsonSchema]) -> JsonSchema:
+    closed: JsonSchema = {"type": "object", "properties": dict(settings), "additionalProperties": False}
+    return {"description": "one method with its settings", **closed, "minProperties": 1, "maxProperties": 1}
+
+
+def _match() -> JsonSchema:
+    missing = set(KEYS) ^ set(_CONDITIONS)
+    if missing:
+        raise TypeError(f"conditions without a schema, or the other way round: {', '.join(sorted(missing))}")
+    properties = {key: {**_CONDITIONS[key][0], "description": _CONDITIONS[key][1]} for key in KEYS}
+    closed: JsonSchema = {"type": "object", "properties": properties, "additionalProperties": False, "minProperties": 1}
+    return {"description": "conditions that all hold", **closed, "dependentRequired": {"claim": ["pattern"]}}
+
+
+def _alternative() -> JsonSchema:
+    method: JsonSchema = {"$ref": "#/$defs/method"}
+    return {"oneOf": [{"const": "keep"}, method, {"type": "array", "items": method, "minItems": 1}]}
+
+
+def schema_text(methods: Mapping[str, type[Any]]) -> str:
+    """The schema as the file that is shipped beside the library specs."""
+    return json.dumps(json_schema(methods), indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,140 @@
+"""The benchmark scripts run: toy sizes, JSON out, a plain word where data is missing. Their figures are not judged here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = ("sts", "low_rank", "compile_time", "plan_7b")
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """A script as a module, with `_common` beside it importable as when it is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+
+    def module(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        made = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+        return made
+
+    yield module
+    torch.set_num_threads(threads)
+
+
+def tiny(module: ModuleType, capsys: pytest.CaptureFixture[str], *more: str) -> list[dict[str, Any]]:
+    module.main(["--tiny", "--json", "--threads", "1", *more])
+    result = json.loads(capsys.readouterr().out)
+    assert {"environment", "rows", "notes"} <= set(result)
+    assert result["environment"]["threads"] == 1
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
+
+
+def test_every_script_is_listed_and_explained(load: Load) -> None:
+    assert sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py")) == sorted(SCRIPTS)
+    readme = (BENCHMARKS / "README.md").read_text()
+    for name in SCRIPTS:
+        assert f"`{name}.py`" in readme
+        assert f"python benchmarks/{name}.py" in (load(name).__doc__ or "")
+
+
+def test_low_rank_prints_time_beside_flops(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("low_rank"), capsys)
+    assert [(row["size"], row["rank"], row["tokens"]) for row in rows] == [(32, 4, 1), (32, 4, 2)]
+    for row in rows:
+        assert row["flop_ratio"] == 0.25, "4 * (32 + 32) / (32 * 32)"
+        assert row["dense_ms"] > 0
+        assert row["over"] == pytest.approx(row["low_rank_ms"] / row["dense_ms"] / 0.25, rel=1e-12)  # float64 rounding
+
+
+def test_compile_time_prints_ratios_of_what_it_timed(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = tiny(load("compile_time"), capsys)
+    assert row["ratio"] == pytest.approx(row["ours_s"] / (row["export_s"] + row["svd_s"]), rel=1e-12)  # float64 rounding
+    assert row["ratio_solver"] == pytest.approx(row["ours_s"] / (row["export_s"] + row["solver_s"]), rel=1e-12)
+
+
+def test_plan_7b_plans_the_configurations_widths(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = tiny(load("plan_7b"), capsys)
+    assert row["sites"] == 14
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert row["parameters"] == 2 * layer + 2 * 32000 * 4096 + 4096, "two layers, table, head and the last norm"
+    assert 0 < row["peak_gib"] < 4, "two layers of real weights alone would take 2.5 GiB in float32"
+
+
+def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    load("low_rank").main(["--tiny", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["size", "rank", "tokens", "dense_ms", "low_rank_ms", "time_ratio", "flop_ratio", "over"]
+    assert "threads 1" in lines[-1]
+
+
+# ---- sts.py
+
+
+@pytest.fixture
+def toy_data(tmp_path: Path) -> Path:
+    """Two files of the benchmark's format; a higher score for pairs that share more words."""
+    pairs = [("A cat sleeps.", f"A cat sleeps {'very ' * (number % 5)}deep.", 5 - number % 5) for number in range(20)]
+    lines = [f"main\tx\t2012\t{number}\t{score}\t{left}\t{right}" for number, (left, right, score) in enumerate(pairs)]
+    (tmp_path / "stsb").mkdir()
+    for name in ("sts-dev.csv", "sts-train.csv"):
+        (tmp_path / "stsb" / name).write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_sts_reads_pairs_and_spreads_its_samples(load: Load, toy_data: Path) -> None:
+    sts = load("sts")
+    scores, left, right = sts.read(toy_data / "stsb" / "sts-dev.csv")
+    assert (scores[3], left[3], right[3]) == (2.0, "A cat sleeps.", "A cat sleeps very very very deep.")
+    assert len(scores) == 20
+    assert sts.spread([str(number) for number in range(10)], 5) == ["0", "2", "4", "6", "8"]
+    assert sts.spread(["a", "b"], 5) == ["a", "b"]
+
+
+def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain")
+    assert [row["model"] for row in rows] == ["dense", "plain-80"]
+    assert all(-100 <= row["spearman"] <= 100 for row in rows)
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+
+
+def test_missing_data_is_said_plainly(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sts = load("sts")
+    with pytest.raises(SystemExit) as caught:
+        sts.main(["--data", str(tmp_path)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"no data: {tmp_path / 'stsb'} is not there; name its parent with --data or MATMORPH_DATA\n"
+    monkeypatch.setenv("MATMORPH_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(SystemExit):
+        sts.main([])
+    assert str(tmp_path / "elsewhere" / "stsb") in capsys.readouterr().err
+
+
+@pytest.mark.data
+def test_dense_quality_is_the_published_one(load: Load) -> None:
+    sts = load("sts")
+    folder = Path(os.environ.get("MATMORPH_DATA", BENCHMARKS.parent.parent / "shared" / "data")) / "stsb"
+    if not folder.is_dir():
+        pytest.skip(f"no data: {folder} is not there (MATMORPH_DATA names its parent)")
+    human, left, right = sts.read(folder / "sts-dev.csv")
+    assert len(human) == 1500
+    data = (human[::10], left[::10], right[::10])
+    spearman = sts.score(sts.torch_encoder(sts.minilm().module), data)
+    assert spearman == pytest.approx(86.7, abs=3.0)  # all 1500 pairs give 86.7; a tenth of them has a standard error near 1

@@ -1,0 +1,352 @@
+"""The command line as a user meets it: what it prints where, exit codes, and what it hands to the API (a stand-in here)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reports import make_report
+
+import matmorph
+from matmorph import __version__
+from matmorph.cli import main, progress_bars
+from matmorph.errors import CheckError, InputError, MatmorphError, Position, SpecError, VerifyError
+from matmorph.models import Model
+
+Run = Callable[..., "Done"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str | Path) -> Done:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return Done(int(caught.value.code or 0), said.out, said.err)
+
+    return call
+
+
+@dataclass
+class StandIn:
+    """An API that records its calls; `raises` is raised by compile."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    raises: BaseException | None = None
+
+    def load_spec(self, source: Any) -> Any:
+        self.calls.append(("load_spec", (source,), {}))
+        if source == "wrong.yaml":
+            raise SpecError(
+                "unknown key; did you mean rank?", at=Position("wrong.yaml", 7, 11), keypath="rules[0]" + ".x" * 100, details=["a"]
+            )
+        return f"loaded {source}"
+
+    def inspect_model(self, *given: Any) -> Any:
+        self.calls.append(("inspect_model", given, {}))
+        return make_report(rewritten=False)
+
+    def plan(self, *given: Any) -> Any:
+        self.calls.append(("plan", given, {}))
+        return make_report(is_plan=True)
+
+    def explain(self, *given: Any) -> Any:
+        self.calls.append(("explain", given, {}))
+        return SimpleNamespace(lines=lambda: ("owned by rule blocks", "  yes role"), to_dict=lambda: {"owner": "blocks"})
+
+    def compile(self, *given: Any, **options: Any) -> Any:
+        self.calls.append(("compile", given, options))
+        if self.raises is not None:
+            raise self.raises
+        return SimpleNamespace(report=make_report(), save=self.save)
+
+    def save(self, folder: Path, force: bool = False) -> Path:
+        self.calls.append(("save", (folder,), {"force": force}))
+        return folder
+
+    def given(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        [(_, arguments, options)] = [call for call in self.calls if call[0] == name]
+        return arguments, options
+
+
+MODEL = Model("a module", {"x": torch.ones(2, 3)}, {"x": {0: "batch"}}, calibration=["own batch"])
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setattr(matmorph, "api", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "matmorph.api", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr("matmorph.models.resolve", lambda name: MODEL)
+    return stand_in
+
+
+# ---- before any command
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, matmorph.cli; print([name for name in ('torch', 'numpy', 'onnxruntime', 'rich.table') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_help_and_version(run: Run) -> None:
+    done = run("--help")
+    assert (done.code, done.err) == (0, "")
+    assert all(f"\n  {name} " in done.out for name in ("inspect", "plan", "explain", "compile", "verify", "specs", "demo"))
+    assert "..." not in done.out.split("Commands:")[1], "a one-line help was cut"
+    assert run("--version") == Done(0, f"matmorph {__version__}\n", "")
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "matmorph", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"matmorph {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["compil"], "No such command 'compil'. Did you mean 'compile'?"),
+        (["plan", "minilm"], "Missing option '--spec'"),
+        (["plan", "minilm", "--sepc", "x"], "--spec"),
+        (["compile", "minilm", "--spec", "x", "--out", "o", "--pareto", "many"], "Invalid value for '--pareto'"),
+    ],
+)
+def test_usage_errors_end_with_2(run: Run, arguments: list[str], expected: str) -> None:
+    done = run(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert expected in done.err
+
+
+# ---- what reaches the API
+
+
+def test_inspect(run: Run, api: StandIn) -> None:
+    done = run("inspect", "minilm")
+    assert (done.code, done.err) == (0, "")
+    assert "attention.q" in done.out
+    assert api.given("inspect_model")[0] == ("a module", MODEL.example_inputs, MODEL.dynamic_shapes)
+    assert "encoder.layer.5.output.dense" in run("inspect", "minilm", "--all").out
+
+
+def test_plan_and_json(run: Run, api: StandIn) -> None:
+    assert "would rewrite 36 of 37 sites" in run("plan", "minilm", "--spec", "low-rank-60").out
+    assert api.given("plan")[0][1] == "loaded low-rank-60"
+    done = run("plan", "minilm", "--spec", "low-rank-60", "--json")
+    assert done.err == ""
+    assert json.loads(done.out) == json.loads(json.dumps(make_report(is_plan=True).to_dict()))
+
+
+def test_explain(run: Run, api: StandIn) -> None:
+    done = run("explain", "minilm", "--spec", "s.yaml", "--node", "a.b")
+    assert done == Done(0, "owned by rule blocks\n  yes role\n", "")
+    assert api.given("explain")[0][-1] == "a.b"
+    assert json.loads(run("explain", "minilm", "--spec", "s.yaml", "--node", "a.b", "--json").out) == {"owner": "blocks"}
+
+
+def test_compile_prints_table_parity_and_folder(run: Run, api: StandIn, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("compile", "minilm", "--spec", "low-rank-60", "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert "rewrote 36 of 37 sites" in done.out
+    assert "ONNX Runtime agrees with torch to 2.4e-07 at 3 shapes (CPUExecutionProvider)" in done.out
+    assert f"wrote {out}/ (check it anywhere with: matmorph verify {out})" in done.out
+    _, options = api.given("compile")
+    assert options["calibration"] == ["own batch"]
+    assert api.given("save") == ((out,), {"force": False})
+
+
+def test_compile_json_is_the_report_alone(run: Run, api: StandIn, tmp_path: Path) -> None:
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--json")
+    assert done.err == ""
+    assert json.loads(done.out) == json.loads(json.dumps(make_report().to_dict()))
+    assert api.given("compile")[1]["progress"] is None
+
+
+def test_calibration_file_replaces_the_models_own(run: Run, api: StandIn, tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", x=np.ones((5, 3), dtype=np.float32))
+    run("compile", "m", "--spec", "s.yaml", "--out", tmp_path / "out", "--calibration", tmp_path / "c.npz")
+    [batch] = api.given("compile")[1]["calibration"]
+    assert torch.equal(batch["x"], torch.ones(5, 3))
+
+
+# ---- refusals before any work
+
+
+@pytest.mark.parametrize("option", [["--train"], ["--pareto", "3"]])
+def test_options_of_later_versions(run: Run, api: StandIn, tmp_path: Path, option: list[str]) -> None:
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", *option)
+    assert done == Done(2, "", f"{option[0]}: not supported yet\n")
+    assert api.calls == []
+
+
+def test_an_existing_folder_needs_force(run: Run, api: StandIn, tmp_path: Path) -> None:
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"{tmp_path}: the folder exists\n")
+    assert "--force" in done.err
+    assert api.calls == []
+    assert run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path, "--force").code == 0
+    assert api.given("save")[1] == {"force": True}
+
+
+def test_a_file_in_the_way_is_never_replaced(run: Run, api: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("mine")
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", file, "--force")
+    assert done == Done(2, "", f"{file} exists and is not a folder\n")
+    assert file.read_text() == "mine"
+
+
+def test_the_spec_is_read_before_the_model(run: Run, api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matmorph.models.resolve", lambda name: pytest.fail("the model was loaded"))
+    done = run("plan", "minilm", "--spec", "wrong.yaml")
+    assert done.code == 2
+    first, second = done.err.splitlines()
+    assert first.startswith("wrong.yaml:7:11: rules[0].x.x")
+    assert first.endswith(": unknown key; did you mean rank?")
+    assert second == "  a"
+    assert "\x1b" not in done.err
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("m: no such model"), 2, "m: no such model"),
+        (CheckError("outputs differ by 0.5"), 1, "outputs differ by 0.5"),
+        (VerifyError("value bound twice"), 1, "internal error (a bug in matmorph, not in your input): value bound twice"),
+        (RuntimeError("odd\nstate"), 1, "internal error (a bug in matmorph, not in your input): RuntimeError: odd state"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"), 2, "out/model.onnx: No space left on device"),
+    ],
+)
+def test_errors_are_plain_lines(run: Run, api: StandIn, tmp_path: Path, error: Exception, code: int, line: str) -> None:
+    api.raises = error
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out")
+    assert (done.code, done.out) == (code, "")
+    assert done.err.splitlines()[0] == line
+    assert "Traceback" not in done.err
+
+
+def test_debug_anywhere_shows_the_traceback_too(run: Run, api: StandIn, tmp_path: Path) -> None:
+    api.raises = InputError("m: no such model")
+    for arguments in (["--debug", "compile"], ["compile", "--debug"]):
+        done = run(*arguments, "minilm", "--spec", "s.yaml", "--out", tmp_path / "out")
+        assert done.code == 2
+        assert "Traceback" in done.err
+        assert done.err.splitlines()[-1] == "m: no such model"
+
+
+def test_interrupt_is_quiet(run: Run, api: StandIn, tmp_path: Path) -> None:
+    api.raises = KeyboardInterrupt()
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out")
+    assert done.code == 130
+    assert "Traceback" not in done.err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m matmorph specs schema | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+
+
+# ---- progress
+
+
+def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bars() as show:
+        assert show is None
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bars(quiet=True) as show:
+        assert show is None
+    with progress_bars() as show:
+        assert show is not None
+        show("calibrate", 0, None)
+        show("calibrate", 3, 7)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "3/7" in said.err
+
+
+# ---- specs
+
+
+def test_specs_list_names_every_library_spec(run: Run) -> None:
+    done = run("specs", "list")
+    names = [line for line in done.out.splitlines() if not line.startswith(" ")]
+    assert {"low-rank-40", "low-rank-60", "low-rank-80", "low-rank-60-plain"} <= set(names)
+    assert max(map(len, done.out.splitlines())) < 80
+
+
+def test_specs_show_prints_the_file(run: Run) -> None:
+    done = run("specs", "show", "low-rank-60")
+    assert done.code == 0
+    assert re.search(r"^name: low-rank-60$", done.out, re.MULTILINE)
+    wrong = run("specs", "show", "low-rank-6")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "did you mean low-rank-60?" in wrong.err
+
+
+def test_specs_schema_is_json(run: Run) -> None:
+    schema = json.loads(run("specs", "schema").out)
+    assert "rules" in schema["properties"]
+
+
+# ---- the README
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_shows_the_example_as_it_is() -> None:
+    example = (README.parent / "examples" / "low_rank_mlp.py").read_text().split('"""', 2)[2].strip()
+    assert f"```python\n{example}\n```" in README.read_text()
+    assert len(example.splitlines()) <= 22
+
+
+def test_readme_specs_are_right(tmp_path: Path) -> None:
+    from matmorph.passes.methods import method_table
+    from matmorph.specs.load import load_spec
+
+    specs = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(specs) == 2
+    for number, text in enumerate(specs):
+        file = tmp_path / f"spec-{number}.yaml"
+        file.write_text(text)
+        assert load_spec(file, method_table()).stages[0].rules
+
+
+def test_readme_error_is_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matmorph.passes.methods import method_table
+    from matmorph.specs.load import load_spec
+
+    text = README.read_text()
+    first = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    Path("spec.yaml").write_text(first.replace("multiple_of: 8", "rnak: 8"))
+    with pytest.raises(MatmorphError) as caught:
+        load_spec("spec.yaml", method_table())
+    assert f"`{caught.value.headline()}`" in text
