@@ -12,7 +12,7 @@ kept. One iteration is never worse than quantising alone (Eckart-Young).
 `svd_first` swaps the two steps: Q_0 = 0, A_t B_t from W - Q_{t-1}, then Q_t = quantize(W - A_t B_t), which counts. A smaller error where W
 itself is close to low rank; worse after fine-tuning in the paper (table 6).
 
-The low-rank step. A quantisation residual has an almost flat spectrum, where plain subspace iteration converges slowly; a block Krylov space
+The low-rank step. A quantisation residual has an almost flat spectrum, where subspace iteration converges slowly; a block Krylov space
 (all blocks of the iteration are kept, arXiv 1504.05477) needs a third of the products with the matrix. It starts from the previous
 iterate's subspace, and ends where the error is within `GUARD` of the smallest possible by extrapolation: the energy gained per step falls
 like a geometric series from the second step on. Where that does not happen within the width of the space, `svd.truncated_svd` answers.

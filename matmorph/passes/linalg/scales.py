@@ -19,7 +19,7 @@ SCALE_TYPES = (torch.float32, torch.float16)
 
 _SHRINK: Mapping[int, tuple[float, ...]] = {
     2: (0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.78, 0.86, 0.94),
-    4: (0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.98),
+    4: (0.6, 0.7, 0.77, 0.82, 0.86, 0.9, 0.94, 0.98),
     8: (0.94, 0.96, 0.98, 0.99),
 }
 """Candidate scales as parts of the unclipped one. For normal, uniform and Student-t blocks of 16 to 256 numbers the optimum lies inside."""
@@ -71,8 +71,6 @@ def uniform_scales(x: Tensor, bits: int, *, zero_point: bool, search: bool, dtyp
         raise ValueError("NaN or infinity in the weight")
     lo, hi = lo.clamp_max_(0), hi.clamp_min_(0)
     s, z = _covering(lo, hi, levels)
-    if not bool(torch.isfinite(s).all()):
-        raise ValueError(f"the largest scale is outside the range of {dtype}: use float32 scales")
     return _searched(x, lo, hi, s, z, levels) if search else (s, z)
 
 
@@ -88,9 +86,12 @@ def _ratio(a: Tensor, s: Tensor) -> Tensor:
 
 def _covering(lo: Tensor, hi: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
     """The smallest scale whose levels cover the block. Where rounding it for storage broke the rule of reach, one step less restores it;
-    where even that is 0 (numbers too small for the type), the block counts as zero."""
+    where even that is 0 (numbers too small for the type), the block counts as zero. ValueError for scales too large for the type."""
     wanted = (hi - lo) / levels.top if levels.free else -torch.where(-lo >= hi, lo, hi) / levels.half
-    first, second = levels.stored(wanted), levels.stored(levels.stored(wanted), down=True)
+    first = levels.stored(wanted)
+    if not bool(torch.isfinite(first).all()):
+        raise ValueError(f"the largest scale is outside the range of {levels.dtype}: use float32 scales")
+    second = levels.stored(first, down=True)
 
     def zero(s: Tensor) -> Tensor:
         return _ratio(-lo, s).round().clamp_(0, levels.top) if levels.free else torch.full_like(s, levels.half)
