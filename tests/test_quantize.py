@@ -28,7 +28,9 @@ TABLES = {
         *(0.0795803291, 0.1609301727, 0.2461122939, 0.3379151935, 0.4407098024, 0.5626169701, 0.7229567279, 1),
     ],
 }
-UNIFORM = [Quantizer("uniform", bits, zero_point=free, scale=how) for bits in (2, 4, 8) for free in (False, True) for how in ("absmax", "search")]
+UNIFORM = [
+    Quantizer("uniform", bits, zero_point=free, scale=how) for bits in (2, 4, 8) for free in (False, True) for how in ("absmax", "search")
+]
 TABLE = [Quantizer("nf4"), Quantizer("nf3"), Quantizer("nf2")]
 HALF = [replace(q, scale_dtype=torch.float16) for q in (*TABLE, *UNIFORM)]
 
@@ -258,8 +260,6 @@ def test_scale_search_beats_the_extremes() -> None:
 @pytest.mark.parametrize("quantizer", [*TABLE, *UNIFORM, *HALF], ids=label)
 @given(w=weights())
 def test_quantising_twice_is_quantising_once(quantizer: Quantizer, w: Tensor) -> None:
-    if quantizer.name == "uniform" and quantizer.width == 8 and quantizer.scale_dtype == torch.float16:
-        w = w.clamp(-4, 4)  # two float16 roundings and 255 levels exceed float32's 24 bits only far above the normal weights
     small = replace(quantizer, block_size=16)
     once = quantize(w, small)
     again = quantize(once.dequantize(), small)
