@@ -60,8 +60,8 @@ def _version(name: str) -> str | None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with equal keys as aligned columns; floats with three significant decimals."""
-    cells = [{name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items()} for row in rows]
+    """Rows with equal keys as aligned columns; floats with four significant digits."""
+    cells = [{name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()} for row in rows]
     widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in cells[0]}
     print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
     for row in cells:

@@ -41,7 +41,8 @@ def read(path: Path) -> tuple[list[float], list[str], list[str]]:
 
 def spread(items: Sequence[str], number: int) -> list[str]:
     """`number` items at equal distances: the file is ordered by genre."""
-    return [items[index * len(items) // number] for index in range(min(number, len(items)))]
+    number = min(number, len(items))
+    return [items[index * len(items) // number] for index in range(number)]
 
 
 def calibration(folder: Path, samples: int) -> list[dict[str, torch.Tensor]]:

@@ -15,11 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from matmorph.errors import InputError
 from matmorph.ir.core import Graph
+from matmorph.ir.evaluate import bind
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.to_torch import CompiledModule, to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.trace import read_examples, trace
 from matmorph.models import Model
 from matmorph.passes.explain import Explanation
 from matmorph.passes.explain import explain as explain_site
@@ -100,7 +103,7 @@ def compile(
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
     """
-    loaded = load_spec(spec)
+    loaded = _seeded(load_spec(spec), seed)
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
@@ -108,11 +111,27 @@ def compile(
     show("tracing", 1, 1)
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
-    used = loaded.seed if seed is None else seed
+    examples = _flat_examples(model, graph, example_inputs)
     traced = time.perf_counter()
-    done = compile_graph(graph, loaded, _methods(), _name(model), calibration=calibration, seed=used, progress=show)
+    done = compile_graph(graph, loaded, _methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
-    return Compiled(Job(loaded, done.source, done.graph, done.report, example_inputs, onnx_lowerings or {}, seconds), show)
+    return Compiled(Job(loaded, done.source, done.graph, done.report, examples, onnx_lowerings or {}, seconds), show)
+
+
+def _seeded(spec: Spec, seed: int | None) -> Spec:
+    """The spec with the seed that is used, so that the spec.yaml of an artefact makes the same one again."""
+    return spec if seed is None else replace(spec, seed=seed, resolved={**spec.resolved, "seed": seed})
+
+
+def _flat_examples(model: Any, graph: Graph, example_inputs: Any) -> tuple[torch.Tensor, ...]:
+    """The example's tensors in `graph.inputs` order; an ExportedProgram brings its own where none are given."""
+    if example_inputs is None and isinstance(model, torch.export.ExportedProgram):
+        if model.example_inputs is None:
+            raise InputError("the exported program was saved without its example inputs: give example_inputs")
+        args, kwargs = model.example_inputs
+    else:
+        args, kwargs = read_examples(example_inputs, torch.device(graph.device))
+    return tuple(bind(graph, args, kwargs))
 
 
 class Compiled:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,11 +20,10 @@ from matmorph.exporters.artifact import Artifact, Described, refuse_existing, wr
 from matmorph.exporters.onnx_model import OnnxInfo
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph
-from matmorph.ir.evaluate import bind
-from matmorph.ir.trace import read_examples
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.runtime.check import check
+from matmorph.runtime.providers import cuda_obstacle
 from matmorph.specs.dump import dump_resolved
 from matmorph.specs.schema import Spec
 
@@ -33,13 +32,13 @@ PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxr
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is saved: the graphs before and after, the spec and report they belong to, and the example call."""
+    """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order."""
 
     spec: Spec
     source: Graph
     graph: Graph
     report: Report
-    example_inputs: Any
+    examples: Sequence[torch.Tensor]
     onnx_lowerings: Mapping[Any, Callable[..., Any]]
     seconds: Mapping[str, float]
 
@@ -51,15 +50,17 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     """
     refuse_existing(folder, force)
     started = time.perf_counter()
-    args, kwargs = read_examples(job.example_inputs, torch.device(job.graph.device))
-    vectors = check_vectors(job.graph, bind(job.graph, args, kwargs))
-    report = replace(job.report, versions=versions(), notes=(*job.report.notes, *vectors.notes))
+    vectors = check_vectors(job.graph, job.examples, job.spec.export.precision)
+    unchecked = _unchecked(job.spec)
+    found = (*job.report.notes, *vectors.notes, *unchecked)
+    report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
     final: list[Report] = []
 
     def describe(staging: Path, info: OnnxInfo) -> Described:
         progress("checking", 0, 1)
-        final.append(replace(report, parity=_parity(staging, info, vectors)))
+        exact = replace(report.totals, bytes=(report.totals.bytes[0], info.bytes))
+        final.append(replace(report, totals=exact, parity=None if unchecked else _parity(staging, info, vectors)))
         progress("checking", 1, 1)
         return Described(final[0].to_dict(), html_page(final[0], spec))
 
@@ -79,6 +80,12 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     written = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
     return final[0]
+
+
+def _unchecked(spec: Spec) -> tuple[str, ...]:
+    """A note where the file is not meant for this machine, so that its outputs cannot be held against torch here."""
+    obstacle = cuda_obstacle() if "cpu" not in spec.export.target else None
+    return (f"outputs not checked: export.target is cuda alone, which this machine does not have ({obstacle})",) if obstacle else ()
 
 
 def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:

@@ -22,6 +22,7 @@ Load = Callable[[str], ModuleType]
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """A script as a module, with `_common` beside it importable as when it is run."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # plan_7b measures a process of its own
     threads = torch.get_num_threads()
 
     def module(name: str) -> ModuleType:

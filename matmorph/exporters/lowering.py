@@ -53,7 +53,10 @@ def lower(program: ExportedProgram, opset: int = 21, onnx_lowerings: Lowerings |
         promote_types(module)
         model = _translate(program, library.registry(_targets(module)))
     _describe(model)
-    version_converter.convert_version(model, opset)
+    try:
+        version_converter.convert_version(model, opset)
+    except Exception as error:
+        raise ExportError(f"the graph cannot be written in opset {opset}", _chain(error)) from error
     return model
 
 
@@ -86,6 +89,12 @@ class _Library:
         registry._cleanup_registry_based_on_opset_version()
         for op, function in self.own.items():
             registry.register_op(op, function)
+            signature = registry.get_decomps(op)[0].signature
+            if signature is not None and not signature.outputs:
+                raise ExportError(
+                    f"onnx_lowerings: the translation of {op} has no annotated result",
+                    ["annotate its arguments and its result, as in `def f(x: FLOAT) -> FLOAT` with onnxscript's types"],
+                )
         return registry
 
 

@@ -103,8 +103,7 @@ def export_onnx(
     check_target(export.precision, export.target, stored)
     model = skeleton(graph, export.opset, export.precision, onnx_lowerings)
     weights = _weights(model, graph)
-    with (folder / DATA).open("wb") as file:
-        data, total = _write_weights(file, weights, progress)
+    data, total = _write_weights(folder / DATA, weights, progress)
     text = _serialized(model)
     (folder / MODEL).write_bytes(text)
     _check(folder / MODEL)
@@ -206,29 +205,49 @@ def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
     return found
 
 
-def _write_weights(file: BinaryIO, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None) -> tuple[FileInfo, int]:
+def _write_weights(path: Path, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None) -> tuple[FileInfo, int]:
     """Streams the weights; equal storage and dtype = written once. Gives every initializer its external reference."""
-    digest, position, total = hashlib.sha256(), 0, 0
+    total = 0
     written: dict[Any, tuple[int, int]] = {}
-    for value, const in weights:
-        dtype = _dtype(value)
-        key = (const.storage, dtype, const.nbytes) if const.storage else const
-        if key not in written:
-            data = _bytes_of(const, dtype)
-            padding = -position % (_PAGE if data.nbytes >= _LARGE else _LINE)
-            for block in (bytes(padding), data.data):
-                file.write(block)
-                digest.update(block)
-            position += padding
-            written[key] = (position, data.nbytes)
-            position += data.nbytes
-            total += data.nbytes
-        offset, length = written[key]
-        shape = ir.Shape(value.shape if value.shape is not None else ())
-        value.const_value = ir.ExternalTensor(DATA, offset, length, dtype, shape=shape, name=str(value.name), base_dir="")
-        if progress is not None:
-            progress(const.path, length)
-    return FileInfo(digest.hexdigest(), position), total
+    with path.open("wb") as file:
+        data = _DataFile(file)
+        for value, const in weights:
+            dtype = _dtype(value)
+            if const.numel == 0:  # nothing to point at
+                value.const_value = ir.Tensor(np.empty([int(d) for d in const.tensor.shape], dtype.numpy()), name=str(value.name))
+                continue
+            key = (const.storage, dtype, const.nbytes) if const.storage else const
+            if key not in written:
+                written[key] = data.append(const, dtype)
+                total += written[key][1]
+            offset, length = written[key]
+            shape = ir.Shape(value.shape if value.shape is not None else ())
+            value.const_value = ir.ExternalTensor(DATA, offset, length, dtype, shape=shape, name=str(value.name), base_dir="")
+            if progress is not None:
+                progress(const.path, length)
+    return FileInfo(data.digest.hexdigest(), data.position), total
+
+
+class _DataFile:
+    """The data file while it grows, hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.position = 0
+
+    def append(self, const: Const, dtype: ir.DataType) -> tuple[int, int]:
+        """Writes one weight at the next aligned place; (offset, length). Nothing holds the weight afterwards."""
+        data = _bytes_of(const, dtype)
+        self._write(bytes(-self.position % (_PAGE if data.nbytes >= _LARGE else _LINE)))
+        offset = self.position
+        self._write(data.data)
+        return offset, data.nbytes
+
+    def _write(self, block: bytes | memoryview) -> None:
+        self.file.write(block)
+        self.digest.update(block)
+        self.position += len(block)
 
 
 def _bytes_of(const: Const, dtype: ir.DataType) -> npt.NDArray[np.uint8]:

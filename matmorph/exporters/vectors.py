@@ -1,23 +1,26 @@
 """Check vectors: inputs of several shapes and what torch answers to them, against which ONNX Runtime is held here and on any machine later.
 
-The inputs are the example's own values, cropped or repeated along the dynamic axes, so that token ids stay token ids.
+The inputs are the example's own values, cropped or repeated along the dynamic axes, so that token ids stay token ids. A model in half
+precision answers in float32, as its export does: torch's own rounding to 3 digits would hide the export's errors behind its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import sympy
 import torch
 
 from matmorph.errors import InputError
-from matmorph.ir.core import Graph, Range, Value
+from matmorph.ir.core import Const, Graph, Node, Range, Value
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.types import Dim, symbol
+from matmorph.ir.types import Dim, TensorType, dim_symbols, symbol
 
 Arrays = Mapping[str, np.ndarray]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,22 +39,24 @@ class Vectors:
     notes: tuple[str, ...] = ()
 
 
-def check_vectors(graph: Graph, examples: Sequence[torch.Tensor]) -> Vectors:
+def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str = "fp32") -> Vectors:
     """Cases at up to three shapes: the example's, the smallest first axis with half of every other, and a larger one.
 
-    examples: flat tensor inputs in `graph.inputs` order, on the graph's device. A static model has one case. Raises InputError for a graph
-    whose weights are on the meta device.
+    examples: flat tensor inputs in `graph.inputs` order, on the graph's device. precision: of the export; under "keep" a model in half
+    precision answers in it. A static model has one case. Raises InputError for a graph whose weights are on the meta device.
     """
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
     own = _own_sizes(graph, examples)
+    running = graph if precision == "keep" else widened(graph)
+    examples = [tensor.float() if running is not graph and tensor.dtype in HALVES else tensor for tensor in examples]
     cases: list[Case] = []
     notes: list[str] = []
     for sizes in _shapes(own, graph.ranges):
         inputs = [_resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
         try:
             with torch.no_grad():
-                results = evaluate(graph, inputs)
+                results = evaluate(running, inputs)
         except (RuntimeError, IndexError) as error:
             if sizes == own:
                 raise
@@ -65,13 +70,17 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor]) -> Vectors:
 
 
 def _own_sizes(graph: Graph, examples: Sequence[torch.Tensor]) -> dict[str, int]:
-    """Sizes of the example by symbol, in order of first use."""
+    """Sizes of the example by symbol, in order of first use; none where they do not follow from the shapes."""
+    shapes = [(value.tensor.shape, tensor.shape) for value, tensor in zip(graph.inputs, examples, strict=True)]
+    pairs = [(dim, int(size)) for dims, given in shapes for dim, size in zip(dims, given, strict=True)]
     sizes: dict[str, int] = {}
-    for value, tensor in zip(graph.inputs, examples, strict=True):
-        for dim, size in zip(value.tensor.shape, tensor.shape, strict=True):
-            if isinstance(dim, sympy.Symbol):
-                sizes.setdefault(str(dim), int(size))
-    return sizes
+    for dim, size in sorted(pairs, key=lambda pair: not isinstance(pair[0], sympy.Symbol)):  # "seq" before "2*seq"
+        unknown = dim_symbols([dim]) - sizes.keys()
+        if len(unknown) == 1:
+            equation = sympy.Eq(sympy.sympify(dim).subs({symbol(name): known for name, known in sizes.items()}), size)
+            solved = sympy.solve(equation, symbol(*unknown))
+            sizes.update({name: int(found) for name in unknown for found in solved[:1] if found.is_integer})
+    return sizes if all(dim_symbols([dim]) <= sizes.keys() for dim, _ in pairs) else {}
 
 
 def _shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[str, int]]:
@@ -85,7 +94,7 @@ def _shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[st
 
 
 def _resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
-    for axis, dim in enumerate(value.tensor.shape):
+    for axis, dim in enumerate(value.tensor.shape if sizes else ()):
         wanted = _size(dim, sizes)
         if wanted != tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
@@ -94,6 +103,32 @@ def _resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> to
 
 def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
     return dim if isinstance(dim, int) else int(dim.subs({symbol(name): size for name, size in sizes.items()}))
+
+
+def widened(graph: Graph) -> Graph:
+    """The graph with float32 in the place of half precision, for `evaluate`: stored types stay. The graph itself where it has none."""
+    known = {const: _wide(const) for const in graph.used_state() if const.tensor.torch_dtype in HALVES}
+    values = (*graph.inputs, *(value for node in graph.nodes for value in node.outputs))
+    if not known and not any(isinstance(value.type, TensorType) and value.type.torch_dtype in HALVES for value in values):
+        return graph
+
+    def change(arg: Any) -> Any:
+        if isinstance(arg, tuple | list):
+            return type(arg)(map(change, arg))
+        if isinstance(arg, Graph):
+            return widened(arg)
+        if isinstance(arg, torch.dtype):
+            return torch.float32 if arg in HALVES else arg
+        return known.get(arg, arg) if isinstance(arg, Const) else arg
+
+    def rewritten(node: Node) -> Node:
+        return replace(node, args=change(node.args), attrs={name: change(arg) for name, arg in node.attrs.items()})
+
+    return replace(graph, nodes=tuple(map(rewritten, graph.nodes)), outputs=change(graph.outputs))
+
+
+def _wide(const: Const) -> Const:
+    return replace(const, load=lambda: const.load().float())
 
 
 def _array(value: object) -> np.ndarray:

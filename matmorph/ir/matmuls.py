@@ -14,7 +14,7 @@ from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.matmul_forms import Use, find_use, gathered
 from matmorph.ir.roles import infer_roles
 from matmorph.ir.site import Site
-from matmorph.ir.weight_view import WeightView, follow, whole
+from matmorph.ir.weight_view import Reading, WeightView, follow, whole
 
 
 @dataclass(slots=True)
@@ -99,12 +99,12 @@ def _sites(weight: _Weight) -> list[Site]:
         return [_table(weight)] if weight.gathers else []
     problem = _problem(weight)
     if problem is not None:
-        return [_site(weight, weight.uses, problem)]
-    parts: dict[tuple[int, int], list[Use]] = {}
+        return [_blocked(weight, problem)]
+    parts: dict[Reading, list[Use]] = {}
     for use in weight.uses:
         if use.reading is not None:
-            parts.setdefault(use.reading.rows, []).append(use)
-    return [_site(weight, uses, next((use.problem for use in uses if use.problem), None)) for uses in parts.values()]
+            parts.setdefault(use.reading, []).append(use)
+    return [_site(weight, reading, uses) for reading, uses in parts.items()]
 
 
 def _problem(weight: _Weight) -> str | None:
@@ -134,49 +134,32 @@ def _path(const: Const) -> str:
     return const.path.removesuffix(".weight")
 
 
-def _site(weight: _Weight, uses: Sequence[Use], problem: str | None) -> Site:
-    const, use = weight.const, uses[0]
-    applications = tuple(u.application for u in uses)
-    reading = use.reading
-    if reading is None or (problem is not None and len({u.reading for u in uses}) > 1):
-        return _blocked(weight, uses, problem)
-    whole_matrix = reading.rows == (0, reading.total)
+def _site(weight: _Weight, reading: Reading, uses: Sequence[Use]) -> Site:
     start, stop = reading.rows
+    entire = reading.rows == (0, reading.total)
     return Site(
-        path=_path(const) if whole_matrix else f"{_path(const)}[{start}:{stop}]",
-        const=const,
-        form=use.form,
+        path=_path(weight.const) if entire else f"{_path(weight.const)}[{start}:{stop}]",
+        const=weight.const,
+        form=uses[0].form,
         layout=reading.layout,
         in_features=reading.in_features,
         out_features=stop - start,
-        applications=applications,
+        applications=tuple(use.application for use in uses),
         batch=reading.batch,
-        rows=None if whole_matrix else reading.rows,
+        rows=None if entire else reading.rows,
         gathers=tuple(weight.gathers),
-        blocked=problem,
+        blocked=next((use.problem for use in uses if use.problem), None),
         read=reading.read,
     )
 
 
-def _blocked(weight: _Weight, uses: Sequence[Use], problem: str | None) -> Site:
-    """The whole constant as one site that nothing may take; its matrix is the first reading's, or [first axis, all others]."""
+def _blocked(weight: _Weight, problem: str) -> Site:
+    """The whole constant as one site that nothing may take; its matrix is the first reading's, or [all others, last axis]."""
     const = weight.const
-    known = next((replace(use.reading, rows=(0, use.reading.total)) for use in uses if use.reading is not None), None)
-    width = known.in_features if known else const.numel // int(const.tensor.shape[0])
-    batch = known.batch if known else None
-    return Site(
-        path=_path(const),
-        const=const,
-        form=uses[0].form,
-        layout=known.layout if known else "oi",
-        in_features=width,
-        out_features=const.numel // width // (batch or 1),
-        applications=tuple(use.application for use in uses),
-        batch=batch,
-        gathers=tuple(weight.gathers),
-        blocked=problem,
-        read=known.read if known else lambda stored: stored.reshape(-1, width),
-    )
+    known = next((replace(use.reading, rows=(0, use.reading.total)) for use in weight.uses if use.reading is not None), None)
+    width = int(const.tensor.shape[-1])
+    reading = known or Reading("oi", width, const.numel // width, (0, const.numel // width))
+    return replace(_site(weight, reading, weight.uses), blocked=problem)
 
 
 def _table(weight: _Weight) -> Site:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from matmorph.ir.core import Const, Graph, Node, Value
 from matmorph.ir.ops import LAYOUT_OPS, base_name
@@ -39,6 +40,10 @@ FUSED: frozenset[str] = frozenset(
 )
 CONVOLUTIONS: frozenset[str] = frozenset("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())
 NORMS: frozenset[str] = frozenset("layer_norm rms_norm group_norm native_layer_norm _fused_rms_norm dropout native_dropout".split())
+PICKS: frozenset[str] = frozenset("index index_select gather take_along_dim _unsafe_index".split())
+"""What they give comes from their first operand; the others only say from where in it."""
+RESCALES: frozenset[str] = frozenset("mul div sub pow mean rsqrt".split())
+"""With `add` of a number, what a norm is made of where it is not one operator."""
 MANY = 8
 """A value that comes from more matmuls than this is the residual stream of a deep part: it says nothing."""
 
@@ -53,6 +58,8 @@ class _Source:
     bent: bool = False
     split: bool = False
 
+
+Applications: TypeAlias = Mapping[Node, tuple[Site, Application]]
 
 _FOREIGN = _Source(None, "foreign")
 _Flow = frozenset[_Source]
@@ -70,28 +77,32 @@ class _Attention:
 
 @dataclass(slots=True)
 class _Flows:
-    """Result of the forward pass. `added`: applications whose result is added to something else, as a block's is to the residual stream.
-    `routed`: applications whose result a top-k reads. `order`: position of every node."""
+    """Result of the forward pass. `added`: what an application's result is added to, as a block's is to the residual
+    stream. `routed`: applications whose result a top-k reads. `order`: position of every node."""
 
     order: Mapping[Node, int]
     of: dict[Value, _Flow] = field(default_factory=dict)
     attentions: dict[Node, _Attention] = field(default_factory=dict)
-    added: set[Node] = field(default_factory=set)
+    added: dict[Node, Value] = field(default_factory=dict)
     routed: set[Node] = field(default_factory=set)
 
 
 def infer_roles(graph: Graph, sites: Sequence[Site]) -> dict[Site, str]:
     """A role for every site, from dataflow. Linear in the size of the graph."""
     applications = {a.node: (site, a) for site in sites for a in site.applications}
+    producers = graph.producers()
     flows = _flow(graph, applications)
     found: dict[Node, str] = {}
-    _attention_roles(graph, flows, applications, found)
+    _attention_roles(flows, applications, producers, found)
     chains = _chains(flows, applications, found)
     _expert_roles(flows, applications, chains, found)
     body = {node for node, role in found.items() if role != "moe.router"}
     for chain in chains:
         if chain.last in flows.added:
             body.update(chain.nodes)
+    for node, other in flows.added.items():
+        if node not in body and _comes_from({applications[node][1].x}, {other}, producers):
+            body.add(node)
     before, after = _reach(graph, body, applications)
     tail = {node for node in applications if node not in body and node in after and node not in before}
     for chain in chains:
@@ -112,7 +123,7 @@ def _role(site: Site, found: Mapping[Node, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------------ forward pass
 
 
-def _flow(graph: Graph, applications: Mapping[Node, tuple[Site, Application]]) -> _Flows:
+def _flow(graph: Graph, applications: Applications) -> _Flows:
     flows = _Flows({node: position for position, node in enumerate(graph.nodes)})
     for value in graph.inputs:
         floating = isinstance(value.type, TensorType) and value.tensor.torch_dtype.is_floating_point
@@ -125,7 +136,7 @@ def _flow(graph: Graph, applications: Mapping[Node, tuple[Site, Application]]) -
     return flows
 
 
-def _through(node: Node, base: str, flows: _Flows, applications: Mapping[Node, tuple[Site, Application]]) -> _Flow:
+def _through(node: Node, base: str, flows: _Flows, applications: Applications) -> _Flow:
     """Sources of a node's results; attentions, residual additions and routers are noted in passing."""
     if node in applications:
         return frozenset((_Source(node, "matmul"),))
@@ -138,7 +149,8 @@ def _through(node: Node, base: str, flows: _Flows, applications: Mapping[Node, t
     operands = _operands(node, base)
     if operands is not None:
         return _product(node, operands, flows)
-    merged = frozenset(source for value in node.inputs() if not isinstance(value, Const) for source in flows.of.get(value, _NONE))
+    read = node.inputs()[:1] if base in PICKS else node.inputs()
+    merged = frozenset(source for value in read if not isinstance(value, Const) for source in flows.of.get(value, _NONE))
     if base in SOFTMAX and any(source.kind == "product" for source in merged):
         return frozenset((_Source(node, "softmax"),))
     if base in ("add", "sub", "rsub"):
@@ -202,22 +214,20 @@ def _matmuls(flow: _Flow) -> set[Node]:
 
 def _note_additions(node: Node, flows: _Flows) -> None:
     """a + b where a is one matmul's result as it came, and b comes from elsewhere."""
-    sides = [flows.of.get(value, _NONE) for value in node.args[:2] if isinstance(value, Value) and not isinstance(value, Const)]
-    if len(sides) != 2:
+    values = [value for value in node.args[:2] if isinstance(value, Value) and not isinstance(value, Const)]
+    if len(values) != 2:
         return
-    for one, other in (sides, sides[::-1]):
-        alone = next(iter(one)) if len(one) == 1 else None
-        if alone is not None and alone.kind == "matmul" and not alone.bent and alone.node is not None and other and other != one:
-            flows.added.add(alone.node)
+    for one, other in (values, values[::-1]):
+        flow, rest = flows.of.get(one, _NONE), flows.of.get(other, _NONE)
+        alone = next(iter(flow)) if len(flow) == 1 else None
+        if alone is not None and alone.kind == "matmul" and not alone.bent and alone.node is not None and rest and rest != flow:
+            flows.added.setdefault(alone.node, other)
 
 
 # --------------------------------------------------------------------------------------------------------------------- attention
 
 
-def _attention_roles(graph: Graph, flows: _Flows, applications: Mapping[Node, tuple[Site, Application]], found: dict[Node, str]) -> None:
-    if not flows.attentions:
-        return
-    producers = graph.producers()
+def _attention_roles(flows: _Flows, applications: Applications, producers: Mapping[Value, Node], found: dict[Node, str]) -> None:
     family: dict[Node, str] = {}
     for core, attention in flows.attentions.items():
         family[core] = "cross_attention" if _is_cross(attention, applications, producers) else "attention"
@@ -232,34 +242,35 @@ def _attention_roles(graph: Graph, flows: _Flows, applications: Mapping[Node, tu
             found.setdefault(node, f"{family[min(cores, key=flows.order.__getitem__)]}.o")
 
 
-def _is_cross(attention: _Attention, applications: Mapping[Node, tuple[Site, Application]], producers: Mapping[Value, Node]) -> bool:
+def _is_cross(attention: _Attention, applications: Applications, producers: Mapping[Value, Node]) -> bool:
     """Whether queries and keys are made of different things: no matmul in common, and nothing in common just behind their inputs."""
     if attention.q & attention.k or not attention.q or not attention.k:
         return False
-    left = {value for node in attention.q for value in _near(applications[node][1].x, producers)}
-    right = {value for node in attention.k for value in _near(applications[node][1].x, producers)}
+    left = {value for node in attention.q for value in _near(applications[node][1].x, applications, producers)}
+    right = {value for node in attention.k for value in _near(applications[node][1].x, applications, producers)}
     return not left & right and not _comes_from(right, left, producers)
 
 
-def _near(value: Value, producers: Mapping[Value, Node]) -> set[Value]:
-    """The value, and what it was before layout, norm and one addition (positions are added to queries and keys)."""
-    found, todo, budget = {value}, [(value, 1)], 64
-    while todo and budget:
-        budget -= 1
-        current, additions = todo.pop()
+def _near(value: Value, applications: Applications, producers: Mapping[Value, Node]) -> set[Value]:
+    """The value, and what it was before layout, norms, one addition (positions are added to queries and keys) and one matmul (queries and
+    keys of a low-rank attention have a projection in front)."""
+    found, todo = {value}, [(value, 1, 1)]
+    while todo:
+        current, additions, matmuls = todo.pop()
         node = producers.get(current)
         if node is None:
             continue
         base = base_name(node.op)
-        before: Iterable[Value] = ()
-        if base in LAYOUT_OPS or base in NORMS:
-            before = node.inputs()[:1]
-        elif base == "add" and additions:
-            before, additions = node.inputs(), additions - 1
-        for value in before:
-            if not isinstance(value, Const) and isinstance(value.type, TensorType) and value not in found:
-                found.add(value)
-                todo.append((value, additions))
+        before = [v for v in node.inputs() if isinstance(v.type, TensorType) and not isinstance(v, Const)]
+        if node in applications and matmuls:
+            before, matmuls = [applications[node][1].x], matmuls - 1
+        elif base == "add" and len(before) > 1 and additions:
+            additions -= 1
+        elif not (base in LAYOUT_OPS | NORMS | RESCALES | SPLITS or (base == "add" and len(before) == 1)):
+            continue
+        fresh = [v for v in before if v not in found]
+        found.update(fresh)
+        todo += [(v, additions, matmuls) for v in fresh]
     return found
 
 
@@ -292,14 +303,14 @@ class _Chain:
     def nodes(self) -> tuple[Node, ...]:
         return (*(node for node, _ in self.first), self.last)
 
-    def roles(self, applications: Mapping[Node, tuple[Site, Application]]) -> Iterable[tuple[Node, str]]:
+    def roles(self, applications: Applications) -> Iterable[tuple[Node, str]]:
         family = "moe" if applications[self.last][0].batch is not None else "mlp"
         for node, role in self.first:
             yield node, f"{family}.{role}"
         yield self.last, f"{family}.{'fc2' if self.first[0][1] == 'fc1' else 'down'}"
 
 
-def _chains(flows: _Flows, applications: Mapping[Node, tuple[Site, Application]], found: Mapping[Node, str]) -> list[_Chain]:
+def _chains(flows: _Flows, applications: Applications, found: Mapping[Node, str]) -> list[_Chain]:
     """MLPs, the later of two that share a matmul first, so that the middle of a longer chain is an fc1."""
     chains = []
     for node, (_, application) in applications.items():
@@ -323,9 +334,7 @@ def _first_steps(sources: _Flow) -> tuple[tuple[Node, str], ...]:
     return ((gate, "gate_up" if any(source.split for source in sources) else "fc1"),)
 
 
-def _expert_roles(
-    flows: _Flows, applications: Mapping[Node, tuple[Site, Application]], chains: Sequence[_Chain], found: dict[Node, str]
-) -> None:
+def _expert_roles(flows: _Flows, applications: Applications, chains: Sequence[_Chain], found: dict[Node, str]) -> None:
     experts = [(node, site, application) for node, (site, application) in applications.items() if site.batch is not None]
     if not experts:
         return
@@ -346,7 +355,7 @@ def _expert_roles(
 # -------------------------------------------------------------------------------------------------------------------------- head
 
 
-def _reach(graph: Graph, body: set[Node], applications: Mapping[Node, tuple[Site, Application]]) -> tuple[set[Node], set[Node]]:
+def _reach(graph: Graph, body: set[Node], applications: Applications) -> tuple[set[Node], set[Node]]:
     """(matmuls from which a block's matmul is reached, matmuls that one reaches)."""
     after: set[Node] = set()
     reached: set[Value] = set()
@@ -367,7 +376,7 @@ def _reach(graph: Graph, body: set[Node], applications: Mapping[Node, tuple[Site
     return before, after
 
 
-def _last(graph: Graph, flows: _Flows, applications: Mapping[Node, tuple[Site, Application]]) -> set[Node]:
+def _last(graph: Graph, flows: _Flows, applications: Applications) -> set[Node]:
     """In a model without blocks: matmuls that come after something with weights and lead to no further one."""
     leads: set[Value] = set()
     found: set[Node] = set()

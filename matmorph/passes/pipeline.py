@@ -6,21 +6,23 @@ inserts exists only once it is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matmorph.errors import MatmorphError, SpecError
+import torch
+
+from matmorph.errors import InputError, MatmorphError, RewriteError, SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
 from matmorph.passes.calibrate import calibrate
 from matmorph.passes.methods import Method, SiteStats
-from matmorph.passes.reporting import dense_row, site_rows, totals
+from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible_ranks, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
-from matmorph.passes.tolerance import hold, refuse_rejects
+from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves
@@ -48,8 +50,8 @@ class Compilation:
 
 def inspect_graph(graph: Graph, name: str, precision: str = "fp32") -> Report:
     """Every site as it is."""
-    rows = tuple(dense_row(site, precision) for site in find_sites(graph))
-    return Report(name, "", rows, totals(graph, rows, precision), graph.notes, is_plan=True)
+    rows = dense_rows(find_sites(graph), graph, precision)
+    return Report(name, "", rows, planned_totals(graph, rows, precision), graph.notes, is_plan=True)
 
 
 def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
@@ -58,7 +60,7 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
     Raises SpecError as compile does: dead rules, `expect`, ranks that no site can have, rejects under `strict`.
     """
     sites = find_sites(graph)
-    rows = {site.path: dense_row(site, spec.export.precision) for site in sites}
+    rows: dict[str, SiteRow] = {}
     left: Sequence[Site] = sites
     notes: list[str] = []
     for number, stage in enumerate(spec.stages):
@@ -69,10 +71,18 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
         by_site = {outcome.site: outcome for outcome in outcomes}
-        rows.update({row.path: row for row in site_rows(selection.claims, by_site, spec.export.precision)})
-        left = [claim.site for claim in selection.claims if claim.rule is None]
+        _enter(rows, site_rows(selection.claims, by_site, graph, spec.export.precision))
+        left = [site for site in left if rows[site.path].status != "rewritten"]
     found = tuple(rows.values())
-    return Report(name, spec.name, found, totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
+    return Report(name, spec.name, found, planned_totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
+
+
+def _enter(rows: dict[str, SiteRow], found: Iterable[SiteRow]) -> None:
+    """A stage's rows over those of the stages before it: a rewrite stays, else the last rule that claimed the site has its say."""
+    for row in found:
+        old = rows.get(row.path)
+        if old is None or row.status == "rewritten" or (row.rule is not None and old.status != "rewritten"):
+            rows[row.path] = row
 
 
 def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
@@ -111,10 +121,14 @@ def compile_graph(
 ) -> Compilation:
     """The rewritten graph and its report. With calibration data every claimed site's output error is measured.
 
-    Raises SpecError (dead rules, `expect`, a method without the data it needs, rejects under `strict`), RewriteError (NaN in a weight),
-    CheckError (tolerance) and VerifyError (our bug).
+    Raises SpecError (dead rules, `expect`, a method without the data it needs, rejects under `strict`), InputError (calibration data that
+    is none), RewriteError (NaN or infinity in a weight), CheckError (tolerance) and VerifyError (our bug).
     """
-    batches = _repeatable(calibration, len(spec.stages))
+    batches = _repeatable(calibration)
+    if batches is None:
+        for stage in spec.stages:
+            refuse_unmeasured(stage.tolerance)
+    _refuse_not_finite(graph)
     current = graph
     rows: dict[str, SiteRow] = {}
     notes = list(graph.notes)
@@ -126,21 +140,51 @@ def compile_graph(
         outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
-        current = _checked(splice(current, outcomes))
+        read, current = current, _checked(splice(current, outcomes))
         notes += [*selection.notes, *rolled_back]
-        for row in site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, spec.export.precision):
-            if row.status != "unclaimed" or row.path not in rows:
-                rows[row.path] = row
-    found = _of_source(tuple(rows.values()), graph)
-    report = Report(name, spec.name, found, totals(graph, found, spec.export.precision, current), tuple(notes))
+        _enter(rows, site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export.precision))
+    own, inserted = _of_source(tuple(rows.values()), graph)
+    report = Report(name, spec.name, (*own, *inserted), totals(graph, current, own, inserted, spec.export.precision), tuple(notes))
     return Compilation(graph, current, report)
 
 
-def _repeatable(calibration: Iterable[Any] | None, stages: int) -> Iterable[Any] | None:
-    """Several stages read the data several times, which an iterator cannot give."""
-    if calibration is None or stages == 1 or iter(calibration) is not calibration:
-        return calibration
-    return list(calibration)
+def _refuse_not_finite(graph: Graph) -> None:
+    """RewriteError naming the first parameter with NaN or infinity, claimed or not: nothing could be checked on such a model."""
+    for const in graph.used_state():
+        dtype = const.tensor.torch_dtype
+        if const.kind != "parameter" or not dtype.is_floating_point:
+            continue
+        weight = const.load()
+        total = weight.sum(dtype=torch.promote_types(dtype, torch.float32))  # one pass and no copy; large values may overflow it
+        bad = 0 if bool(torch.isfinite(total)) else int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise RewriteError(f"{const.path}: {bad} of {const.numel} entries are NaN or infinite")
+
+
+def _repeatable(calibration: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Batches that every stage can read from the start, which an iterator cannot give. InputError for what is no series of batches."""
+    if calibration is None:
+        return None
+    if isinstance(calibration, Mapping | torch.Tensor | str) or not isinstance(calibration, Iterable):
+        raise InputError(
+            f"calibration must be an iterable of batches, each like the example inputs; got {type(calibration).__name__}",
+            ["a single batch goes into a list: calibration=[batch]"],
+        )
+    return _Replayed(calibration) if isinstance(calibration, Iterator) else calibration
+
+
+class _Replayed:
+    """An iterator that can be read again: what was read is kept, and no more is read than is asked for."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._kept
+        for batch in self._source:
+            self._kept.append(batch)
+            yield batch
 
 
 def _statistics(
@@ -178,13 +222,13 @@ def _checked(graph: Graph) -> Graph:
     return graph
 
 
-def _of_source(rows: Sequence[SiteRow], source: Graph) -> tuple[SiteRow, ...]:
-    """Rows of the source's own sites, in its order, then those of inserted matmuls that a later stage rewrote."""
+def _of_source(rows: Sequence[SiteRow], source: Graph) -> tuple[tuple[SiteRow, ...], tuple[SiteRow, ...]]:
+    """Rows of the source's own sites, in its order, and those of inserted matmuls that a later stage rewrote."""
     order = {site.path: index for index, site in enumerate(find_sites(source))}
     own = sorted((row for row in rows if row.path in order), key=lambda row: order[row.path])
-    inserted = [
+    inserted = tuple(
         replace(row, notes=(*row.notes, "a matmul that an earlier stage inserted: its errors refer to that matmul"))
         for row in rows
         if row.path not in order and row.status == "rewritten"
-    ]
-    return (*own, *inserted)
+    )
+    return tuple(own), inserted

@@ -16,15 +16,21 @@ from matmorph.report.model import PartRow, SiteRow, Totals
 from matmorph.specs.schema import Rank
 
 
-def site_rows(claims: Iterable[Claim], outcomes: Mapping[Site, Outcome], precision: str) -> tuple[SiteRow, ...]:
-    """One row per claim, in order."""
-    return tuple(_row(claim, outcomes.get(claim.site), precision) for claim in claims)
+def site_rows(claims: Iterable[Claim], outcomes: Mapping[Site, Outcome], graph: Graph, precision: str) -> tuple[SiteRow, ...]:
+    """One row per claim on the graph, in order."""
+    sizes = exported_sizes(graph, precision)
+    return tuple(_row(claim, outcomes.get(claim.site), sizes, precision) for claim in claims)
 
 
-def dense_row(site: Site, precision: str) -> SiteRow:
-    """A site as it is."""
+def dense_rows(sites: Iterable[Site], graph: Graph, precision: str) -> tuple[SiteRow, ...]:
+    """Sites of the graph as they are."""
+    sizes = exported_sizes(graph, precision)
+    return tuple(_dense_row(site, sizes) for site in sites)
+
+
+def _dense_row(site: Site, sizes: Mapping[Const, int]) -> SiteRow:
     cost = dense_cost(site)
-    size = site.parameters * item_size(site.const.tensor.dtype, precision)
+    size = site.parameters * (sizes[site.const] // site.const.numel)
     macs = 0 if site.form == "embedding" else cost.macs
     return SiteRow(
         path=site.path,
@@ -42,8 +48,8 @@ def dense_row(site: Site, precision: str) -> SiteRow:
     )
 
 
-def _row(claim: Claim, outcome: Outcome | None, precision: str) -> SiteRow:
-    row = dense_row(claim.site, precision)
+def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], precision: str) -> SiteRow:
+    row = _dense_row(claim.site, sizes)
     if claim.rule is None:
         return replace(row, reason=claim.why)
     uses = claim.rule.rewrite
@@ -74,7 +80,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, precision: str) -> SiteRow:
         output_error=outcome.output_error,
         bound=outcome.bound,
         parameters=(row.parameters[0], cost.parameters + stays),
-        bytes=(row.bytes[0], size + stays * item),
+        bytes=(row.bytes[0], size + (row.bytes[0] if stays else 0)),
         macs=(row.macs[0], cost.macs),
         trainable=trains,
         parts=tuple(PartRow(part.use.method, part.choice.rank, part.notes) for part in outcome.parts),
@@ -93,17 +99,37 @@ def _requested(spec: Any) -> str | None:
     return str(rank.value) if rank.kind == "fixed" else f"{rank.kind} {rank.value}"
 
 
-def totals(source: Graph, rows: Sequence[SiteRow], precision: str, after: Graph | None = None) -> Totals:
-    """Over the whole model, each weight once. `after` is the rewritten graph; without it (a plan) the rows say what changes."""
-    before = _weights(source, precision)
-    change = [sum(row.parameters[1] - row.parameters[0] for row in rows), sum(row.bytes[1] - row.bytes[0] for row in rows)]
-    later = _weights(after, precision) if after is not None else (before[0] + change[0], before[1] + change[1])
-    macs = (sum(row.macs[0] for row in rows), sum(row.macs[1] for row in rows))
-    return Totals((before[0], later[0]), (before[1], later[1]), macs, sum(row.trainable for row in rows))
+def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str) -> Totals:
+    """Over the whole model, each weight once: the rows say what changes."""
+    parameters, size = _weights(source, precision)
+    return Totals(
+        parameters=(parameters, parameters + _change(row.parameters for row in rows)),
+        bytes=(size, size + _change(row.bytes for row in rows)),
+        macs=(sum(row.macs[0] for row in rows), sum(row.macs[1] for row in rows)),
+        trainable=sum(row.trainable for row in rows),
+    )
+
+
+def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], precision: str) -> Totals:
+    """Over the whole model, each weight once. `own`: rows of the source's sites; `inserted`: of matmuls that one stage put in and a later
+    one rewrote, whose "before" is no part of the source."""
+    before, later = _weights(source, precision), _weights(after, precision)
+    dense = sum(row.macs[0] for row in own)
+    return Totals(
+        parameters=(before[0], later[0]),
+        bytes=(before[1], later[1]),
+        macs=(dense, dense + _change(row.macs for row in (*own, *inserted))),
+        trainable=sum(const.numel for const in after.used_state() if const.trainable and const.rule is not None),
+    )
+
+
+def _change(pairs: Iterable[tuple[int, int]]) -> int:
+    return sum(after - before for before, after in pairs)
 
 
 def _weights(graph: Graph, precision: str) -> tuple[int, int]:
-    """(parameters, bytes of the data file); buffers and constants count in bytes only. Equal storage counts once."""
-    sizes = exported_sizes(graph, precision)
-    once = {const.storage or const.path: (const, size) for const, size in sizes.items()}
-    return sum(c.numel for c, _ in once.values() if c.kind == "parameter"), sum(size for _, size in once.values())
+    """(parameters of the module, those that nothing reads included; bytes of the data file, where only what is read goes, buffers and
+    constants too). Equal storage counts once."""
+    once = {(const.storage or const.path, size): size for const, size in exported_sizes(graph, precision).items()}
+    parameters = {const.storage or const.path: const.numel for const in graph.state if const.kind == "parameter"}
+    return sum(parameters.values()), sum(once.values())

@@ -14,11 +14,11 @@ from matmorph.ir.matmul_forms import weight_first
 from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.site import Application, Reject, Site
 
-Step: TypeAlias = "tuple[str, tuple[Any, ...]]"
-"""An operator of one tensor, and its further arguments."""
+Step: TypeAlias = "tuple[str, tuple[Any, ...]] | tuple[str, tuple[Any, ...], torch.memory_format]"
+"""An operator of one tensor, its further arguments (hashable), and the memory format it is asked for, if any."""
 
-# A permuted result lies in memory as the node's own does: later views of it rely on that.
-_CONTIGUOUS: Step = ("aten.clone.default", ())
+# A permuted result is laid out in memory as the node's own is: later views of it rely on that.
+_CONTIGUOUS: Step = ("aten.clone.default", (), torch.contiguous_format)
 _SWAP: Step = ("aten.transpose.int", (-1, -2))
 
 
@@ -52,14 +52,15 @@ def unreadable(site: Site) -> Reject | None:
 
 def emit(b: Builder, steps: Sequence[Step], x: Value) -> Value:
     """The steps as nodes."""
-    for op, args in steps:
-        x = b(op, x, *args)
+    for op, args, *layout in steps:
+        attrs: dict[str, Any] = {"memory_format": layout[0]} if layout else {}
+        x = b(op, x, *(list(arg) if isinstance(arg, tuple) else arg for arg in args), **attrs)
     return x
 
 
 def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
     """The steps on a tensor."""
-    for op, args in steps:
+    for op, args, *_ in steps:
         x = resolve(op)(x, *args)
     return x
 
@@ -79,8 +80,8 @@ def _product(site: Site, application: Application) -> RowView:
 def _convolution(site: Site, application: Application) -> RowView:
     """A kernel of one pixel: every position is a row, its channels are the features."""
     axes = len(application.x.tensor.shape)
-    last = [0, *range(2, axes), 1]
-    back = [0, axes - 1, *range(1, axes - 1)]
+    last = (0, *range(2, axes), 1)
+    back = (0, axes - 1, *range(1, axes - 1))
     enter: Step = ("aten.permute.default", (last,))
     return RowView((enter,), (("aten.permute.default", (back,)), _CONTIGUOUS), bias_on_rows=True)
 
@@ -97,7 +98,7 @@ def _einsum(site: Site, application: Application) -> RowView:
     leave: tuple[Step, ...] = (("aten.squeeze.dim", (-2,)),) if alone else ()
     if not outer:
         return RowView(enter, (*leave, ("aten.squeeze.dim", (-1,))))
-    return RowView(enter, leave if len(outer) == 1 else (*leave, ("aten.unflatten.int", (-1, list(outer)))))
+    return RowView(enter, leave if len(outer) == 1 else (*leave, ("aten.unflatten.int", (-1, outer))))
 
 
 _FORMS: Mapping[str, Callable[[Site, Application], RowView]] = {

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.ops import LAYOUT_OPS, base_name
 from matmorph.ir.types import element_size
 
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
-PRODUCTS = frozenset(
-    "linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d embedding".split()
-)
+PRODUCTS = frozenset("linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d".split())
 """Operators that the half precisions compute in half precision, reading their weights and biases as such."""
+LOOKUPS = frozenset("embedding index_select select".split())
+"""Operators that read rows of a table, which may be narrow whatever becomes of the rows."""
 
 
 def exported_sizes(graph: Graph, precision: str) -> dict[Const, int]:
     """Bytes of every weight that the graph reads, under `export.precision`: fp32 widens half-precision weights, keep leaves all as they
-    are, fp16 and bf16 narrow a float32 weight where only matrix products and table look-ups read it."""
+    are, fp16 and bf16 narrow a weight where only matrix products, additions to their results and table look-ups read it."""
     half = precision in ("fp16", "bf16")
-    users = graph.users() if half else {}
-    kept = set(values_in(graph.outputs))
+    readers = _Readers(graph) if half else None
     found = {}
     for const in graph.used_state():
-        narrow = half and const not in kept and const.tensor.shape != () and _only_products(const, users)
+        narrow = readers is not None and readers.are_products(const)
         found[const] = const.numel * _item(const.tensor.dtype, precision, narrow)
     return found
 
@@ -39,15 +36,31 @@ def _item(dtype: str, precision: str, narrow: bool) -> int:
     return 2 if narrow else 4
 
 
-def _only_products(value: Value, users: Mapping[Value, tuple[Node, ...]]) -> bool:
-    readers = users.get(value, ())
-    return bool(readers) and all(_is_product(node, value, users) for node in readers)
+class _Readers:
+    """Who reads a value, seen through changes of layout."""
 
+    def __init__(self, graph: Graph) -> None:
+        self._users = graph.users()
+        self._producers = graph.producers()
+        self._kept = set(values_in(graph.outputs))
 
-def _is_product(node: Node, value: Value, users: Mapping[Value, tuple[Node, ...]]) -> bool:
-    name = base_name(node.op)
-    if name in PRODUCTS:
-        return True
-    if name in LAYOUT_OPS or name in ("index_select", "index", "slice", "split", "select"):
-        return all(_only_products(output, users) for output in node.outputs)
-    return False
+    def are_products(self, value: Value) -> bool:
+        """Whether all of them can read it in half precision."""
+        nodes = self._users.get(value, ())
+        return bool(nodes) and value not in self._kept and all(self._reads_half(node, value) for node in nodes)
+
+    def _reads_half(self, node: Node, value: Value) -> bool:
+        name = base_name(node.op)
+        if name in PRODUCTS:
+            return True
+        if name in LOOKUPS:
+            return node.args[0] is value
+        if name == "add":
+            return any(self._is_product(other) for other in node.inputs() if other is not value)
+        if name in LAYOUT_OPS or name in ("slice", "split", "split_with_sizes"):
+            return all(self.are_products(output) for output in node.outputs if output in self._users)
+        return False
+
+    def _is_product(self, value: Value) -> bool:
+        producer = self._producers.get(value)
+        return producer is not None and base_name(producer.op) in PRODUCTS

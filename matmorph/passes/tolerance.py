@@ -12,6 +12,17 @@ from matmorph.specs.schema import Tolerance
 KINDS = ("weight_error", "output_error")
 
 
+def refuse_unmeasured(tolerance: Tolerance | None) -> None:
+    """SpecError for a limit on output errors where there is no data to measure them on: said before the work, not after it."""
+    if tolerance is not None and tolerance.output_error is not None:
+        raise SpecError(
+            "a limit on output errors needs calibration data and none was given",
+            at=tolerance.at,
+            keypath="tolerance.output_error",
+            details=["pass calibration=... to compile, or --calibration FILE on the command line"],
+        )
+
+
 def hold(outcomes: Sequence[Outcome], tolerance: Tolerance | None) -> tuple[tuple[Outcome, ...], tuple[str, ...]]:
     """The outcomes that stay, and a note per site that was rolled back, the worst first.
 
@@ -40,7 +51,7 @@ def _excess(outcome: Outcome, tolerance: Tolerance) -> tuple[float, str] | None:
         if limit is None:
             continue
         if error is None:
-            raise SpecError(f"tolerance.{kind} needs calibration data", at=tolerance.at, keypath="tolerance")
+            raise SpecError(f"{kind} of {outcome.site.path} was not measured", at=tolerance.at, keypath=f"tolerance.{kind}")
         if error > limit:
             found.append((error / limit, f"{kind} {error:.3g} exceeds {limit:g}"))
     return max(found, default=None)

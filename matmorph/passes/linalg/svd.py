@@ -5,7 +5,7 @@ Every solver returns the best rank-r approximation of a matrix up to a factor th
 
 | solver       | what it does                                       | multiply-adds (n, p = short, long side) | taken by "auto"  |
 |--------------|----------------------------------------------------|-----------------------------------------|------------------|
-| "exact"      | LAPACK gesdd                                       | ~ 20 n^2 p                              | n <= 192         |
+| "exact"      | LAPACK gesdd in float64                            | ~ 20 n^2 p                              | n <= 192         |
 | "randomized" | Gram matrix, block subspace iteration, certificate | n^2 p + n^3 / 3 + steps * n^2 l         | l <= n / 4       |
 | "gram"       | Gram matrix, LAPACK syevd                          | n^2 p + ~ 9 n^3 at a lower speed        | otherwise        |
 
@@ -183,10 +183,11 @@ def _stacked(parts: list[Truncated]) -> Truncated:
 
 
 def _exact(a: Tensor, rank: int, seed: int) -> Truncated:
+    """In float64 whatever the input: it is for small matrices and for those that need it."""
     with one_thread():
-        u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    tail = float(torch.linalg.vector_norm(s[rank:], dtype=torch.float64))
-    return Truncated(u[:, :rank], s[:rank], vh[:rank], 1.0, max(0.0, tail - _floor(a)), "exact")
+        u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    tail = float(torch.linalg.vector_norm(s[rank:]))
+    return Truncated(u[:, :rank].to(a), s[:rank].to(a), vh[:rank].to(a), 1.0, max(0.0, tail - _floor(a)), "exact")
 
 
 def _gram(a: Tensor, rank: int, seed: int) -> Truncated | None:

@@ -80,14 +80,14 @@ class LowRank:
     def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         """Weight errors of plain factors; output errors, on the damped second moment, of whitened ones."""
         w = _readable(site, site.weight())
-        tails = tail_errors(singular_values(_objective(w, _whitening(spec, stats))))
+        tails = tail_errors(singular_values(_objective(w, _whitening(site, spec, stats))))
         found = [float(tails[min(choice.rank or 0, len(tails) - 1)]) for choice in choices]
         return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
 
     def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
         w = _readable(site, b.weight())
-        whitening = _whitening(spec, stats)
+        whitening = _whitening(site, spec, stats)
         objective = _objective(w, whitening)
         rank = _rank(site, spec, choice, objective)
         found = truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)
@@ -157,12 +157,15 @@ def _stored(site: Site, factor: Tensor) -> Tensor:
     return stored
 
 
-def _whitening(spec: LowRankSpec, stats: SiteStats | None) -> Whitening | None:
+def _whitening(site: Site, spec: LowRankSpec, stats: SiteStats | None) -> Whitening | None:
     if not spec.whiten:
         return None
     if stats is None:
-        raise RewriteError("low_rank with whiten: true needs calibration data")
-    return whitening_factor(stats.second_moment, stats.rows, spec.damping)
+        raise RewriteError(f"{site.path}: low_rank with whiten: true needs calibration data")
+    try:
+        return whitening_factor(stats.second_moment, stats.rows, spec.damping)
+    except ValueError as error:
+        raise RewriteError(f"{site.path}: {error}") from error
 
 
 def _objective(w: Tensor, whitening: Whitening | None) -> Tensor:
