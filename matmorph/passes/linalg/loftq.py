@@ -41,6 +41,8 @@ _THREADED = 4 << 20
 _MARGIN = 8
 _MAX_STEPS = 16
 _FEWEST_STEPS = 3
+_DIGITS = 1e4
+"""What is left over has to be known to four digits for `GUARD` to mean anything."""
 _WELL_APART = 0.01
 _RUN = 1 << 15
 _SAFETY = 1.5
@@ -155,15 +157,15 @@ class _Problem:
 
     def quantize_first(self, before: _Iterate | None) -> _Iterate:
         quantized = quantize(self.w if before is None else torch.addmm(self.w, before.A, before.B, alpha=-1), self.quantizer)
-        a, b, found = self.low_rank(self.w - quantized.dequantize(), before)
+        a, b, found = self.low_rank(_difference(self.w, quantized), before)
         return _Iterate(quantized, a, b, found.error, before.alone if before else found.size, found.guard, found.basis)
 
     def svd_first(self, before: _Iterate | None) -> _Iterate:
-        a, b, found = self.low_rank(self.w if before is None else self.w - before.quantized.dequantize(), before)
+        a, b, found = self.low_rank(self.w if before is None else _difference(self.w, before.quantized), before)
         rest = torch.addmm(self.w, a, b, alpha=-1)
         quantized = quantize(rest, self.quantizer)
-        error = self.size(rest.sub_(quantized.dequantize()))
-        alone = before.alone if before else self.size(self.w - quantize(self.w, self.quantizer).dequantize())
+        error = self.size(_difference(rest, quantized))
+        alone = before.alone if before else self.size(_difference(self.w, quantize(self.w, self.quantizer)))
         return _Iterate(quantized, a, b, error, alone, found.guard, found.basis)
 
     def low_rank(self, residual: Tensor, before: _Iterate | None) -> tuple[Tensor, Tensor, Subspace]:
@@ -202,17 +204,22 @@ def top_subspace(a: Tensor, rank: int, *, start: Tensor | None = None, seed: int
         return found
     size = _norm(a)
     exact = truncated_svd(a, rank, solver="exact" if short <= _EXACT_SIDE else "gram", seed=seed)
+    if exact.guard > GUARD:
+        exact = truncated_svd(a, rank, solver="exact", seed=seed)
     return Subspace(exact.u, size, _left_over(a, exact.u, size**2), exact.guard, None)
 
 
 def _krylov(a: Tensor, rank: int, width: int, steps: int, start: Tensor | None, seed: int) -> Subspace | None:
-    """Rayleigh-Ritz on the block Krylov space of a^T a (or a a^T, whichever is smaller). None where `steps` blocks do not reach `GUARD`."""
+    """Rayleigh-Ritz on the block Krylov space of a^T a (or a a^T, whichever is smaller).
+
+    None where `steps` blocks do not reach `GUARD`, or so little is left over that sums of squares no longer resolve it."""
     tall = a.shape[0] >= a.shape[1]
     forward, back = (a, a.T) if tall else (a.T, a)
     energy = _norm(a) ** 2
     noise = torch.randn(forward.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(a)
     block = _orthonormal(noise if start is None else torch.cat([start, noise[:, start.shape[1] :]], 1))
     basis, image, gram = (a.new_empty(rows, steps * width) for rows in (forward.shape[1], forward.shape[0], steps * width))
+    unresolved = _DIGITS * torch.finfo(a.dtype).eps * energy
     gains: list[float] = []
     captured = 0.0
     for end in range(width, steps * width + 1, width):
@@ -224,7 +231,9 @@ def _krylov(a: Tensor, rank: int, width: int, steps: int, start: Tensor | None, 
         values, vectors = torch.linalg.eigh(gram[:end, :end])
         gains.append(float(values[-rank:].double().sum()) - captured)
         captured += gains[-1]
-        guard = _extrapolated(gains, energy - captured, energy)
+        if energy - captured <= unresolved:
+            return None
+        guard = _extrapolated(gains, energy - captured)
         if guard <= GUARD:
             break
         block = back @ image[:, new]
@@ -238,15 +247,21 @@ def _krylov(a: Tensor, rank: int, width: int, steps: int, start: Tensor | None, 
     return Subspace(u, sqrt(energy), _left_over(a, u, energy), guard, ritz)
 
 
-def _extrapolated(gains: list[float], rest: float, energy: float) -> float:
-    """Error over the smallest possible if gains go on shrinking as they did last; infinite where they do not shrink or are too few."""
-    if rest <= torch.finfo(torch.float32).eps * energy:
-        return 1.0
-    if len(gains) < _FEWEST_STEPS or gains[-1] >= gains[-2]:
+def _extrapolated(gains: list[float], rest: float) -> float:
+    """Error over the smallest possible if gains go on shrinking as they did last, though by half at most and by a tenth at least per
+    step. Infinite before there are enough of them."""
+    if len(gains) < _FEWEST_STEPS:
         return inf
-    ratio = gains[-1] / gains[-2]
-    coming = _SAFETY * max(0.0, gains[-1]) * ratio / (1 - ratio)
+    last, before = max(0.0, gains[-1]), gains[-2]
+    ratio = max(0.5, last / before) if last < 0.9 * before else 0.9
+    coming = _SAFETY * last * ratio / (1 - ratio)
     return sqrt(rest / (rest - coming)) if coming < rest else inf
+
+
+def _difference(w: Tensor, quantized: Quantized) -> Tensor:
+    """w - dequantize(quantized), with one temporary of the size of w."""
+    dense = quantized.dequantize().to(w.dtype)
+    return torch.sub(w, dense, out=dense)
 
 
 def _left_over(a: Tensor, u: Tensor, energy: float) -> float:
