@@ -16,16 +16,17 @@ import torch
 
 import matmorph
 from matmorph.errors import CheckError
-from matmorph.exporters.artifact import Artifact, Described, refuse_existing, write_artifact
+from matmorph.exporters.artifact import SPEC, Artifact, Described, refuse_existing, write_artifact
 from matmorph.exporters.onnx_model import OnnxInfo
 from matmorph.exporters.vectors import Vectors, check_vectors
-from matmorph.ir.core import Graph
+from matmorph.ir.core import Graph, Node
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.runtime.check import check
 from matmorph.runtime.providers import cuda_obstacle
-from matmorph.specs.dump import dump_resolved
+from matmorph.specs.dump import dump_resolved, entries
 from matmorph.specs.schema import Spec
+from matmorph.specs.tree import read
 
 PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
 
@@ -65,7 +66,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         return Described(final[0].to_dict(), html_page(final[0], spec))
 
     artifact = Artifact(
-        graph=job.graph,
+        graph=_relocated(job.graph, job.spec, spec),
         export=job.spec.export,
         version=matmorph.__version__,
         source_sha256=weights_sha256(job.source),
@@ -80,6 +81,24 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     written = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
     return final[0]
+
+
+def _relocated(graph: Graph, spec: Spec, text: str) -> Graph:
+    """The graph whose inserted nodes come from lines of the artefact's own spec.yaml (`text`): it lies beside the model wherever that goes,
+    and where the spec was read from does not change the file."""
+    tree = read(text, SPEC)
+    rules = [rule for stage in entries(tree, "stages") or (tree,) for rule in entries(stage, "rules")]
+    places: dict[tuple[str, str | None], str] = {}
+    for rule, written in zip(spec.rules, rules, strict=True):
+        if written.at is not None:
+            old = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
+            places.setdefault((rule.name, old), f"{SPEC}:{written.at.line}")
+
+    def moved(node: Node) -> Node:
+        place = places.get((node.origin.rule or "", node.origin.location))
+        return node if place is None else replace(node, origin=replace(node.origin, location=place))
+
+    return replace(graph, nodes=tuple(map(moved, graph.nodes)))
 
 
 def _unchecked(spec: Spec) -> tuple[str, ...]:

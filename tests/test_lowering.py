@@ -20,6 +20,7 @@ from matmorph.exporters.cleanup import clean, name_everything
 from matmorph.exporters.folding import fold
 from matmorph.exporters.lowering import lower
 from matmorph.exporters.onnx_model import skeleton
+from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.trace import trace
 
 ROUNDING = 1e-5  # float32 sums of at most 64 terms of size 1, in another order: 64 * 6e-8, and some room for the layers between
@@ -57,6 +58,20 @@ def test_promotion_and_local_decomposition_match_torch() -> None:
         for actual, expected in zip(run(model, *inputs), Mixed()(*inputs), strict=True):
             assert actual.dtype == expected.numpy().dtype
             np.testing.assert_allclose(actual, expected.numpy(), rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_decomposition_tells_operands_of_one_type_apart() -> None:
+    """In a program made from a graph, equal types share one fake value."""
+
+    class Between(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            low, high = x > 0, x < 1
+            return low & high, torch.min(x * 2, x + 1), low.__or__(~high)
+
+    x = randn(5, 7)
+    model = lower(to_exported_program(trace(Between(), (x,), ({0: "batch"},))))
+    for actual, expected in zip(run(model, x), Between()(x), strict=True):
+        np.testing.assert_array_equal(actual, expected.numpy())
 
 
 class Block(nn.Module):

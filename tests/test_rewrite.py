@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,11 +14,12 @@ import torch
 from rewriting import LINEAR, METHODS, graph_of, low_rank, moment, only_site, rewritten, rule_of, run, weights_of
 from torch import Tensor
 
-from matmorph.errors import RewriteError, VerifyError
+from matmorph.errors import InputError, RewriteError, VerifyError
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
 from matmorph.ir.text import print_graph
+from matmorph.passes import methods
 from matmorph.passes.methods import Error, FragmentBuilder, Method, dense_cost
 from matmorph.passes.rewrite import appraise, build, refuse_impossible_ranks, rewrite, splice
 from matmorph.specs.schema import MethodUse
@@ -207,7 +211,7 @@ def test_a_sliced_weight_stays_while_one_slice_does() -> None:
 
 
 def test_an_unused_weight_stays_in_the_state() -> None:
-    text = LINEAR.replace("%linear:", "%linear:", 1).replace("parameter %fc.bias", 'parameter %idle: float32[3] "idle"\nparameter %fc.bias')
+    text = LINEAR.replace("parameter %fc.bias", 'parameter %idle: float32[3] "idle"\nparameter %fc.bias')
     result, _ = rewritten(graph_of(text), FULL)
     assert [const.path for const in result.state] == ["fc.low_rank.down", "fc.low_rank.up", "idle", "fc.bias"]
 
@@ -410,3 +414,64 @@ def test_a_fragment_of_the_wrong_type_is_our_bug() -> None:
 def test_methods_satisfy_the_protocol() -> None:
     assert isinstance(METHODS["low_rank"], Method)
     assert isinstance(Shift(), Method)
+
+
+# memory, and the table of methods
+
+
+def test_one_weight_is_held_at_a_time() -> None:
+    """Each load makes a tensor of its own; when the next is asked for, the last one is gone."""
+    graph = graph_of(head(FORMS["slices of one weight"][0]))
+    held: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def load() -> Tensor:
+        nonlocal most
+        gc.collect()
+        made = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+        held.append(weakref.ref(made.untyped_storage()))
+        most = max(most, sum(ref() is not None for ref in held))
+        return made
+
+    claims = [(replace(site, const=replace(site.const, load=load)), FULL) for site in find_sites(graph)]
+    outcomes = build(graph, claims, METHODS)
+    gc.collect()
+    assert len(held) == len(claims)  # loaded once per site
+    assert most == 1
+    assert [ref() for ref in held] == [None] * len(held)
+    assert all(outcome.reject is None for outcome in outcomes)
+
+
+class Point:
+    """An entry point of an installed package, as far as the table looks at it."""
+
+    def __init__(self, name: str, loaded: Any, owner: str = "other-package") -> None:
+        self.name, self.value, self.loaded = name, "other:Method", loaded
+        self.dist = SimpleNamespace(name=owner)
+
+    def load(self) -> Any:
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([Point("low_rank", Shift)], "two packages announce a method named low_rank: matmorph and other-package"),
+        ([Point("shift", Shift), Point("shift", Shift, "third")], "a method named shift: other-package and third"),
+        ([Point("shift", ImportError("no module x"))], "the method shift of other-package cannot be imported: no module x"),
+        ([Point("shift", NoSpec)], "the method shift of other-package lacks name, kind"),
+        ([Point("moved", Shift)], "the method moved of other-package calls itself shift"),
+    ],
+)
+def test_methods_of_other_packages_that_do_not_fit(points: list[Point], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "entry_points", lambda group: points)
+    with pytest.raises(InputError, match=message):
+        methods.method_table()
+
+
+def test_the_method_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert methods.method_table()["low_rank"] is type(METHODS["low_rank"])
+    monkeypatch.setattr(methods, "entry_points", lambda group: [Point("shift", Shift)] if group == "matmorph.methods" else [])
+    assert methods.method_table()["shift"] is Shift

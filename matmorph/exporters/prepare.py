@@ -73,7 +73,9 @@ def _replace(node: torch.fx.Node, table: dict[Any, Callable[..., Any]], known: K
         return target(*args, **kwargs)
 
     with _fake_mode(node.graph), enable_python_dispatcher():
-        traced = make_fx(run, decomposition_table=table, _allow_non_fake_inputs=True)(*(leaf.meta["val"] for leaf in leaves))
+        # The tracer tells arguments apart by identity, and two nodes of one type may share their fake value.
+        fresh = [torch.empty_like(value) if isinstance(value := leaf.meta["val"], torch.Tensor) else value for leaf in leaves]
+        traced = make_fx(run, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
     new = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     if any(inner.op == "get_attr" for inner in traced.graph.nodes) or any(
         inner.target is not operator.getitem and not known(inner.target) for inner in new

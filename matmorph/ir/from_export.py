@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import TreeSpec
 
 from matmorph.errors import TraceError
-from matmorph.ir.core import Const, Graph, Input, Node, Origin, Range, Signature, Value
+from matmorph.ir.core import Const, Graph, Input, Node, Origin, Range, Signature, Value, values_in
+from matmorph.ir.normal_form import Same, normal
 from matmorph.ir.ops import normalize, op_name
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
 
@@ -64,7 +65,18 @@ def read_program(program: ExportedProgram, names: Names, device: str, notes: tup
     signature = Signature(inputs, in_spec, output_names(out_spec), out_spec)
     known = {const.path for const in names.state}
     lifted = tuple(const for const in reader.consts.values() if const.path not in known)
-    return Graph(signature, tuple(reader.nodes), outputs, (*names.state, *lifted), _ranges(program, names.symbols), device, notes)
+    return Graph(signature, _live(reader.nodes, outputs), outputs, (*names.state, *lifted), _ranges(program, names.symbols), device, notes)
+
+
+def _live(nodes: Sequence[Node], outputs: Iterable[Any]) -> tuple[Node, ...]:
+    """Nodes that the outputs depend on; everything here is functional, so the rest is dead."""
+    wanted = set(values_in(tuple(outputs)))
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.outputs):
+            kept.append(node)
+            wanted.update(node.inputs())
+    return tuple(reversed(kept))
 
 
 @dataclass(slots=True)
@@ -141,7 +153,7 @@ class _Reader:
         in_spec = torch.utils._pytree.tree_structure((tuple(0 for _ in inputs), {}))
         out_spec = torch.utils._pytree.tree_structure(tuple(0 for _ in flat))
         signature = Signature(tuple(inputs), in_spec, output_names(out_spec), out_spec)
-        return Graph(signature, tuple(inner.nodes), flat)
+        return Graph(signature, _live(inner.nodes, flat), flat)
 
     def _call(self, node: torch.fx.Node) -> None:
         if node.target is operator.getitem and isinstance(self.values[cast(torch.fx.Node, node.args[0])], tuple):
@@ -153,9 +165,14 @@ class _Reader:
         result = node.meta.get("val")
         if result is None:
             raise TraceError(f"{op} gives no value and cannot be compiled", [f"at {where(node)}"])
+        form = normal(node)
+        if isinstance(form, Same):
+            self.values[node] = self.values[form.value]
+            return
         several = isinstance(result, tuple | list)
         outputs = tuple(self._output(node, item, i if several else None) for i, item in enumerate(result if several else (result,)))
-        args, attrs = normalize(op, tuple(self.argument(a) for a in node.args), {k: self.argument(a) for k, a in node.kwargs.items()})
+        op, raw, named = (form.op, form.args, form.attrs) if form is not None else (op, node.args, node.kwargs)
+        args, attrs = normalize(op, tuple(self.argument(a) for a in raw), {k: self.argument(a) for k, a in named.items()})
         self.nodes.append(Node(op, args, outputs, attrs, origin(node)))
         self.values[node] = outputs if several else outputs[0]
 

@@ -7,6 +7,7 @@ symbolic number), `nn_module_stack` (module scopes) and our own `matmorph_origin
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,15 +77,15 @@ class _Writer:
         self.values: dict[Value, torch.fx.Node] = {}
 
     def const(self, const: Const) -> InputSpec:
-        node = self._placeholder(const, f"{const.kind[0]}_{const.path.replace('.', '_')}")
+        node = self._placeholder(const, f"{const.kind[0]}_{_identifier(const.path)}")
         return InputSpec(_KINDS[const.kind], TensorArgument(node.name), const.path, const.persistent if const.kind == "buffer" else None)
 
     def entry(self, name: str, value: Value | None, literal: Any) -> InputSpec:
         if value is None:
-            node = self.fx.placeholder(name.replace(".", "_"))
+            node = self.fx.placeholder(_identifier(name))
             node.meta["val"] = literal
             return InputSpec(InputKind.USER_INPUT, ConstantArgument(node.name, literal), None)
-        return InputSpec(InputKind.USER_INPUT, TensorArgument(self._placeholder(value, name.replace(".", "_")).name), None)
+        return InputSpec(InputKind.USER_INPUT, TensorArgument(self._placeholder(value, _identifier(name)).name), None)
 
     def _placeholder(self, value: Value, name: str) -> torch.fx.Node:
         node = self.fx.placeholder(name)
@@ -132,6 +133,11 @@ class _Writer:
         name = f"body_{len(self.root._modules)}"
         self.root.add_module(name, torch.fx.GraphModule(inner.root, inner.fx))
         return self.fx.get_attr(name)
+
+
+def _identifier(name: str) -> str:
+    """A Python name: slices of a weight have brackets in theirs."""
+    return re.sub(r"\W", "_", name)
 
 
 def _held(const: Const, fake: torch.Tensor) -> torch.Tensor:

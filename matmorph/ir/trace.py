@@ -26,6 +26,7 @@ from matmorph.errors import InputError, MatmorphError, TraceError
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.dynamic import DynamicAxes, demands, read_dynamic_shapes, suggested_ranges
 from matmorph.ir.from_export import Names, constant, read_program
+from matmorph.ir.normal_form import is_functional
 
 _BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
 ADVICE: tuple[tuple[str, str], ...] = (
@@ -153,6 +154,9 @@ def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
+    """A program without in-place operators and composites that alias. The second trace costs as much as the first, and most need none."""
+    if is_functional(program):
+        return program
     try:
         # An axis of size 1 is no special case.
         with quiet(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

@@ -44,13 +44,10 @@ class SiteScope:
         self._entries = tuple(self._enter(application) for application in site.applications)
 
     def weight(self) -> Tensor:
-        """W, loaded once; `forget` lets go of it."""
+        """W, loaded once; it goes with the scope."""
         if self._weight is None:
             self._weight = self.site.weight().detach()
         return self._weight
-
-    def forget(self) -> None:
-        self._weight = None
 
     def builder_for(self, label: str, seed: int, before: Sequence[Fragment]) -> SiteBuilder:
         """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it."""
@@ -152,15 +149,13 @@ class SiteBuilder:
         return self._scope.emitter(op, *args, name=name, **attrs)
 
     def matmul(self, x: Value, const: Const, *, name: str | None = None) -> Value:
-        """x [.., in] times `const` [in, out], in the type of x. For an expert stack `const` is [batch, in, out]: the application's own
+        """x [.., in] times `const` [in, out]. For an expert stack `const` is [batch, in, out]: the application's own
         selection picks its matrices, or all are used at once."""
         application = self._application()
         wish = None if name is None else f"{application.output.name}_{name}"
         operand: Value = const
         if self._scope.site.batch is not None and application.select is not None:
             operand = self("aten.index_select.default", operand, 0, application.select)
-        if operand.tensor.dtype != x.tensor.dtype:
-            operand = self("aten._to_copy.default", operand, dtype=x.tensor.torch_dtype)
         return self("aten.matmul.default", x, operand, name=wish)
 
     def fragment(self, body: Callable[[Value], Value], consts: Sequence[Const], weight: Callable[[], Tensor], **more: Any) -> Fragment:

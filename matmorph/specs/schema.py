@@ -68,7 +68,7 @@ class Calibration:
 class Export:
     """What the ONNX file is written for."""
 
-    opset: int = field(default=21, metadata={"doc": "ONNX opset", "minimum": 18, "maximum": 25})
+    opset: int = field(default=21, metadata={"doc": "ONNX opset", "minimum": 18, "maximum": 23})
     precision: Literal["fp32", "fp16", "bf16", "keep"] = field(
         default="fp32", metadata={"doc": "type of the exported weights and activations; keep: as in the model"}
     )

@@ -77,9 +77,8 @@ def project(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_weight_error(w: Tensor, approximation: Tensor) -> float:
-    """|W - W'|_F / |W|_F over all axes, in float64; 0 where both are zero."""
-    error = float(torch.linalg.vector_norm((w.double() - approximation.double()).flatten()))
-    size = float(torch.linalg.vector_norm(w.double().flatten()))
+    """|W - W'|_F / |W|_F over all axes, summed in float64; 0 where both are zero."""
+    error, size = (float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix in (w - approximation, w))
     return error / size if size > 0 else 0.0 if error == 0 else float("inf")
 
 

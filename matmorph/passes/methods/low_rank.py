@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import floor, sqrt
+from math import floor, isfinite, sqrt
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,16 @@ from torch import Tensor
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
-from matmorph.passes.linalg.svd import Solver, Truncated, rank_for_energy, rank_for_error, singular_values, tail_errors, truncated_svd
+from matmorph.passes.linalg.svd import (
+    Solver,
+    Truncated,
+    largest,
+    rank_for_energy,
+    rank_for_error,
+    singular_values,
+    tail_errors,
+    truncated_svd,
+)
 from matmorph.passes.linalg.whiten import Whitening, project, whitening_factor
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.specs.schema import Rank
@@ -143,8 +152,8 @@ def _rank(site: Site, spec: LowRankSpec, choice: Choice, objective: Tensor) -> i
 
 def _readable(site: Site, w: Tensor) -> Tensor:
     """The weight in float32 or better; RewriteError where it holds NaN or infinity."""
-    bad = int((~torch.isfinite(w)).sum())
-    if bad:
+    if not isfinite(largest(w)):
+        bad = int((~torch.isfinite(w)).sum())
         raise RewriteError(f"{site.const.path}: {bad} of {w.numel()} entries are NaN or infinite")
     return w.detach() if w.dtype == torch.float64 else w.detach().float()
 
@@ -152,7 +161,7 @@ def _readable(site: Site, w: Tensor) -> Tensor:
 def _stored(site: Site, factor: Tensor) -> Tensor:
     """In the weight's own type; RewriteError where that cannot hold it."""
     stored = factor.to(site.const.tensor.torch_dtype).contiguous()
-    if not bool(torch.isfinite(stored).all()):
+    if not isfinite(largest(stored)):
         raise RewriteError(f"{site.path}: the factors leave the range of {site.const.tensor.dtype}")
     return stored
 
