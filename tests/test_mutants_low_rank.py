@@ -21,7 +21,7 @@ from matmorph.errors import RewriteError
 from matmorph.ir.matmuls import find_sites
 from matmorph.passes.methods import SiteStats
 
-MODULES = ("linalg.svd", "linalg.whiten", "methods.low_rank", "rows", "fragment", "rewrite")
+MODULES = ("linalg.svd", "linalg.whiten", "methods.weights", "methods.low_rank", "rows", "fragment", "rewrite")
 """In the order of their imports."""
 
 SVD, WHITEN, METHOD, FRAGMENT, REWRITE = "linalg.svd", "linalg.whiten", "methods.low_rank", "fragment", "rewrite"
@@ -33,7 +33,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "whitening forgotten": (METHOD, "w.double() @ whitening.factor", "w.double()"),
     "bound not rooted": (METHOD, "sqrt(tail / total)", "(tail / total)"),
     "bound against the wrong norm": (METHOD, "found.optimum / norm", "found.optimum"),
-    "NaN let through": (METHOD, "    if not isfinite(largest(w)):", "    if False:"),
+    "NaN let through": ("methods.weights", "    if not isfinite(largest(w)):", "    if False:"),
     "bytes are parameters": (METHOD, "parameters * site.const.tensor.torch_dtype.itemsize", "parameters"),
     "multiple rounds a promise of accuracy down": (METHOD, "-(-wanted // step) * step", "wanted // step * step"),
     "factors in the wrong order": (METHOD, 'zip(("down", "up")', 'zip(("up", "down")'),
