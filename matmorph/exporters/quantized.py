@@ -100,7 +100,7 @@ def _codebook(
 def _rebuilt(codes: ir.Value, absmax: ir.Value, table: str, shape: tuple[int, int], block: int) -> ir.Value:
     """W [out, in], in the type of `absmax`."""
     dtype, numel = absmax.dtype, math.prod(shape)
-    levels = byte_levels(torch.tensor(TABLES[table]), stored_bits(table)).numpy()
+    levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32), stored_bits(table)).numpy()
     places = _node("Cast", [codes], ir.DataType.INT32, to=ir.DataType.INT32.value)  # Gather takes no uint8
     taken = _node("Gather", [_like(_constant(ir.Tensor(levels)), absmax), places], dtype, axis=0)
     columns = _node("Unsqueeze", [absmax, _ints(1)], dtype)

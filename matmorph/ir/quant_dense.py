@@ -68,18 +68,18 @@ def nbits_rows(x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | N
 
 def nbits_dense(codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, bits: int, block: int, dtype: torch.dtype) -> Tensor:
     """[n, k] of the bytes of n rows, [n, ..]. A row of a table may end inside its last block."""
-    (n, nb), middle = scales.shape, 2 ** (bits - 1)
+    nb, middle = scales.shape[1], 2 ** (bits - 1)
     levels = byte_levels(torch.arange(2**bits, dtype=dtype, device=codes.device), bits)
-    values = _looked_up(levels if zero_points is not None else levels - middle, codes).view(n, -1)
+    values = _looked_up(levels if zero_points is not None else levels - middle, codes).flatten(1)
     if zero_points is not None:
-        values.sub_(_spread(_looked_up(levels, zero_points).view(n, -1)[:, :nb], block, values.shape[1]))
+        values.sub_(_spread(_looked_up(levels, zero_points)[:, :nb], block, values.shape[1]))
     return values.mul_(_spread(scales.to(dtype), block, values.shape[1]))[:, :k].contiguous()
 
 
 def codebook_rows(x: Tensor, codes: Tensor, absmax: Tensor, table: str, n: int, k: int, block: int) -> Rows:
     """W [n, k] in the type of `x`, which it will be multiplied with."""
     width, flat, dtype = stored_bits(table), codes.reshape(-1), working_type(x)
-    levels = byte_levels(torch.tensor(TABLES[table], dtype=dtype, device=codes.device), width, high_first=table == "nf4")
+    levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32, device=codes.device).to(dtype), width, high_first=table == "nf4")
     for rows in _slices(n, k, block // gcd(k, block)):  # every part begins with a block
         start, stop = rows.start * k, rows.stop * k
         values = _looked_up(levels, flat[start * width // 8 : -(-stop * width // 8)])[: stop - start]
@@ -99,8 +99,8 @@ def _spread(per_block: Tensor, block: int, width: int) -> Tensor:
 
 
 def _looked_up(levels: Tensor, codes: Tensor) -> Tensor:
-    """The level of every code, flat."""
-    return levels.index_select(0, codes.reshape(-1).int()).view(-1)
+    """The level of every code: the last axis of `codes` times the codes in a byte."""
+    return levels.index_select(0, codes.reshape(-1).int()).view(*codes.shape[:-1], codes.shape[-1] * levels.shape[1])
 
 
 def working_type(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Operators on quantised weights: the torch library `matmorph`, registered when this module is imported (importing it again replaces them).
+"""Operators on quantised weights: the torch library `matmorph`, registered when this module is first imported.
 
 | operator                                | result                                 |
 |-----------------------------------------|----------------------------------------|
@@ -13,6 +13,7 @@ not fit raise ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.library import custom_op
 from torch.nn.functional import linear
 
 from matmorph.ir.quant_dense import Rows, check_codebook, check_nbits, codebook_rows, expect, nbits_dense, nbits_rows, short, working_type
+
+_LIBRARY = torch.ops.matmorph
 
 # uniform levels
 
@@ -42,8 +45,7 @@ def _nbits_result(
     return _result(x, in_features, out_features)
 
 
-@custom_op("matmorph::matmul_nbits", mutates_args=())
-def matmul_nbits(
+def _matmul_nbits(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -73,8 +75,7 @@ def _nbits_result_transposed(
     return _result(y, out_features, in_features)
 
 
-@custom_op("matmorph::matmul_nbits_transposed", mutates_args=())
-def matmul_nbits_transposed(
+def _matmul_nbits_transposed(
     y: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -98,8 +99,7 @@ def _rows_result(
     return scales.new_empty((*indices.shape, width))
 
 
-@custom_op("matmorph::gather_nbits", mutates_args=())
-def gather_nbits(
+def _gather_nbits(
     indices: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | None, width: int, bits: int, block_size: int
 ) -> Tensor:
     """Rows [.., width] of a quantised table at `indices` (integers from 0), in the type of the scales."""
@@ -121,8 +121,7 @@ def _codebook_result(
     return _result(x, in_features, out_features)
 
 
-@custom_op("matmorph::matmul_codebook", mutates_args=())
-def matmul_codebook(
+def _matmul_codebook(
     x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, table: str, in_features: int, out_features: int, block_size: int
 ) -> Tensor:
     """x [.., in_features] times the transposed weight, plus bias [out_features]; in the type of x. `table`: a name in `TABLES`."""
@@ -137,8 +136,7 @@ def _codebook_result_transposed(
     return _result(y, out_features, in_features)
 
 
-@custom_op("matmorph::matmul_codebook_transposed", mutates_args=())
-def matmul_codebook_transposed(
+def _matmul_codebook_transposed(
     y: Tensor, codes: Tensor, absmax: Tensor, table: str, in_features: int, out_features: int, block_size: int
 ) -> Tensor:
     """y [.., out_features] times the weight; in the type of y."""
@@ -175,12 +173,6 @@ def _check_bias(bias: Tensor | None, n: int) -> None:
 
 # Shapes without data, and gradients: the adjoint again takes the packed weight, so nothing dense is kept for the backward pass.
 
-matmul_nbits.register_fake(_nbits_result)
-matmul_nbits_transposed.register_fake(_nbits_result_transposed)
-matmul_codebook.register_fake(_codebook_result)
-matmul_codebook_transposed.register_fake(_codebook_result_transposed)
-gather_nbits.register_fake(_rows_result)
-
 
 def _keep_nbits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scales, zero_points, *rest = inputs
@@ -190,14 +182,14 @@ def _keep_nbits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _nbits_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_training(ctx.needs_input_grad[1:4])
-    dx = matmul_nbits_transposed(dy, *ctx.saved_tensors, *ctx.numbers) if ctx.needs_input_grad[0] else None
+    dx = _LIBRARY.matmul_nbits_transposed(dy, *ctx.saved_tensors, *ctx.numbers) if ctx.needs_input_grad[0] else None
     return (dx, None, None, None, _bias_gradient(dy, ctx.needs_input_grad[4]), *(None,) * 4)
 
 
 def _nbits_gradient_transposed(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_training(ctx.needs_input_grad[1:4])
     codes, scales, zero_points = ctx.saved_tensors
-    return (matmul_nbits(dx, codes, scales, zero_points, None, *ctx.numbers), *(None,) * 7)
+    return (_LIBRARY.matmul_nbits(dx, codes, scales, zero_points, None, *ctx.numbers), *(None,) * 7)
 
 
 def _keep_codebook(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,14 +200,14 @@ def _keep_codebook(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _codebook_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_training(ctx.needs_input_grad[1:3])
-    dx = matmul_codebook_transposed(dy, *ctx.saved_tensors, *ctx.numbers) if ctx.needs_input_grad[0] else None
+    dx = _LIBRARY.matmul_codebook_transposed(dy, *ctx.saved_tensors, *ctx.numbers) if ctx.needs_input_grad[0] else None
     return (dx, None, None, _bias_gradient(dy, ctx.needs_input_grad[3]), *(None,) * 4)
 
 
 def _codebook_gradient_transposed(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_training(ctx.needs_input_grad[1:3])
     codes, absmax = ctx.saved_tensors
-    return (matmul_codebook(dx, codes, absmax, None, *ctx.numbers), *(None,) * 6)
+    return (_LIBRARY.matmul_codebook(dx, codes, absmax, None, *ctx.numbers), *(None,) * 6)
 
 
 def _bias_gradient(dy: Tensor, wanted: bool) -> Tensor | None:
@@ -227,7 +219,29 @@ def _refuse_training(wanted: tuple[bool, ...]) -> None:
         raise RuntimeError("the codes and scales of a quantised weight do not train: set requires_grad of them to False")
 
 
-matmul_nbits.register_autograd(_nbits_gradient, setup_context=_keep_nbits)
-matmul_nbits_transposed.register_autograd(_nbits_gradient_transposed, setup_context=_keep_nbits)
-matmul_codebook.register_autograd(_codebook_gradient, setup_context=_keep_codebook)
-matmul_codebook_transposed.register_autograd(_codebook_gradient_transposed, setup_context=_keep_codebook)
+_OPERATORS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Callable[..., Any], Callable[..., Any]] | None]] = {
+    "matmul_nbits": (_matmul_nbits, _nbits_result, (_nbits_gradient, _keep_nbits)),
+    "matmul_nbits_transposed": (_matmul_nbits_transposed, _nbits_result_transposed, (_nbits_gradient_transposed, _keep_nbits)),
+    "matmul_codebook": (_matmul_codebook, _codebook_result, (_codebook_gradient, _keep_codebook)),
+    "matmul_codebook_transposed": (
+        _matmul_codebook_transposed,
+        _codebook_result_transposed,
+        (_codebook_gradient_transposed, _keep_codebook),
+    ),
+    "gather_nbits": (_gather_nbits, _rows_result, None),
+}
+"""Name: (kernel, shape of its result, (gradient, what is kept for it))."""
+
+
+def _register() -> None:
+    """Once per process: replacing an operator would leave those who hold it with a dangling one."""
+    for name, (kernel, fake, gradient) in _OPERATORS.items():
+        if hasattr(_LIBRARY, name):
+            continue
+        made = custom_op(f"matmorph::{name}", kernel, mutates_args=())
+        made.register_fake(fake)
+        if gradient is not None:
+            made.register_autograd(gradient[0], setup_context=gradient[1])
+
+
+_register()
