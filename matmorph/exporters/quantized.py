@@ -71,7 +71,7 @@ def quantized_lowerings(activations: str = "fp32") -> Lowerings:
         block_size: int,
     ) -> ir.Value:
         numbers = {"K": in_features, "N": out_features, "bits": bits, "block_size": block_size, "accuracy_level": accuracy}
-        inputs = [x, codes, _like(scales, x), zero_points, None, bias if bias is None else _like(bias, x)]
+        inputs = [x, codes, _cast(scales, x.dtype), zero_points, None, bias if bias is None else _cast(bias, x.dtype)]
         return _contrib("MatMulNBits", inputs, numbers, x)
 
     ours = torch.ops.matmorph
@@ -90,24 +90,24 @@ def _codebook(
 ) -> ir.Value:
     if table == "nf4":
         numbers = {"K": in_features, "N": out_features, "block_size": block_size, "quant_type": 1}
-        y = _contrib("MatMulBnb4", [x, codes, _like(absmax, x)], numbers, x)
+        y = _contrib("MatMulBnb4", [x, codes, _cast(absmax, x.dtype)], numbers, x)
     else:
         dense = _rebuilt(codes, absmax, table, (out_features, in_features), block_size)
-        y = _node("MatMul", [x, _node("Transpose", [_like(dense, x)], x.dtype, perm=(1, 0))], x.dtype)
-    return y if bias is None else _node("Add", [y, _like(bias, x)], x.dtype)
+        y = _node("MatMul", [x, _node("Transpose", [_cast(dense, x.dtype)], x.dtype, perm=(1, 0))], x.dtype)
+    return y if bias is None else _node("Add", [y, _cast(bias, x.dtype)], x.dtype)
 
 
 def _rebuilt(codes: ir.Value, absmax: ir.Value, table: str, shape: tuple[int, int], block: int) -> ir.Value:
-    """W [out, in], in the type of `absmax`."""
-    dtype, numel = absmax.dtype, math.prod(shape)
+    """W [out, in], float32: levels in half precision would not be those of the codebook."""
+    numel = math.prod(shape)
     levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32), stored_bits(table)).numpy()
     places = _node("Cast", [codes], ir.DataType.INT32, to=ir.DataType.INT32.value)  # Gather takes no uint8
-    taken = _node("Gather", [_like(_constant(ir.Tensor(levels)), absmax), places], dtype, axis=0)
-    columns = _node("Unsqueeze", [absmax, _ints(1)], dtype)
-    flat = _node("Mul", [_node("Reshape", [taken, _ints(-1, block)], dtype), columns], dtype)
+    taken = _node("Gather", [_constant(ir.Tensor(levels)), places], _FLOAT, axis=0)
+    columns = _node("Unsqueeze", [_cast(absmax, _FLOAT), _ints(1)], _FLOAT)
+    flat = _node("Mul", [_node("Reshape", [taken, _ints(-1, block)], _FLOAT), columns], _FLOAT)
     if numel % block:  # the rest of the last block
-        flat = _node("Slice", [_node("Reshape", [flat, _ints(-1)], dtype), _ints(0), _ints(numel), _ints(0)], dtype)
-    return _node("Reshape", [flat, _ints(*shape)], dtype)
+        flat = _node("Slice", [_node("Reshape", [flat, _ints(-1)], _FLOAT), _ints(0), _ints(numel), _ints(0)], _FLOAT)
+    return _node("Reshape", [flat, _ints(*shape)], _FLOAT)
 
 
 def _gather(
@@ -144,11 +144,9 @@ def _node(
     return node.outputs[0]
 
 
-def _like(value: ir.Value, other: ir.Value) -> ir.Value:
-    """In the element type of `other`, which ONNX does not do by itself."""
-    if other.dtype is None or value.dtype == other.dtype:
-        return value
-    return _node("Cast", [value], other.dtype, to=other.dtype.value)
+def _cast(value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """In the type of its neighbours, which ONNX does not do by itself."""
+    return value if dtype is None or value.dtype == dtype else _node("Cast", [value], dtype, to=dtype.value)
 
 
 def _constant(tensor: ir.Tensor[Any]) -> ir.Value:
