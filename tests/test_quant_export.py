@@ -187,6 +187,19 @@ def test_rebuilt_tables_are_dense_in_a_session_and_packed_ones_are_not(rng: np.r
     assert sizes["packed"]["FLOAT"] <= weight.parts[1].nbytes + 256 * 4 * 4  # and the table of bytes
 
 
+def test_a_weight_that_is_applied_twice_is_rebuilt_once(rng: np.random.Generator, tmp_path: Path) -> None:
+    layer = Quantised(codebook(rng, 16, 16, "nf2", 32))
+    export_onnx(trace(nn.Sequential(layer, nn.ReLU(), layer), (randn(2, 16),), ({0: "batch"},)), tmp_path, Export())
+    operators = [node.op_type for node in onnx.load(tmp_path / MODEL).graph.node]
+    assert {name: operators.count(name) for name in ("Cast", "Gather", "Mul", "Transpose", "MatMul")} == {
+        "Cast": 1,
+        "Gather": 1,
+        "Mul": 1,
+        "Transpose": 1,
+        "MatMul": 2,
+    }
+
+
 @pytest.mark.parametrize("form", ["rebuild", "packed"])
 def test_artefacts_run_without_torch(rng: np.random.Generator, tmp_path: Path, form: str) -> None:
     weight, x = codebook(rng, 6, 64, "nf3", 32), randn(3, 64)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # fmt: off
 TABLES: Mapping[str, tuple[float, ...]] = {
@@ -67,13 +68,14 @@ def nbits_rows(x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | N
 
 
 def nbits_dense(codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, bits: int, block: int, dtype: torch.dtype) -> Tensor:
-    """[n, k] of the bytes of n rows, [n, ..]. A row of a table may end inside its last block."""
-    nb, middle = scales.shape[1], 2 ** (bits - 1)
+    """[n, k] of the bytes of n rows, [n, ..]; those of a table may end inside the last block."""
+    n, nb = scales.shape
     levels = byte_levels(torch.arange(2**bits, dtype=dtype, device=codes.device), bits)
-    values = _looked_up(levels if zero_points is not None else levels - middle, codes).flatten(1)
+    whole = _filled(codes.reshape(n, codes.shape[1:].numel()), nb * block * bits // 8)
+    values = _looked_up(levels if zero_points is not None else levels - 2 ** (bits - 1), whole).view(n, nb, block)
     if zero_points is not None:
-        values.sub_(_spread(_looked_up(levels, zero_points)[:, :nb], block, values.shape[1]))
-    return values.mul_(_spread(scales.to(dtype), block, values.shape[1]))[:, :k].contiguous()
+        values.sub_(_looked_up(levels, zero_points)[:, :nb, None])
+    return values.mul_(scales.to(dtype)[..., None]).view(n, nb * block)[:, :k].contiguous()
 
 
 def codebook_rows(x: Tensor, codes: Tensor, absmax: Tensor, table: str, n: int, k: int, block: int) -> Rows:
@@ -82,9 +84,10 @@ def codebook_rows(x: Tensor, codes: Tensor, absmax: Tensor, table: str, n: int, 
     levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32, device=codes.device).to(dtype), width, high_first=table == "nf4")
     for rows in _slices(n, k, block // gcd(k, block)):  # every part begins with a block
         start, stop = rows.start * k, rows.stop * k
-        values = _looked_up(levels, flat[start * width // 8 : -(-stop * width // 8)])[: stop - start]
-        scales = absmax[start // block : -(-stop // block)].to(dtype).repeat_interleave(block)[: stop - start]
-        yield rows, values.mul_(scales).view(-1, k).to(x.dtype)
+        scales = absmax[start // block : -(-stop // block)].to(dtype)
+        some = _filled(flat[start * width // 8 : -(-stop * width // 8)], len(scales) * block * width // 8)
+        values = _looked_up(levels, some).view(-1, block).mul_(scales[:, None]).view(-1)
+        yield rows, values[: stop - start].view(-1, k).to(x.dtype)
 
 
 def _slices(n: int, k: int, step: int) -> Iterator[slice]:
@@ -93,9 +96,10 @@ def _slices(n: int, k: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def _spread(per_block: Tensor, block: int, width: int) -> Tensor:
-    """[n, nb] as [n, width]: each number for the weights of its block."""
-    return per_block.repeat_interleave(block, 1)[:, :width]
+def _filled(codes: Tensor, count: int) -> Tensor:
+    """With zeros after the last byte of a row, up to `count`: the rest of a block that is not stored."""
+    short = count - codes.shape[-1]
+    return pad(codes, (0, short)) if short else codes
 
 
 def _looked_up(levels: Tensor, codes: Tensor) -> Tensor:
