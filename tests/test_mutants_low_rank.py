@@ -5,16 +5,13 @@ The checks are a digest of the other tests of the method, against numpy in float
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from mutating import mutated
 from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError
@@ -53,27 +50,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "size not judged": (REWRITE, "judged = () if rule.force else", "judged = () if True else"),
     "force ignored": (REWRITE, "judged = () if rule.force else", "judged = () if False else"),
 }
-
-
-@contextmanager
-def mutated(where: str, old: str, new: str) -> Iterator[dict[str, ModuleType]]:
-    """The modules of the method, loaded anew with one text exchanged; the real ones are back afterwards."""
-    full = {name: f"matmorph.passes.{name}" for name in MODULES}
-    real = {name: importlib.import_module(path) for name, path in full.items()}
-    fresh: dict[str, ModuleType] = {}
-    try:
-        for name, path in full.items():
-            source = Path(str(real[name].__file__)).read_text(encoding="utf-8")
-            if name == where:
-                assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
-                source = source.replace(old, new)
-            module = ModuleType(path)
-            sys.modules[path] = module
-            exec(compile(source, path, "exec"), module.__dict__)
-            fresh[name] = module
-        yield fresh
-    finally:
-        sys.modules.update({full[name]: module for name, module in real.items()})
 
 
 W = weights_of(LINEAR)["fc.weight"]
@@ -192,7 +168,7 @@ CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
 
 def killers(where: str, old: str, new: str) -> list[str]:
     """The checks that fail; the first is enough."""
-    with mutated(where, old, new) as modules:
+    with mutated(MODULES, where, old, new) as modules:
         for check in CHECKS:
             try:
                 check(modules)
@@ -202,7 +178,7 @@ def killers(where: str, old: str, new: str) -> list[str]:
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(METHOD, "class LowRank:", "class LowRank:") as modules:
+    with mutated(MODULES, METHOD, "class LowRank:", "class LowRank:") as modules:
         for check in CHECKS:
             check(modules)
 

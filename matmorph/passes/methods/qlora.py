@@ -104,6 +104,6 @@ class QLora:
 
 def _drawn(site: Site, rank: int, seed: int) -> Tensor:
     """[in, rank], uniform within +- 1 / sqrt(in); every site has a stream of its own, whatever else is rewritten."""
-    generator = torch.Generator().manual_seed((seed * 2**32 + zlib.crc32(site.path.encode())) % 2**63)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path}".encode()))  # torch uses 32 bits of a seed
     bound = 1 / sqrt(site.in_features)
     return torch.empty(site.in_features, rank).uniform_(-bound, bound, generator=generator)
