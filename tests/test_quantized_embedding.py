@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from quantizing import METHODS, QUANTIZERS, loftq, names_of, parts_of, put_in, quantize, relative, stands_for
@@ -175,6 +176,22 @@ def test_a_model_with_tables(tied: bool, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made.module(ids).detach().numpy(), atol=1e-5)  # float32, outputs of size 1
     size = (folder / "model.onnx.data").stat().st_size
     assert made.report.totals.bytes[1] <= size <= made.report.totals.bytes[1] + 64 * 16  # alignment
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "keep"])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("settings", [{"quantizer": "nf4"}, {"quantizer": "nf2"}, {"quantizer": "uniform", "bits": 8}], ids=names_of)
+def test_bytes_of_the_report_are_those_of_the_file(settings: dict[str, Any], half: bool, precision: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Net(tied=True).eval(), torch.randint(0, 50, (3, 9))
+    rule = {"name": "all", "match": {"op": "matmul"}, "rewrite": {"loftq": {**settings, "rank": 2}}, "force": True, "untie": True}
+    tables = {"name": "tables", "match": {"path": "places", "op": "embedding"}, "rewrite": SPEC["rules"][0]["rewrite"]}
+    spec = {"version": 1, "rules": [rule, tables], "export": {"target": ["cpu"], "precision": precision}}
+    made = mm.compile(model.half() if half else model, spec, (ids,))
+    assert {row.status for row in made.report.sites} == {"rewritten"}
+    saved = onnx.load(str(made.save(tmp_path / "out") / "model.onnx"), load_external_data=False)
+    lengths = [int(entry.value) for tensor in saved.graph.initializer for entry in tensor.external_data if entry.key == "length"]
+    assert sum(lengths) == made.report.totals.bytes[1]
 
 
 def test_a_tied_gpt2() -> None:

@@ -115,7 +115,7 @@ def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
     if not any(part.kind == "replace" for part in parts):
         costs.append(dense_cost(site))
     stored: dict[str, int] = {}
-    for cost in costs:
+    for cost in costs if any(cost.stored for cost in costs) else ():
         for dtype, count in cost.stored or ((site.const.tensor.dtype, cost.parameters),):
             stored[dtype] = stored.get(dtype, 0) + count
     sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded")}
