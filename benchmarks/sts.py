@@ -1,13 +1,17 @@
-"""Quality of low-rank MiniLM on the STS benchmark (dev): Spearman correlation x 100 of cosine similarity with the human scores.
+"""Quality of a rewritten MiniLM on the STS benchmark (dev): Spearman correlation x 100 of cosine similarity with the human scores.
 
-The encoder's linears keep 80, 60 and 40 % of their parameters, by whitened SVD (calibrated on 512 training sentences) and by plain SVD.
-The rewritten model is written as an artefact and run by ONNX Runtime; `--torch` runs the compiled torch module instead.
+`low_rank`: the encoder's linears keep 80, 60 and 40 % of their parameters, by whitened SVD (calibrated on 512 training sentences) and by
+plain SVD. `quantized`: each quantizer on the same linears, alone, with LoftQ factors (rank 16, 5 iterations) and with whitened ones; u2 is
+uniform 2-bit without anything, u2-search has zero points and searched scales. `--specs` adds specs by name or path (quantize-u4 takes the
+embedding tables too). The rewritten model is written as an artefact and run by ONNX Runtime; `--torch` runs the compiled torch module.
 
-    python benchmarks/sts.py [--data DIR] [--ratios 80 60 40] [--methods whitened plain] [--torch] [--json]
+    python benchmarks/sts.py [--data DIR] [--sets low_rank quantized] [--specs quantize-u4] [--torch] [--json]
+        [--ratios 80 60 40] [--methods whitened plain] [--quantizers nf4 nf2 u2 u2-search] [--forms quantize loftq whitened]
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import tempfile
 import time
@@ -86,6 +90,41 @@ def spec(ratio: int, method: str) -> dict[str, Any]:
     return {"version": 1, "name": f"{method}-{ratio}", "extends": ["low-rank-60"], "rules": [rule], "calibration": {"samples": CALIBRATION}}
 
 
+QUANTIZERS: Mapping[str, dict[str, Any]] = {
+    "nf4": {"quantizer": "nf4"},
+    "nf2": {"quantizer": "nf2"},
+    "u2": {"quantizer": "uniform", "bits": 2},
+    "u2-search": {"quantizer": "uniform", "bits": 2, "zero_point": True, "scale": "search"},
+}
+FORMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "quantize": ("quantize", {}),
+    "loftq": ("loftq", {"rank": 16, "iterations": 5}),
+    "whitened": ("loftq", {"rank": 16, "iterations": 5, "whiten": True}),
+}
+
+
+def quantized_spec(quantizer: str, form: str) -> dict[str, Any]:
+    """The encoder's linears, and nothing else, in codes."""
+    method, more = FORMS[form]
+    match = {"role": ["attention.*", "mlp.*"]}
+    rule = {"name": "blocks", "expect": 36, "match": match, "rewrite": {method: {**QUANTIZERS[quantizer], **more}}}
+    return {"version": 1, "name": f"{quantizer} {form}", "rules": [rule], "calibration": {"samples": CALIBRATION}}
+
+
+def named_spec(name: str) -> dict[str, Any]:
+    """A library spec, or one in a file, under its own name."""
+    return {"version": 1, "name": Path(name).stem, "extends": [name]}
+
+
+def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The specs to measure; of each set only the first with --tiny."""
+    low = [spec(ratio, method) for method in options.methods for ratio in options.ratios]
+    quantized = [quantized_spec(quantizer, form) for quantizer in options.quantizers for form in options.forms]
+    sets = {"low_rank": low, "quantized": quantized}
+    few = 1 if options.tiny else None
+    return [made for name in options.sets for made in sets[name][:few]] + [named_spec(name) for name in options.specs[:few]]
+
+
 def measure(model: Model, batches: Any, made: dict[str, Any], data: Any, threads: int, by_torch: bool) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = mm.compile(model.module, made, model.example_inputs, dynamic_shapes=model.dynamic_shapes, calibration=batches)
@@ -102,6 +141,7 @@ def measure(model: Model, batches: Any, made: dict[str, Any], data: Any, threads
         "model": made["name"],
         "spearman": spearman,
         "parameters": report.totals.parameters[1],
+        "mb": report.totals.bytes[1] / 1e6,
         "worst_output_error": max((row.output_error for row in report.sites if row.output_error is not None), default=None),
         "compile_s": seconds,
     }
@@ -112,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--data", type=Path, help="folder that holds stsb/ (default: MATMORPH_DATA, else ../shared/data)")
     options_of.add_argument("--ratios", type=int, nargs="+", default=[80, 60, 40])
     options_of.add_argument("--methods", nargs="+", choices=["whitened", "plain"], default=["whitened", "plain"])
+    options_of.add_argument("--sets", nargs="*", choices=["low_rank", "quantized"], default=["low_rank", "quantized"])
+    options_of.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS))
+    options_of.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    options_of.add_argument("--specs", nargs="*", default=["quantize-u4"], help="library names or paths")
     options_of.add_argument("--torch", action="store_true", help="run the compiled torch module instead of ONNX Runtime")
     options = options_of.parse_args(arguments)
     folder = data_folder(options.data, "stsb")
@@ -128,14 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "model": "dense",
             "spearman": score(torch_encoder(model.module), data),
             "parameters": dense,
+            "mb": 4e-6 * dense,
             "worst_output_error": None,
             "compile_s": 0.0,
         }
     ]
-    for method in options.methods:
-        for ratio in options.ratios[:1] if options.tiny else options.ratios:
-            rows.append(measure(model, batches, spec(ratio, method), data, options.threads, options.torch))
-            say(f"{rows[-1]['model']}: {rows[-1]['spearman']:.2f}")
+    for made in jobs(options):
+        rows.append(measure(model, batches, made, data, options.threads, options.torch))
+        say(f"{rows[-1]['model']}: {rows[-1]['spearman']:.2f}")
     finish(options, rows, [f"{pairs} pairs; the rewritten models run by {'torch' if options.torch else 'ONNX Runtime'}"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = ("sts", "low_rank", "compile_time", "plan_7b")
+SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "compile_time", "plan_7b")
 Load = Callable[[str], ModuleType]
 
 
@@ -52,6 +53,22 @@ def test_every_script_is_listed_and_explained(load: Load) -> None:
     for name in SCRIPTS:
         assert f"`{name}.py`" in readme
         assert f"python benchmarks/{name}.py" in (load(name).__doc__ or "")
+
+
+def test_loftq_runs_with_and_without_peft(load: Load, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.utils.loftq_utils", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = tiny(load("loftq"), capsys)
+    assert [(row["matrices"], row["iterations"], row["peft_s"]) for row in rows] == [("2", 1, None), ("2", 5, None), ("344x128", 5, None)]
+    assert rows[1]["residual"] < rows[0]["residual"] < 0.1
+    assert rows[2]["memory_x"] >= 0
+
+
+def test_quantized_prints_ratios(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("quantized"), capsys, "--kernels", "u4-int8", "nf4")
+    assert [(row["tokens"], row["kernel"]) for row in rows] == [(1, "u4-int8"), (1, "nf4"), (2, "u4-int8"), (2, "nf4")]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["quantized_ms"] / row["dense_ms"])
 
 
 def test_low_rank_prints_time_beside_flops(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,8 +125,9 @@ def test_sts_reads_pairs_and_spreads_its_samples(load: Load, toy_data: Path) -> 
 
 
 def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain")
-    assert [row["model"] for row in rows] == ["dense", "plain-80"]
+    rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain", "--forms", "loftq")
+    assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "quantize-u4"]
+    assert rows[3]["mb"] < rows[2]["mb"] < rows[1]["mb"] < rows[0]["mb"]
     assert all(-100 <= row["spearman"] <= 100 for row in rows)
     assert rows[1]["parameters"] < rows[0]["parameters"]
 

@@ -332,7 +332,7 @@ def test_readme_specs_are_right(tmp_path: Path) -> None:
     from matmorph.specs.load import load_spec
 
     specs = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(specs) == 2
+    assert len(specs) == 3
     for number, text in enumerate(specs):
         file = tmp_path / f"spec-{number}.yaml"
         file.write_text(text)

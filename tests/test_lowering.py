@@ -22,6 +22,7 @@ from matmorph.exporters.lowering import lower
 from matmorph.exporters.onnx_model import skeleton
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.trace import trace
+from matmorph.specs.schema import Export
 
 ROUNDING = 1e-5  # float32 sums of at most 64 terms of size 1, in another order: 64 * 6e-8, and some room for the layers between
 
@@ -196,7 +197,7 @@ class Shapes(nn.Module):
 
 def test_shape_arithmetic_is_folded_and_shared() -> None:
     graph = trace(seeded(Shapes), {"x": randn(3, 5, 12)}, {"x": {0: "batch", 1: "seq"}})
-    model = skeleton(graph)
+    model = skeleton(graph, Export())
     found = operators(model)
     assert found.count("Shape") == 2  # one for each dynamic axis
     assert found.count("Concat") == 2  # [batch, seq, 3, 4] for all three views, [batch, seq, 12]
@@ -220,7 +221,7 @@ def test_split_needs_no_sequence() -> None:
 
 def test_names_are_unique_and_carry_the_module() -> None:
     graph = trace(seeded(Block), (randn(2, 5, 16),), ({0: "batch", 1: "seq"},))
-    model = skeleton(graph)
+    model = skeleton(graph, Export())
     names = [str(node.name) for node in model.graph]
     values = [str(value.name) for node in model.graph for value in node.outputs]
     assert len(set(names)) == len(names)

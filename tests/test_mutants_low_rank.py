@@ -5,23 +5,20 @@ The checks are a digest of the other tests of the method, against numpy in float
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from mutating import mutated
 from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError
 from matmorph.ir.matmuls import find_sites
 from matmorph.passes.methods import SiteStats
 
-MODULES = ("linalg.svd", "linalg.whiten", "methods.low_rank", "rows", "fragment", "rewrite")
+MODULES = ("linalg.svd", "linalg.whiten", "methods.weights", "methods.low_rank", "rows", "fragment", "rewrite")
 """In the order of their imports."""
 
 SVD, WHITEN, METHOD, FRAGMENT, REWRITE = "linalg.svd", "linalg.whiten", "methods.low_rank", "fragment", "rewrite"
@@ -33,7 +30,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "whitening forgotten": (METHOD, "w.double() @ whitening.factor", "w.double()"),
     "bound not rooted": (METHOD, "sqrt(tail / total)", "(tail / total)"),
     "bound against the wrong norm": (METHOD, "found.optimum / norm", "found.optimum"),
-    "NaN let through": (METHOD, "    if not isfinite(largest(w)):", "    if False:"),
+    "NaN let through": ("methods.weights", "    if not isfinite(largest(w)):", "    if False:"),
     "bytes are parameters": (METHOD, "parameters * site.const.tensor.torch_dtype.itemsize", "parameters"),
     "multiple rounds a promise of accuracy down": (METHOD, "-(-wanted // step) * step", "wanted // step * step"),
     "factors in the wrong order": (METHOD, 'zip(("down", "up")', 'zip(("up", "down")'),
@@ -53,27 +50,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "size not judged": (REWRITE, "judged = () if rule.force else", "judged = () if True else"),
     "force ignored": (REWRITE, "judged = () if rule.force else", "judged = () if False else"),
 }
-
-
-@contextmanager
-def mutated(where: str, old: str, new: str) -> Iterator[dict[str, ModuleType]]:
-    """The modules of the method, loaded anew with one text exchanged; the real ones are back afterwards."""
-    full = {name: f"matmorph.passes.{name}" for name in MODULES}
-    real = {name: importlib.import_module(path) for name, path in full.items()}
-    fresh: dict[str, ModuleType] = {}
-    try:
-        for name, path in full.items():
-            source = Path(str(real[name].__file__)).read_text(encoding="utf-8")
-            if name == where:
-                assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
-                source = source.replace(old, new)
-            module = ModuleType(path)
-            sys.modules[path] = module
-            exec(compile(source, path, "exec"), module.__dict__)
-            fresh[name] = module
-        yield fresh
-    finally:
-        sys.modules.update({full[name]: module for name, module in real.items()})
 
 
 W = weights_of(LINEAR)["fc.weight"]
@@ -192,7 +168,7 @@ CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
 
 def killers(where: str, old: str, new: str) -> list[str]:
     """The checks that fail; the first is enough."""
-    with mutated(where, old, new) as modules:
+    with mutated(MODULES, where, old, new) as modules:
         for check in CHECKS:
             try:
                 check(modules)
@@ -202,7 +178,7 @@ def killers(where: str, old: str, new: str) -> list[str]:
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(METHOD, "class LowRank:", "class LowRank:") as modules:
+    with mutated(MODULES, METHOD, "class LowRank:", "class LowRank:") as modules:
         for check in CHECKS:
             check(modules)
 

@@ -52,7 +52,7 @@ def types(model: ir.Model) -> dict[str, ir.DataType | None]:
 
 
 def test_half_precision_follows_the_table() -> None:
-    model = skeleton(norms()[1], precision="fp16")
+    model = skeleton(norms()[1], Export(precision="fp16"))
     stored = types(model)
     assert {name for name, dtype in stored.items() if dtype == ir.DataType.FLOAT16} == {
         "table.weight",
@@ -150,7 +150,7 @@ def test_keep_writes_the_stored_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_of_a_half_model_is_not_widened(precision: str) -> None:
     module, x = half_model(torch.bfloat16)
-    model = skeleton(trace(module, (x,), ({0: "batch"},)), precision=precision)
+    model = skeleton(trace(module, (x,), ({0: "batch"},)), Export(precision=precision))
     half = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.BFLOAT16
     assert {dtype for name, dtype in types(model).items()} == {half}
 
@@ -197,11 +197,11 @@ def test_control_flow_in_half_is_refused() -> None:
 
     graph = trace(Cond(), (randn(2, 3),))
     with pytest.raises(ExportError, match="not possible for a model with control flow"):
-        skeleton(graph, precision="fp16")
+        skeleton(graph, Export(precision="fp16"))
 
 
 def test_fp32_leaves_a_float32_model_alone() -> None:
-    model = skeleton(norms()[1], precision="keep")
+    model = skeleton(norms()[1], Export(precision="keep"))
     before = [(node.op_type, node.name) for node in model.graph]
     convert(model, "fp32")
     assert [(node.op_type, node.name) for node in model.graph] == before

@@ -217,8 +217,10 @@ ERRORS = [
     (RULES + "calibration: {sensitivity: fish}\n",
      "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, fisher, got fish; did you mean fisher?"),
     (RULES + "export: {adapters: inputs}\n", "specs/a.yaml:8:20: export.adapters: inputs is not supported yet"),
-    (RULES + "export: {codebook: packed}\n", "specs/a.yaml:8:20: export.codebook: packed is not supported yet"),
-    (RULES + "export: {activations: int8}\n", "specs/a.yaml:8:23: export.activations: int8 is not supported yet"),
+    (RULES + "export: {codebook: pack}\n",
+     "specs/a.yaml:8:20: export.codebook: expected one of rebuild, packed, got pack; did you mean packed?"),
+    (RULES + "export: {activations: int4}\n",
+     "specs/a.yaml:8:23: export.activations: expected one of fp32, int8, got int4; did you mean int8?"),
     (RULES.replace("rank: 4", "rank: auto"), f"specs/a.yaml:7:15: {RANK}: auto is not supported yet"),
     (rewrite("{any_of: [{low_rank: {rank: 1}}, [{lora: {}}], keep]}"), "specs/a.yaml:4:15: rules[0].rewrite.any_of: not supported yet"),
     (rewrite("{any_of: [{low_rank: {rank: 0}}, keep]}"),
@@ -311,8 +313,10 @@ def test_rank(settings: str, rank: Rank, write: Write) -> None:
 
 
 def test_library_specs() -> None:
-    assert library_names() == ("low-rank-40", "low-rank-60", "low-rank-60-plain", "low-rank-80")
-    for name in library_names():
+    names = ("low-rank-40", "low-rank-60", "low-rank-60-plain", "low-rank-80")
+    quantized = ("loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4")
+    assert library_names() == tuple(sorted((*names, *quantized)))
+    for name in names:
         spec = load_spec(name, METHODS)
         assert (spec.name, spec.file, len(spec.rules)) == (name, name, 1)
         settings = spec.rules[0].rewrite[0].spec
@@ -327,7 +331,8 @@ def test_unknown_library_spec() -> None:
         load_spec("low-rnk-60", METHODS)
     assert str(caught.value) == (
         "no library spec is called 'low-rnk-60'; did you mean low-rank-60?\n"
-        "  library specs: low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80\n"
+        "  library specs: loftq-nf4, loftq-u2, loftq-u4, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, qlora-nf4, "
+        "quantize-u4\n"
         "  a file ends in .yaml, or is given with its folder (./NAME)"
     )
 
@@ -476,7 +481,8 @@ EXTENDS_ERRORS = [
      "specs/c.yaml:2:11: extends[0]: circular extends: specs/b.yaml -> specs/c.yaml -> specs/b.yaml"),
     ({"a": "version: 1\nextends: [b.yaml]\n"}, "specs/a.yaml:2:11: extends[0]: specs/b.yaml: no such file"),
     ({"a": "version: 1\nextends: low-rank-61\n"}, "specs/a.yaml:2:10: extends: no library spec is called 'low-rank-61'; did you mean "
-     "low-rank-60?\n  library specs: low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80\n"
+     "low-rank-60?\n  library specs: loftq-nf4, loftq-u2, loftq-u4, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, "
+     "qlora-nf4, quantize-u4\n"
      "  a file ends in .yaml, or is given with its folder (./NAME)"),
     ({"a": "version: 1\nextends: [low-rank-60, low-rank-60]\n"}, "specs/a.yaml:2:24: extends[1]: low-rank-60 is listed twice"),
     ({"a": "version: 1\nextends: {b: c}\n"}, "specs/a.yaml:2:10: extends: expected a list (each text), got a mapping with b"),

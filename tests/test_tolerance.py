@@ -18,7 +18,7 @@ RULE: Any = SimpleNamespace(name="blocks", at=Position("s.yaml", 4, 5))
 
 
 def outcome(path: str, weight: float | None = None, output: float | None = None, reject: str | None = None) -> Outcome:
-    site: Any = SimpleNamespace(path=path)
+    site: Any = SimpleNamespace(path=path, applications=(None,))
     return Outcome(site, RULE, Reject(reject) if reject else None, weight_error=weight, output_error=output)
 
 

@@ -41,6 +41,7 @@ class _Walk:
     def __init__(self, graph: ir.Graph, weights: frozenset[ir.Value]) -> None:
         self.graph = graph
         self.weights = weights
+        self.fixed = set(weights)  # and what is computed from nothing but weights and constants
         self.known: dict[ir.Value, Array] = {}
         self.seen: dict[Any, ir.Node] = {}
         self.splits: dict[ir.Node, ir.Node] = {}
@@ -155,7 +156,11 @@ class _Walk:
         return True
 
     def _merge(self, node: ir.Node) -> None:
-        if node.op_type not in _MERGED or len(node.outputs) != 1 or not self._mergeable(node):
+        if node.op_type not in _MERGED or len(node.outputs) != 1:
+            return
+        if all(value is None or value in self.fixed or value in self.known for value in node.inputs):
+            self.fixed.add(node.outputs[0])
+        if not self._mergeable(node):
             return
         key = (
             node.op_type,
@@ -168,11 +173,11 @@ class _Walk:
             self._replace(node.outputs[0], first.outputs[0])
 
     def _mergeable(self, node: ir.Node) -> bool:
-        """Not a float computation, or the same view of the same weight (one weight applied several times)."""
-        if node.op_type in ("Transpose", "Shape"):
-            return node.op_type == "Shape" or node.inputs[0] in self.weights
+        """Not a float computation, or one of weights alone (one weight applied several times)."""
+        if node.op_type == "Shape" or node.outputs[0] in self.fixed:
+            return True
         known = [dtype for value in (*node.inputs, *node.outputs) if (dtype := self._dtype(value)) is not None]
-        return bool(known) and not any(dtype.is_floating_point() for dtype in known)
+        return node.op_type != "Transpose" and bool(known) and not any(dtype.is_floating_point() for dtype in known)
 
     def _identity(self, value: ir.Value | None) -> Any:
         return _array_key(self.known[value]) if value in self.known else id(value)

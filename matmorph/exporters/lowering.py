@@ -60,6 +60,13 @@ def lower(program: ExportedProgram, opset: int = 21, onnx_lowerings: Lowerings |
     return model
 
 
+def record(node: ir.Node) -> None:
+    """Adds a node from within a translation: for operators that onnxscript has no schema of."""
+    if _core.current_tracer is None:
+        raise ExportError(f"{node.op_type} can only be made while a graph is translated")
+    _core.current_tracer.nodes.append(node)
+
+
 class _Library:
     """torchlib's translations by operator. Signatures are computed only for the operators in use: for all of them it takes a second."""
 

@@ -21,6 +21,7 @@ from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.lowering import Lowerings, lower
 from matmorph.exporters.precision import check_target, convert, parity_tolerance
+from matmorph.exporters.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.types import TensorType, format_dim
@@ -101,32 +102,34 @@ def export_onnx(
     """
     stored = [const.tensor.dtype for const in graph.used_state()]
     check_target(export.precision, export.target, stored)
-    model = skeleton(graph, export.opset, export.precision, onnx_lowerings)
+    model = skeleton(graph, export, onnx_lowerings)
+    check_kernels(model, export.target)
     weights = _weights(model, graph)
     data, total = _write_weights(folder / DATA, weights, progress)
     text = _serialized(model)
     (folder / MODEL).write_bytes(text)
     _check(folder / MODEL)
     return OnnxInfo(
-        inputs=tuple(map(_port, model.graph.inputs)),
+        inputs=tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers),
         outputs=tuple(map(_port, model.graph.outputs)),
         opset=export.opset,
         precision=export.precision,
-        tolerance=parity_tolerance(export.precision, stored),
+        tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
         bytes=total,
         nodes=len(model.graph),
         files={MODEL: FileInfo(hashlib.sha256(text).hexdigest(), len(text)), DATA: data},
     )
 
 
-def skeleton(graph: Graph, opset: int = 21, precision: str = "fp32", onnx_lowerings: Lowerings | None = None) -> ir.Model:
+def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
-    model = lower(to_exported_program(graph), opset, onnx_lowerings)
+    lowerings = {**quantized_lowerings(export.activations), **(onnx_lowerings or {})}
+    model = lower(to_exported_program(graph), export.opset, lowerings)
     for value in model.graph.initializers.values():
         value.const_value = None
     _name_ports(model, graph)
     clean(model)
-    convert(model, precision)
+    convert(model, export.precision)
     remove_unused(model.graph)
     _separate_outputs(model.graph)
     _name_axes(model, graph)
@@ -134,6 +137,8 @@ def skeleton(graph: Graph, opset: int = 21, precision: str = "fp32", onnx_loweri
     name_everything(model, fixed)
     model.producer_name, model.producer_version = "matmorph", ""
     model.graph.name = "main"
+    if export.codebook == "packed":
+        expose_codes(model, graph)
     return model
 
 

@@ -27,7 +27,11 @@ _FLOAT = ir.DataType.FLOAT
 PARITY_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
 
-LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+INT8_TOLERANCE = 1e-1
+"""The same with activations rounded to 8 bits: one product errs by up to 1e-2 of its largest result, a hundred of them at random by ten
+times as much."""
+
+LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "MatMulBnb4"})
 """Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""
 
 # fmt: off
@@ -53,12 +57,11 @@ def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -
         )
 
 
-def parity_tolerance(precision: str, dtypes: Iterable[str]) -> float:
-    """The tolerance of an export; under `keep` that of the coarsest weight."""
+def parity_tolerance(precision: str, dtypes: Iterable[str], int8: bool = False) -> float:
+    """The tolerance of an export; under `keep` that of the coarsest weight. `int8`: some products round their activations."""
     stored = set(dtypes)
-    if precision != "keep":
-        return PARITY_TOLERANCE[precision]
-    return PARITY_TOLERANCE["bf16" if "bfloat16" in stored else "fp16" if "float16" in stored else "fp32"]
+    kept = "bf16" if "bfloat16" in stored else "fp16" if "float16" in stored else "fp32"
+    return max(PARITY_TOLERANCE[kept if precision == "keep" else precision], INT8_TOLERANCE if int8 else 0.0)
 
 
 def convert(model: ir.Model, precision: str) -> None:
@@ -159,6 +162,7 @@ class _Narrowing:
         return bool(readers) and all(
             node.op_type in LOWER
             or (node.op_type == "Gather" and node.inputs[0] is value)
+            or node.op_type == "GatherBlockQuantized"  # its scales
             or (node.op_type in _LAYOUT and self._only_products(node.outputs[0]))
             or (node.op_type == "Add" and any(_is_product(other) for other in node.inputs if other is not value))
             for node in readers

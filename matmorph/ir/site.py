@@ -102,11 +102,17 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a site takes after a rewrite, its bias excluded. `macs`: multiply-accumulates per row of x, summed over applications."""
+    """What a site takes after a rewrite, its bias excluded. `macs`: multiply-accumulates per row of x, summed over applications.
+
+    `coded`: those of `parameters` that are kept as codes of a quantizer. `stored`: (dtype, elements) of the new weights where they are not
+    simply `parameters` elements of the old weight's type; it decides `bytes` under each export precision.
+    """
 
     parameters: int
     bytes: int
     macs: int
+    coded: int = 0
+    stored: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +127,9 @@ class Bound:
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
     """What replaces a site. `parts[k]` are the new nodes of application k and `outputs[k]` its result as rows [..., out], bias not added
-    unless `adds_bias`; each output is produced by its own part's nodes. `consts` are the new weights. `weight()` is the dense matrix
-    [out, in] that it stands for, computed when asked. `choice` is what was taken in the end. `bound`: see `Bound`."""
+    unless `adds_bias` (then each that the builder's `bias()` gave out); each output is produced by its own part's nodes. `consts` are the
+    new weights. `weight()` is the dense matrix [out, in] that it stands for, computed when asked. `choice` is what was taken in the end.
+    `bound`: see `Bound`. `lookups[k]`: new nodes and result of `site.gathers[k]`; () leaves the table where it is."""
 
     parts: tuple[tuple[Node, ...], ...]
     outputs: tuple[Value, ...]
@@ -132,3 +139,4 @@ class Fragment:
     bound: Bound | None = None
     adds_bias: bool = False
     notes: tuple[str, ...] = ()
+    lookups: tuple[tuple[tuple[Node, ...], Value], ...] = ()

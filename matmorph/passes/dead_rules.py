@@ -40,7 +40,14 @@ def dead_rule(rule: Rule, owners: Mapping[Site, Rule], facts: Mapping[Site, Fact
         message = f"rule {rule.name} owns nothing{expected}: earlier rules own {_all(len(owned))} that it matches"
         return SpecError(message, at=rule.match.at, keypath=rule.match.keypath, details=_owned_lines(owned, owners))
     message = f"rule {rule.name} matches no matmul{expected}"
-    return SpecError(message, at=rule.match.at, keypath=rule.match.keypath, details=_reasons(rule, facts, graph))
+    return SpecError(message, at=rule.match.at, keypath=rule.match.keypath, details=[*_reasons(rule, facts, graph), *_quantised(graph)])
+
+
+def _quantised(graph: Graph) -> list[str]:
+    """Weights that an earlier stage put into codes: they are there, and no matmul of floats any more."""
+    paths = [const.path.rsplit(".", 2)[0] for const in graph.state if const.rule is not None and const.path.endswith(".codes")]
+    more = f" and {len(paths) - NEAREST} more" if len(paths) > NEAREST else ""
+    return [f"quantised already by an earlier stage: {', '.join(paths[:NEAREST])}{more}"] if paths else []
 
 
 def wrong_count(rule: Rule, taken: Sequence[Site], owners: Mapping[Site, Rule], facts: Mapping[Site, Facts]) -> SpecError:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder, unique_name
-from matmorph.ir.core import Const, Node, Origin, Value, map_values
+from matmorph.ir.core import Const, ConstKind, Node, Origin, Value, map_values
 from matmorph.ir.infer import Inference
 from matmorph.ir.site import Application, Fragment, Site
 from matmorph.passes.rows import RowView, emit, row_view
@@ -25,6 +25,13 @@ class Entry:
     view: RowView
     rows: Value
     nodes: tuple[Node, ...]
+
+    @property
+    def row_bias(self) -> Value | None:
+        """The bias, where it may be added to the rows [.., out] before they get the node's layout; None also where there is none."""
+        bias = self.application.bias
+        plain = bias is not None and len(bias.tensor.shape) == 1 and bias.tensor.dtype == self.rows.tensor.dtype
+        return bias if plain and (self.view.bias_on_rows or not self.view.leave) else None
 
 
 class SiteScope:
@@ -54,23 +61,24 @@ class SiteScope:
         return SiteBuilder(self, label, seed, tuple(before))
 
     def close(self, fragments: Sequence[Fragment], keeps_node: bool) -> Mapping[Node, tuple[Node, ...]]:
-        """What stands in place of each application's node. `keeps_node`: the dense matmul stays, the fragments are added to it.
+        """What stands in place of each application's node, and of each gather's that a fragment serves too. `keeps_node`: the dense
+        matmul stays, the fragments are added to it.
 
         The result is bound to the node's own output Value, so nothing behind it changes. VerifyError where the type would differ.
         """
-        return {
-            entry.application.node: self._close(entry, [(f.parts[k], f.outputs[k]) for f in fragments], keeps_node)
-            for k, entry in enumerate(self._entries)
-        }
+        closed = {entry.application.node: self._close(entry, k, fragments, keeps_node) for k, entry in enumerate(self._entries)}
+        for fragment in fragments:
+            for node, (written, value) in zip(self.site.gathers, fragment.lookups, strict=bool(fragment.lookups)):
+                closed[node] = self._bound(written, value, node.output)
+        return closed
 
-    def new_const(self, label: str, tensor: Tensor, trainable: bool) -> Const:
+    def new_const(self, label: str, tensor: Tensor, trainable: bool, kind: ConstKind) -> Const:
         name = unique_name(f"{self.site.path}.{label}", self._dotted)
-        return self._builder.const(name, tensor.detach(), trainable=trainable, rule=self._rule)
+        return self._builder.const(name, tensor.detach(), trainable=trainable, kind=kind, rule=self._rule)
 
-    def write(self, entry: Entry, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
-        """The value that `body` makes and the nodes it wrote, in the place of one application."""
-        source = entry.application.node.origin
-        return self._record(source, body)
+    def write(self, node: Node, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
+        """The value that `body` makes and the nodes it wrote, in the place of a node."""
+        return self._record(node.origin, body)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -91,22 +99,26 @@ class SiteScope:
         rows, nodes = self._record(application.node.origin, lambda: emit(self._builder, view.enter, application.x))
         return Entry(application, view, rows, nodes)
 
-    def _close(self, entry: Entry, parts: Sequence[tuple[tuple[Node, ...], Value]], keeps_node: bool) -> tuple[Node, ...]:
+    def _close(self, entry: Entry, k: int, fragments: Sequence[Fragment], keeps_node: bool) -> tuple[Node, ...]:
         node, target = entry.application.node, entry.application.output
         dense: tuple[Node, ...] = ()
         if keeps_node:
             copy, dense = self._record(node.origin, lambda: self._builder(node.op, *node.args, name=f"{target.name}_dense", **node.attrs))
             dense = tuple(replace(item, origin=node.origin) for item in dense)
-        values = [value for _, value in parts]
-        final, tail = self._record(node.origin, lambda: self._finish(entry, values, copy if keeps_node else None))
+        values = [fragment.outputs[k] for fragment in fragments]
+        added = entry.row_bias is not None and any(fragment.adds_bias for fragment in fragments)
+        bias = None if added else entry.application.bias
+        final, tail = self._record(node.origin, lambda: self._finish(entry, values, bias, copy if keeps_node else None))
+        return self._bound((*dense, *entry.nodes, *(item for fragment in fragments for item in fragment.parts[k]), *tail), final, target)
+
+    def _bound(self, written: Sequence[Node], final: Value, target: Value) -> tuple[Node, ...]:
         if not self._inference.equal(final.type, target.type):
-            raise VerifyError(f"{self.site.path}: the rewrite gives {final.type} where the matmul gives {target.type}")
-        written = (*dense, *entry.nodes, *(item for nodes, _ in parts for item in nodes), *tail)
+            raise VerifyError(f"{self.site.path}: the rewrite gives {final.type} where the source gives {target.type}")
         return tuple(_rebind(item, final, target) for item in written)
 
-    def _finish(self, entry: Entry, values: Sequence[Value], dense: Value | None) -> Value:
+    def _finish(self, entry: Entry, values: Sequence[Value], bias: Value | None, dense: Value | None) -> Value:
         """Sum, bias, layout; or, beside a dense matmul that stays, sum, layout, and the sum of both."""
-        b, bias = self._builder, entry.application.bias
+        b = self._builder
         y = values[0]
         for value in values[1:]:
             y = b("aten.add.Tensor", y, value)
@@ -140,9 +152,14 @@ class SiteBuilder:
             left = left - fragment.weight()
         return left
 
-    def const(self, name: str, tensor: Tensor, *, trainable: bool = True) -> Const:
+    def const(self, name: str, tensor: Tensor, *, trainable: bool = True, kind: ConstKind = "parameter") -> Const:
         """A new weight under the dotted name `<site path>.<method>.<name>`."""
-        return self._scope.new_const(f"{self._label}.{name}", tensor, trainable)
+        return self._scope.new_const(f"{self._label}.{name}", tensor, trainable, kind)
+
+    def bias(self) -> Value | None:
+        """Inside a body: the bias [out] that the fragment may add itself, under `adds_bias=True`. None where there is none, or where it
+        can only be added after the fragment (the rewrite sees to that)."""
+        return self._application().row_bias
 
     def __call__(self, op: str, *args: Any, name: str | None = None, **attrs: Any) -> Value:
         """Any operator, inside a body."""
@@ -151,30 +168,47 @@ class SiteBuilder:
     def matmul(self, x: Value, const: Const, *, name: str | None = None) -> Value:
         """x [.., in] times `const` [in, out]. For an expert stack `const` is [batch, in, out]: the application's own
         selection picks its matrices, or all are used at once."""
-        application = self._application()
+        application = self._application().application
         wish = None if name is None else f"{application.output.name}_{name}"
         operand: Value = const
         if self._scope.site.batch is not None and application.select is not None:
             operand = self("aten.index_select.default", operand, 0, application.select)
         return self("aten.matmul.default", x, operand, name=wish)
 
-    def fragment(self, body: Callable[[Value], Value], consts: Sequence[Const], weight: Callable[[], Tensor], **more: Any) -> Fragment:
-        """Emits `body(rows)` once per application: rows [.., in] to [.., out], without the bias. `more`: choice, bound, notes ..."""
+    def fragment(
+        self,
+        body: Callable[[Value], Value],
+        consts: Sequence[Const],
+        weight: Callable[[], Tensor],
+        *,
+        lookup: Callable[[Value], Value] | None = None,
+        **more: Any,
+    ) -> Fragment:
+        """Emits `body(rows)` once per application: rows [.., in] to [.., out], without the bias unless `adds_bias`. `lookup(indices)`, once
+        per gather of the site: integers [..] to rows [.., in] of the table. `more`: choice, bound, notes ..."""
         parts, outputs = [], []
         for entry in self._scope.entries:
             self._entry = entry
-            value, nodes = self._scope.write(entry, lambda rows=entry.rows: body(rows))  # type: ignore[misc]
-            if not any(value in node.outputs for node in nodes):
-                raise VerifyError(f"{self._scope.site.path}: the fragment of {self._label} does not make its own output")
+            value, nodes = self._written(entry.application.node, body, entry.rows)
             parts.append(nodes)
             outputs.append(value)
         self._entry = None
-        return Fragment(tuple(parts), tuple(outputs), tuple(consts), weight, **more)
+        lookups = []
+        for node in self._scope.site.gathers if lookup is not None else ():
+            value, nodes = self._written(node, lookup, node.args[1])  # type: ignore[arg-type]
+            lookups.append((nodes, value))
+        return Fragment(tuple(parts), tuple(outputs), tuple(consts), weight, lookups=tuple(lookups), **more)
 
-    def _application(self) -> Application:
+    def _written(self, node: Node, body: Callable[[Value], Value], operand: Value) -> tuple[Value, tuple[Node, ...]]:
+        value, nodes = self._scope.write(node, lambda: body(operand))
+        if not any(value in item.outputs for item in nodes):
+            raise VerifyError(f"{self._scope.site.path}: the fragment of {self._label} does not make its own output")
+        return value, nodes
+
+    def _application(self) -> Entry:
         if self._entry is None:
             raise VerifyError("a matmul is emitted outside the body of a fragment")
-        return self._entry.application
+        return self._entry
 
 
 def _rebind(node: Node, old: Value, new: Value) -> Node:

@@ -18,6 +18,7 @@ from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
 from matmorph.passes.calibrate import calibrate
+from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible_ranks, splice, total_cost
@@ -71,7 +72,8 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
         by_site = {outcome.site: outcome for outcome in outcomes}
-        _enter(rows, site_rows(selection.claims, by_site, graph, spec.export.precision))
+        notes += kernel_summary(outcomes, spec.export)
+        _enter(rows, site_rows(selection.claims, by_site, graph, spec.export))
         left = [site for site in left if rows[site.path].status != "rewritten"]
     found = tuple(rows.values())
     return Report(name, spec.name, found, planned_totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
@@ -141,8 +143,8 @@ def compile_graph(
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
         read, current = current, _checked(splice(current, outcomes))
-        notes += [*selection.notes, *rolled_back]
-        _enter(rows, site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export.precision))
+        notes += [*selection.notes, *rolled_back, *kernel_summary(outcomes, spec.export)]
+        _enter(rows, site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export))
     own, inserted = _of_source(tuple(rows.values()), graph)
     report = Report(name, spec.name, (*own, *inserted), totals(graph, current, own, inserted, spec.export.precision), tuple(notes))
     return Compilation(graph, current, report)

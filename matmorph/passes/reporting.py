@@ -8,18 +8,19 @@ from typing import Any
 
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
+from matmorph.passes.kernel_costs import kernel_notes
 from matmorph.passes.methods import dense_cost
 from matmorph.passes.rewrite import Outcome
 from matmorph.passes.select import Claim
 from matmorph.passes.sizes import exported_sizes, item_size
 from matmorph.report.model import PartRow, SiteRow, Totals
-from matmorph.specs.schema import Rank
+from matmorph.specs.schema import Export, Rank
 
 
-def site_rows(claims: Iterable[Claim], outcomes: Mapping[Site, Outcome], graph: Graph, precision: str) -> tuple[SiteRow, ...]:
+def site_rows(claims: Iterable[Claim], outcomes: Mapping[Site, Outcome], graph: Graph, export: Export) -> tuple[SiteRow, ...]:
     """One row per claim on the graph, in order."""
-    sizes = exported_sizes(graph, precision)
-    return tuple(_row(claim, outcomes.get(claim.site), sizes, precision) for claim in claims)
+    sizes = exported_sizes(graph, export.precision)
+    return tuple(_row(claim, outcomes.get(claim.site), sizes, export) for claim in claims)
 
 
 def dense_rows(sites: Iterable[Site], graph: Graph, precision: str) -> tuple[SiteRow, ...]:
@@ -48,7 +49,7 @@ def _dense_row(site: Site, sizes: Mapping[Const, int]) -> SiteRow:
     )
 
 
-def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], precision: str) -> SiteRow:
+def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], export: Export) -> SiteRow:
     row = _dense_row(claim.site, sizes)
     if claim.rule is None:
         return replace(row, reason=claim.why)
@@ -58,16 +59,19 @@ def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], prec
         return replace(row, reason=f"kept dense by rule {claim.rule.name}")
     if outcome.reject is not None:
         return replace(row, status="rejected", reason=outcome.reject.reason)
-    return _rewritten(row, outcome, precision)
+    return _rewritten(row, outcome, export)
 
 
-def _rewritten(row: SiteRow, outcome: Outcome, precision: str) -> SiteRow:
+def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     cost = outcome.cost or dense_cost(outcome.site)
     stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers else 0  # the table keeps its gather
-    item = item_size(outcome.site.const.tensor.dtype, precision)
-    size = _stored(outcome.consts, precision) if outcome.consts else cost.bytes * item // outcome.site.const.tensor.torch_dtype.itemsize
+    new = [(const.tensor.dtype, const.numel) for const in outcome.consts]  # as built; a plan has only what the methods promise
+    stored = new or cost.stored or ((outcome.site.const.tensor.dtype, cost.parameters),)
+    size = sum(count * item_size(dtype, export.precision) for dtype, count in stored)
     trains = (
-        sum(const.numel for const in outcome.consts if const.trainable) if outcome.consts else sum(p.cost.parameters for p in outcome.parts)
+        sum(const.numel for const in outcome.consts if const.trainable)
+        if outcome.consts
+        else sum(part.cost.parameters - part.cost.coded for part in outcome.parts)
     )
     main = outcome.parts[0]
     return replace(
@@ -83,13 +87,10 @@ def _rewritten(row: SiteRow, outcome: Outcome, precision: str) -> SiteRow:
         bytes=(row.bytes[0], size + (row.bytes[0] if stays else 0)),
         macs=(row.macs[0], cost.macs),
         trainable=trains,
+        coded=cost.coded,
         parts=tuple(PartRow(part.use.method, part.choice.rank, part.notes) for part in outcome.parts),
-        notes=outcome.notes,
+        notes=(*outcome.notes, *kernel_notes(outcome, export)),
     )
-
-
-def _stored(consts: Sequence[Const], precision: str) -> int:
-    return sum(const.numel * item_size(const.tensor.dtype, precision) for const in consts)
 
 
 def _requested(spec: Any) -> str | None:
@@ -116,7 +117,7 @@ def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequen
     before, later = _weights(source, precision), _weights(after, precision)
     dense = sum(row.macs[0] for row in own)
     return Totals(
-        parameters=(before[0], later[0]),
+        parameters=(before[0], later[0] + sum(row.coded for row in (*own, *inserted))),  # codes are no parameters of the module
         bytes=(before[1], later[1]),
         macs=(dense, dense + _change(row.macs for row in (*own, *inserted))),
         trainable=sum(const.numel for const in after.used_state() if const.trainable and const.rule is not None),

@@ -88,8 +88,7 @@ def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | 
     not. The bytes law is judged here where the choice is final."""
     if site.blocked is not None:
         return Reject(site.blocked)
-    if rule.untie:
-        site = replace(site, gathers=())
+    site = _treated(site, rule)
     if (reason := unreadable(site)) is not None:
         return reason
     parts: list[Part] = []
@@ -105,12 +104,22 @@ def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | 
     return _too_large(site, rule, [part for part in parts if not part.choice.at_most]) or tuple(parts)
 
 
+def _treated(site: Site, rule: Rule) -> Site:
+    """The site as its methods see it: under `untie` its gathers keep the table to themselves."""
+    return replace(site, gathers=()) if rule.untie else site
+
+
 def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
     """Of all parts together, and of the dense weight where none replaces it."""
     costs = [part.cost for part in parts]
     if not any(part.kind == "replace" for part in parts):
         costs.append(dense_cost(site))
-    return Cost(sum(c.parameters for c in costs), sum(c.bytes for c in costs), sum(c.macs for c in costs))
+    stored: dict[str, int] = {}
+    for cost in costs if any(cost.stored for cost in costs) else ():
+        for dtype, count in cost.stored or ((site.const.tensor.dtype, cost.parameters),):
+            stored[dtype] = stored.get(dtype, 0) + count
+    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded")}
+    return Cost(**sums, stored=tuple(stored.items()))
 
 
 def refuse_impossible_ranks(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
@@ -167,19 +176,20 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Ou
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
-    scope = SiteScope(site, shop.builder, shop.inference, rule.name, location, shop.dotted)
+    treated = _treated(site, rule)
+    scope = SiteScope(treated, shop.builder, shop.inference, rule.name, location, shop.dotted)
     fragments: list[Fragment] = []
     parts: list[Part] = []
     for part, label in zip(planned, _labels(planned), strict=True):
         method = shop.methods[part.use.method]
         _needs(method, part.use, rule, site, stats)
-        fragment = method.build(site, part.use.spec, part.choice, stats, scope.builder_for(label, shop.seed, fragments))
+        fragment = method.build(treated, part.use.spec, part.choice, stats, scope.builder_for(label, shop.seed, fragments))
         fragments.append(fragment)
-        cost = method.cost(site, part.use.spec, fragment.choice)
+        cost = method.cost(treated, part.use.spec, fragment.choice)
         parts.append(replace(part, choice=fragment.choice, cost=cost, notes=fragment.notes))
     if (reject := _too_large(site, rule, parts)) is not None:
         return Outcome(site, rule, reject)
-    return _measured(scope, rule, parts, fragments, stats)
+    return _measured(site, scope, rule, parts, fragments, stats)
 
 
 def _labels(parts: Sequence[Part]) -> list[str]:
@@ -200,8 +210,9 @@ def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
     return next((reject for reject in judged if reject is not None), None)
 
 
-def _measured(scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None) -> Outcome:
-    site = scope.site
+def _measured(
+    site: Site, scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None
+) -> Outcome:
     keeps_node = not any(part.kind == "replace" for part in parts)
     w = scope.weight()
     approximation = _stands_for(w, fragments, keeps_node)

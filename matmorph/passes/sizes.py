@@ -7,9 +7,11 @@ from matmorph.ir.ops import LAYOUT_OPS, base_name
 from matmorph.ir.types import element_size
 
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
-PRODUCTS = frozenset("linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d".split())
+_PRODUCTS = """linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d matmul_nbits
+matmul_codebook"""
+PRODUCTS = frozenset(_PRODUCTS.split())
 """Operators that the half precisions compute in half precision, reading their weights and biases as such."""
-LOOKUPS = frozenset("embedding index_select select".split())
+LOOKUPS = frozenset("embedding index_select select gather_nbits".split())
 """Operators that read rows of a table, which may be narrow whatever becomes of the rows."""
 
 
@@ -54,7 +56,7 @@ class _Readers:
         if name in PRODUCTS:
             return True
         if name in LOOKUPS:
-            return node.args[0] is value
+            return node.args[0] is value or name == "gather_nbits"  # which reads scales too
         if name == "add":
             return any(self._is_product(other) for other in node.inputs() if other is not value)
         if name in LAYOUT_OPS or name in ("slice", "split", "split_with_sizes"):

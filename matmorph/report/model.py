@@ -28,7 +28,8 @@ class SiteRow:
 
     `status`: in a plan, "rewritten" where compile would rewrite. `reason`: why a site was rejected or not claimed. `rank`: effective,
     `rank_at_most`: the data decides and `rank` is the upper limit (plan). `macs`: multiply-accumulates per row of x summed over
-    applications. `trainable`: trainable scalars. `bytes`: of this site's initializers in the data file, biases excluded.
+    applications. `trainable`: trainable scalars. `bytes`: of this site's initializers in the data file, biases excluded. `coded`: how many
+    of the `parameters` after the rewrite are kept as codes of a quantizer.
     """
 
     path: str
@@ -50,6 +51,7 @@ class SiteRow:
     bytes: Pair = (0, 0)
     macs: Pair = (0, 0)
     trainable: int = 0
+    coded: int = 0
     applications: int = 1
     parts: tuple[PartRow, ...] = ()
     notes: tuple[str, ...] = ()

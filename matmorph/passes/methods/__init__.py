@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from matmorph.errors import InputError
-from matmorph.ir.core import Const, Value
+from matmorph.ir.core import Const, ConstKind, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 
 Kind = Literal["replace", "update"]
@@ -21,6 +21,9 @@ ENTRY_POINT_GROUP = "matmorph.methods"
 
 _BUILT_IN: Mapping[str, str] = {
     "low_rank": "matmorph.passes.methods.low_rank:LowRank",
+    "quantize": "matmorph.passes.methods.quantize:Quantize",
+    "loftq": "matmorph.passes.methods.loftq:LoftQ",
+    "qlora": "matmorph.passes.methods.qlora:QLora",
 }
 
 
@@ -54,16 +57,33 @@ class FragmentBuilder(Protocol):
         """W minus what the methods before this one stand for (W itself for the first); for updates."""
         ...
 
-    def const(self, name: str, tensor: Tensor, *, trainable: bool = True) -> Const:
+    def const(self, name: str, tensor: Tensor, *, trainable: bool = True, kind: ConstKind = "parameter") -> Const:
         """A new weight `<site path>.<method>.<name>`."""
+        ...
+
+    def __call__(self, op: str, *args: Any, name: str | None = None, **attrs: Any) -> Value:
+        """Any operator with one result, inside a body."""
+        ...
+
+    def bias(self) -> Value | None:
+        """Inside a body: the bias [out] that the fragment may add itself (`adds_bias=True`), None where it has none to add."""
         ...
 
     def matmul(self, x: Value, const: Const, *, name: str | None = None) -> Value:
         """x [.., in] times const [in, out]; for an expert stack const is [batch, in, out] and the application's experts are picked."""
         ...
 
-    def fragment(self, body: Callable[[Value], Value], consts: Sequence[Const], weight: Callable[[], Tensor], **more: Any) -> Fragment:
-        """`body(rows)` is emitted once per application, `weight()` is the dense matrix it stands for; `more`: other fields of Fragment."""
+    def fragment(
+        self,
+        body: Callable[[Value], Value],
+        consts: Sequence[Const],
+        weight: Callable[[], Tensor],
+        *,
+        lookup: Callable[[Value], Value] | None = None,
+        **more: Any,
+    ) -> Fragment:
+        """`body(rows)` is emitted once per application, `lookup(indices)` once per gather of a table; `weight()` is the dense matrix that
+        they stand for; `more`: other fields of Fragment."""
         ...
 
 

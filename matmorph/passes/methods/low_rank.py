@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import floor, isfinite, sqrt
+from math import floor, sqrt
 from typing import ClassVar
 
 import torch
@@ -20,18 +20,16 @@ from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statis
 from matmorph.passes.linalg.svd import (
     Solver,
     Truncated,
-    largest,
     rank_for_energy,
     rank_for_error,
     singular_values,
     tail_errors,
     truncated_svd,
 )
-from matmorph.passes.linalg.whiten import Whitening, project, whitening_factor
+from matmorph.passes.linalg.whiten import Whitening, project
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.weights import FLOATS, readable, stored, whitening_of, widened
 from matmorph.specs.schema import Rank
-
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class LowRank:
             (site.blocked is not None, site.blocked or ""),
             (site.form == "embedding", "low_rank serves matmuls, this is an embedding table"),
             (bool(site.gathers), "the weight is also read as an embedding table; low_rank serves only the matmul: use untie: true"),
-            (site.const.tensor.dtype not in _DTYPES, f"low_rank needs a floating-point weight, this one is {site.const.tensor.dtype}"),
+            (site.const.tensor.dtype not in FLOATS, f"low_rank needs a floating-point weight, this one is {site.const.tensor.dtype}"),
             (spec.rank.kind == "fixed" and int(spec.rank.value or 0) > full, f"rank {spec.rank.value} is above min(in, out) = {full}"),
         )
         return next((Reject(reason) for fails, reason in guards if fails), None)
@@ -88,19 +86,19 @@ class LowRank:
 
     def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         """Weight errors of plain factors; output errors, on the damped second moment, of whitened ones."""
-        w = _readable(site, site.weight())
+        w = readable(site, site.weight())
         tails = tail_errors(singular_values(_objective(w, _whitening(site, spec, stats))))
         found = [float(tails[min(choice.rank or 0, len(tails) - 1)]) for choice in choices]
         return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
 
     def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
-        w = _readable(site, b.weight())
+        w = readable(site, b.weight())
         whitening = _whitening(site, spec, stats)
         objective = _objective(w, whitening)
         rank = _rank(site, spec, choice, objective)
         found = truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)
-        factors = [_stored(site, factor) for factor in project(w, found.u.to(w.dtype))]
+        factors = [stored(site, factor) for factor in project(w, found.u.to(w.dtype))]
         down, up = (b.const(name, factor) for name, factor in zip(("down", "up"), factors, strict=True))
 
         def body(rows: Value) -> Value:
@@ -117,8 +115,7 @@ class LowRank:
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' [.., out, in] = (down @ up)^T in float32 or better; the bias is not low_rank's."""
-        down, up = (part if part.dtype == torch.float64 else part.float() for part in (parts["down"], parts["up"]))
-        return (down @ up).transpose(-2, -1), None
+        return (widened(parts["down"]) @ widened(parts["up"])).transpose(-2, -1), None
 
 
 _FROM_DATA = {"energy": rank_for_energy, "error": rank_for_error}
@@ -150,31 +147,8 @@ def _rank(site: Site, spec: LowRankSpec, choice: Choice, objective: Tensor) -> i
     return _within(spec.rank, site, wanted)
 
 
-def _readable(site: Site, w: Tensor) -> Tensor:
-    """The weight in float32 or better; RewriteError where it holds NaN or infinity."""
-    if not isfinite(largest(w)):
-        bad = int((~torch.isfinite(w)).sum())
-        raise RewriteError(f"{site.const.path}: {bad} of {w.numel()} entries are NaN or infinite")
-    return w.detach() if w.dtype == torch.float64 else w.detach().float()
-
-
-def _stored(site: Site, factor: Tensor) -> Tensor:
-    """In the weight's own type; RewriteError where that cannot hold it."""
-    stored = factor.to(site.const.tensor.torch_dtype).contiguous()
-    if not isfinite(largest(stored)):
-        raise RewriteError(f"{site.path}: the factors leave the range of {site.const.tensor.dtype}")
-    return stored
-
-
 def _whitening(site: Site, spec: LowRankSpec, stats: SiteStats | None) -> Whitening | None:
-    if not spec.whiten:
-        return None
-    if stats is None:
-        raise RewriteError(f"{site.path}: low_rank with whiten: true needs calibration data")
-    try:
-        return whitening_factor(stats.second_moment, stats.rows, spec.damping)
-    except ValueError as error:
-        raise RewriteError(f"{site.path}: {error}") from error
+    return whitening_of(site, "low_rank", stats, spec.damping) if spec.whiten else None
 
 
 def _objective(w: Tensor, whitening: Whitening | None) -> Tensor:

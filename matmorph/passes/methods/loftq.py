@@ -1,0 +1,145 @@
+"""loftq: W becomes codes of a quantizer and two factors that make up for its error, y = x @ Q^T + scale (x @ down) @ up + bias.
+
+LoftQ (arXiv 2310.08659), alternating between quantiser and truncated SVD; the best iterate is kept, which need not be the last. Whitened,
+the error of the outputs on the calibration data is minimised instead of that of the weight. See `linalg.loftq`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from matmorph.errors import RewriteError
+from matmorph.ir.core import Value
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.loftq import LoftQResult, loftq
+from matmorph.passes.linalg.whiten import Whitening
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.quantized_base import (
+    QuantizedSpec,
+    base_of,
+    quantized_cost,
+    quantizer_for,
+    refuse_impossible,
+    refuse_other_ranks,
+    refuse_rank,
+    refuse_site,
+    size_notes,
+)
+from matmorph.passes.methods.weights import readable, stored, whitening_of, widened
+from matmorph.specs.schema import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoftQSpec(QuantizedSpec):
+    """A quantised base and factors fitted to what the quantizer leaves over; the factors train."""
+
+    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
+    iterations: int = field(default=5, metadata={"doc": "alternations between quantizer and SVD; the best is kept", "minimum": 1})
+    svd_first: bool = field(default=False, metadata={"doc": "SVD of W first, then the quantizer on what is left: a variant of the paper"})
+    whiten: bool = field(
+        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
+    )
+    damping: float = field(
+        default=1e-4,
+        metadata={"doc": "share of the mean of the second moment's diagonal that whitening adds to it", "minimum": 0, "maximum": 1},
+    )
+    alpha: float | None = field(
+        default=None, metadata={"doc": "the factors' product is scaled by alpha / rank, and they are divided by it", "exclusive_minimum": 0}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_impossible(self)
+        refuse_other_ranks("loftq", self.rank)
+
+    @property
+    def adapter_scale(self) -> float:
+        """alpha / rank; 1 without alpha."""
+        return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
+
+
+class LoftQ:
+    """Quantised matrix and low-rank correction, fitted together."""
+
+    name: ClassVar[str] = "loftq"
+    kind: ClassVar[str] = "replace"
+    two_factor: ClassVar[bool] = True
+    Spec: ClassVar[type] = LoftQSpec
+
+    def needs(self, spec: LoftQSpec) -> frozenset[Statistic]:
+        return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()
+
+    def check(self, site: Site, spec: LoftQSpec) -> Reject | None:
+        return refuse_site(site, spec, self.name, tables=False) or refuse_rank(site, spec.rank)
+
+    def choices(self, site: Site, spec: LoftQSpec) -> Iterable[Choice]:
+        return [Choice(int(spec.rank.value or 1))]
+
+    def cost(self, site: Site, spec: LoftQSpec, choice: Choice) -> Cost:
+        return quantized_cost(site, spec, choice.rank or 0)
+
+    def errors(self, site: Site, spec: LoftQSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        """Weight errors of plain LoftQ; output errors, on the damped second moment, of whitened."""
+        whitening = _whitening(site, spec, stats)
+        found = [_solved(site, spec, choice, site.weight(), whitening, seed=0).error for choice in choices]
+        return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
+
+    def build(self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named), and for scales or factors outside their type."""
+        whitening = _whitening(site, spec, stats)
+        found = _solved(site, spec, choice, b.weight(), whitening, seed=b.seed)
+        base = base_of(site, spec, found.quantized, b)
+        scale = spec.adapter_scale
+        up_t, down_t = (found.A, found.B) if scale == 1 else found.factors(scale)
+        factors = {"down": stored(site, down_t.T), "up": stored(site, up_t.T)}
+        down, up = (b.const(name, factor) for name, factor in factors.items())
+
+        def body(rows: Value) -> Value:
+            update = b.matmul(b.matmul(rows, down, name="down"), up, name="up")
+            scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
+            return b("aten.add.Tensor", base.matmul(rows), scaled)
+
+        return b.fragment(
+            body,
+            [*base.consts, down, up],
+            lambda: self.merge({"base": base.dense(), **factors, "scale": found.A.new_tensor(scale)})[0],
+            choice=choice,
+            adds_bias=True,
+            notes=(*(whitening.notes if whitening else ()), *_iterate_notes(spec, found), *size_notes(site, spec)),
+        )
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not loftq's."""
+        update = (widened(parts["down"]) @ widened(parts["up"])).T
+        return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
+
+
+def _whitening(site: Site, spec: LoftQSpec, stats: SiteStats | None) -> Whitening | None:
+    return whitening_of(site, "loftq", stats, spec.damping) if spec.whiten else None
+
+
+def _solved(site: Site, spec: LoftQSpec, choice: Choice, weight: Tensor, whitening: Whitening | None, seed: int) -> LoftQResult:
+    w = readable(site, weight)
+    try:
+        return loftq(
+            w,
+            quantizer_for(site, spec),
+            choice.rank or 1,
+            spec.iterations,
+            svd_first=spec.svd_first,
+            whitening=whitening,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise RewriteError(f"{site.const.path}: {error}") from error
+
+
+def _iterate_notes(spec: LoftQSpec, found: LoftQResult) -> tuple[str, ...]:
+    """The kept iterate next to the last one and to the quantizer alone."""
+    what = "output error" if spec.whiten else "weight error"
+    kept, last = found.kept + 1, len(found.errors)
+    other = f", {found.errors[-1]:.4g} after iteration {last}" if kept != last else ""
+    return (f"{what} {found.error:.4g} after iteration {kept} of {last} (kept){other}, {found.quantized_only:.4g} without factors",)

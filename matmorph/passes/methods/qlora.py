@@ -1,0 +1,109 @@
+"""qlora: W becomes codes of a quantizer, with two factors beside it that start at zero, y = x @ Q^T + scale (x @ down) @ up + bias.
+
+QLoRA (arXiv 2305.14314): the factors hold nothing yet, they are there to be trained. `down` is drawn as torch draws a linear layer
+(Kaiming uniform with a = sqrt(5)), `up` is zero.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matmorph.ir.core import Value
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.quantize import quantize
+from matmorph.passes.linalg.whiten import relative_weight_error
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.quantized_base import (
+    QuantizedSpec,
+    base_of,
+    quantized_cost,
+    quantized_or_refused,
+    quantizer_for,
+    refuse_impossible,
+    refuse_other_ranks,
+    refuse_rank,
+    refuse_site,
+    size_notes,
+)
+from matmorph.passes.methods.weights import readable, stored, widened
+from matmorph.specs.schema import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QLoraSpec(QuantizedSpec):
+    """A quantised base and fresh factors of product zero beside it; the factors train."""
+
+    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
+    alpha: float | None = field(
+        default=None, metadata={"doc": "the factors' product is scaled by alpha / rank; 1 without it", "exclusive_minimum": 0}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_impossible(self)
+        refuse_other_ranks("qlora", self.rank)
+
+    @property
+    def adapter_scale(self) -> float:
+        """alpha / rank; 1 without alpha."""
+        return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
+
+
+class QLora:
+    """Quantised matrix and low-rank factors to be trained."""
+
+    name: ClassVar[str] = "qlora"
+    kind: ClassVar[str] = "replace"
+    two_factor: ClassVar[bool] = True
+    Spec: ClassVar[type] = QLoraSpec
+
+    def needs(self, spec: QLoraSpec) -> frozenset[Statistic]:
+        return frozenset()
+
+    def check(self, site: Site, spec: QLoraSpec) -> Reject | None:
+        return refuse_site(site, spec, self.name, tables=False) or refuse_rank(site, spec.rank)
+
+    def choices(self, site: Site, spec: QLoraSpec) -> Iterable[Choice]:
+        return [Choice(int(spec.rank.value or 1))]
+
+    def cost(self, site: Site, spec: QLoraSpec, choice: Choice) -> Cost:
+        return quantized_cost(site, spec, choice.rank or 0)
+
+    def errors(self, site: Site, spec: QLoraSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        w = readable(site, site.weight())
+        dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
+        return [Error(relative_weight_error(w, dense)) for _ in choices]
+
+    def build(self, site: Site, spec: QLoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
+        w = readable(site, b.weight())
+        base = base_of(site, spec, quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))), b)
+        rank, scale = choice.rank or 1, spec.adapter_scale
+        down = b.const("down", stored(site, _drawn(site, rank, b.seed)))
+        up = b.const("up", stored(site, torch.zeros(rank, site.out_features)))
+
+        def body(rows: Value) -> Value:
+            update = b.matmul(b.matmul(rows, down, name="down"), up, name="up")
+            scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
+            return b("aten.add.Tensor", base.matmul(rows), scaled)
+
+        notes = size_notes(site, spec)
+        return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes)
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not qlora's."""
+        update = (widened(parts["down"]) @ widened(parts["up"])).T
+        return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
+
+
+def _drawn(site: Site, rank: int, seed: int) -> Tensor:
+    """[in, rank], uniform within +- 1 / sqrt(in); every site has a stream of its own, whatever else is rewritten."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path}".encode()))  # torch uses 32 bits of a seed
+    bound = 1 / sqrt(site.in_features)
+    return torch.empty(site.in_features, rank).uniform_(-bound, bound, generator=generator)

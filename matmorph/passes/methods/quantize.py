@@ -1,0 +1,70 @@
+"""quantize: W becomes integer codes and scales, y = x @ Q^T + bias, without factors.
+
+Serves embedding tables too, and a table that is tied to the output head: one set of codes for the lookup and for the matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.quantize import quantize
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.quantized_base import (
+    QuantizedSpec,
+    base_of,
+    quantized_cost,
+    quantized_or_refused,
+    quantizer_for,
+    refuse_site,
+    size_notes,
+)
+from matmorph.passes.methods.weights import readable, widened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeSpec(QuantizedSpec):
+    """Codes and scales only. Also for embedding tables (uniform codes)."""
+
+
+class Quantize:
+    """One matrix as codes of a quantizer."""
+
+    name: ClassVar[str] = "quantize"
+    kind: ClassVar[str] = "replace"
+    Spec: ClassVar[type] = QuantizeSpec
+
+    def needs(self, spec: QuantizeSpec) -> frozenset[Statistic]:
+        return frozenset()
+
+    def check(self, site: Site, spec: QuantizeSpec) -> Reject | None:
+        return refuse_site(site, spec, self.name, tables=True)
+
+    def choices(self, site: Site, spec: QuantizeSpec) -> Iterable[Choice]:
+        return [Choice()]
+
+    def cost(self, site: Site, spec: QuantizeSpec, choice: Choice) -> Cost:
+        return quantized_cost(site, spec)
+
+    def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        w = readable(site, site.weight())
+        dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
+        output = None if stats is None else relative_output_error(w, dense, stats.second_moment)
+        return [Error(relative_weight_error(w, dense), output) for _ in choices]
+
+    def build(self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
+        w = readable(site, b.weight())
+        quantized = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec)))
+        base = base_of(site, spec, quantized, b)
+        lookup = base.lookup if site.gathers else None
+        return b.fragment(base.matmul, base.consts, base.dense, lookup=lookup, adds_bias=True, notes=size_notes(site, spec))
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """W' = `base`, the dequantised matrix [out, in]; the bias is not quantize's."""
+        return widened(parts["base"]), None

@@ -1,0 +1,233 @@
+"""What quantize, loftq and qlora share: the settings of a quantised base, what it takes, its weights and its nodes.
+
+The base is y = x @ Q^T + bias as one node of ours whose weights are packed as ONNX Runtime's kernels read them (`linalg.packing`):
+`matmorph.matmul_nbits` for uniform levels, `matmorph.matmul_codebook` for tables. "uniform_clipped" has one scale and one offset for the
+whole matrix: scale * code + offset = scale * (code - 2^(bits-1)) + c, so it is the symmetric uniform layout with that scale in every block,
+plus c * (sum of the features of x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import RewriteError
+from matmorph.ir.core import Const, Value
+from matmorph.ir.site import Cost, Reject, Site
+from matmorph.ir.types import element_size
+from matmorph.passes.linalg.codebook import CODEBOOK_BITS
+from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
+from matmorph.passes.linalg.quantize import UNIFORM_BITS, Name, Quantized, Quantizer, stored_width
+from matmorph.passes.methods import FragmentBuilder
+from matmorph.passes.methods.weights import FLOATS
+from matmorph.specs.schema import Rank
+
+Array = tuple[str, str, tuple[int, ...]]
+"""(name, dtype, shape) of one packed weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedSpec:
+    """A base of integer codes and scales. The definitions of the quantizers are those of `matmorph.passes.linalg.quantize`."""
+
+    quantizer: Name = field(
+        metadata={
+            "doc": "nf4, nf3, nf2: NormalFloat tables; uniform: steps of a scale per block; uniform_clipped: per tensor, mean +- 2 std"
+        }
+    )
+    bits: Literal[2, 4, 8] | None = field(default=None, metadata={"doc": "bits of a code; the tables have their own"})
+    block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
+    zero_point: bool = field(default=False, metadata={"doc": "an integer zero point per block (uniform)"})
+    scale: Literal["absmax", "search"] = field(
+        default="absmax", metadata={"doc": "search: the scale with the smallest squared error of its block (uniform)"}
+    )
+    double_quant: bool = field(
+        default=False, metadata={"doc": "scales rounded as 8-bit codes (tables); the ONNX kernels take them expanded"}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_impossible(self)
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies it, as `passes.kernel_costs` knows it: "nf4", "uniform_2" ..."""
+        return self.quantizer if self.quantizer in CODEBOOK_BITS else f"uniform_{self.bits}"
+
+
+def refuse_impossible(spec: QuantizedSpec) -> None:
+    """ValueError for settings that do not go together, before any model is read."""
+    if spec.quantizer not in CODEBOOK_BITS and spec.bits is None:
+        raise ValueError(f"{spec.quantizer} needs bits: {', '.join(map(str, UNIFORM_BITS))}")
+    _quantizer(spec, torch.float32)
+
+
+def refuse_other_ranks(method: str, rank: Rank) -> None:
+    """ValueError unless the rank is a number: what a quantizer leaves over has no energy worth a threshold."""
+    if rank.kind != "fixed":
+        raise ValueError(f"{method} takes a number as its rank, not {rank.kind}")
+
+
+def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: bool) -> Reject | None:
+    """Why no base of this kind can stand for the site, from shapes and types only. `tables`: the method serves embedding tables."""
+    kind = site.const.tensor.dtype
+    guards = (
+        (site.blocked is not None, site.blocked or ""),
+        (site.batch is not None, f"{method} takes one matrix, this is a stack of {site.batch} experts"),
+        (site.form == "embedding" and not tables, f"{method} serves matmuls, this is an embedding table: quantize serves it"),
+        (
+            bool(site.gathers) and not tables,
+            f"the weight is also read as an embedding table; {method} serves only the matmul: use untie: true",
+        ),
+        (
+            bool(site.gathers) and spec.quantizer in CODEBOOK_BITS,
+            f"rows of an embedding table can be looked up in uniform codes only (GatherBlockQuantized), not in {spec.quantizer}",
+        ),
+        (kind not in FLOATS, f"{method} needs a weight of {', '.join(FLOATS)}, this one is {kind}"),
+    )
+    return next((Reject(reason) for fails, reason in guards if fails), None)
+
+
+def refuse_rank(site: Site, rank: Rank) -> Reject | None:
+    """A rank that the matrix does not have."""
+    full = min(site.in_features, site.out_features)
+    return Reject(f"rank {rank.value} is above min(in, out) = {full}") if int(rank.value or 0) > full else None
+
+
+def quantizer_for(site: Site, spec: QuantizedSpec) -> Quantizer:
+    """Scales of uniform codes have the type of a float16 weight, else float32."""
+    return _quantizer(spec, site.const.tensor.torch_dtype)
+
+
+def _quantizer(spec: QuantizedSpec, dtype: torch.dtype) -> Quantizer:
+    half = dtype == torch.float16 and spec.quantizer == "uniform"
+    return Quantizer(
+        spec.quantizer,
+        spec.bits,
+        spec.block_size,
+        spec.zero_point,
+        spec.scale,
+        torch.float16 if half else torch.float32,
+        spec.double_quant,
+    )
+
+
+# what it takes
+
+
+def arrays(site: Site, spec: QuantizedSpec) -> tuple[Array, ...]:
+    """The packed weights of the site, from shapes alone."""
+    quantizer = quantizer_for(site, spec)
+    n, k, block, width = site.out_features, site.in_features, spec.block_size, stored_width(quantizer.width)
+    if spec.quantizer in CODEBOOK_BITS:
+        blocks = prod(quantizer.blocks((n, k)))
+        shape = (-(-n * k // 2),) if spec.quantizer == "nf4" else (blocks, block * width // 8)
+        return ("codes", "uint8", shape), ("scales", "float32", (blocks,))
+    nb = -(-k // block)
+    codes = (n, nb, block * width // 8) if site.applications else (n, nb * block * width // 8)
+    scales: Array = ("scales", "float16" if quantizer.scale_dtype == torch.float16 else "float32", (n, nb))
+    zeros: tuple[Array, ...] = (("zero_points", "uint8", (n, -(-nb * width // 8))),) if spec.zero_point else ()
+    return ("codes", "uint8", codes), scales, *zeros
+
+
+def quantized_cost(site: Site, spec: QuantizedSpec, rank: int = 0) -> Cost:
+    """Of the base and of two factors of inner size `rank` in the weight's type."""
+    factors = rank * (site.in_features + site.out_features)
+    counts: dict[str, int] = {}
+    for _, dtype, shape in arrays(site, spec):
+        counts[dtype] = counts.get(dtype, 0) + prod(shape)
+    if factors:
+        kind = site.const.tensor.dtype
+        counts[kind] = counts.get(kind, 0) + factors
+    shift = site.in_features if spec.quantizer == "uniform_clipped" else 0
+    return Cost(
+        parameters=site.parameters + factors,
+        bytes=sum(element_size(dtype) * count for dtype, count in counts.items()),
+        macs=(site.parameters + factors + shift) * len(site.applications),
+        coded=site.parameters,
+        stored=tuple(counts.items()),
+    )
+
+
+def size_notes(site: Site, spec: QuantizedSpec) -> tuple[str, ...]:
+    """What double quantisation would take on disk, which is not what the kernels read."""
+    if not spec.double_quant:
+        return ()
+    quantizer = quantizer_for(site, spec)
+    shape = (site.out_features, site.in_features)
+    twice, plain = quantizer.nbytes(shape), replace(quantizer, double=False).nbytes(shape)
+    return (f"double quantisation: {twice:,} bytes as a storage format, {plain:,} here, where the kernel takes expanded scales",)
+
+
+# weights and nodes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """A quantised matrix in the graph: `consts` its packed weights, `matmul(rows)` and `lookup(indices)` write its nodes inside a body,
+    `dense()` is the matrix [out, in] it stands for, float32."""
+
+    consts: tuple[Const, ...]
+    matmul: Callable[[Value], Value]
+    lookup: Callable[[Value], Value]
+    dense: Callable[[], Tensor]
+
+
+def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBuilder) -> Base:
+    """The base that `quantized` [out, in] is; its bias is added by the node where the builder gives it out."""
+    uniform, shift = _per_block(quantized, spec.block_size)
+    packed = _packed(uniform)
+    shapes = {name: shape for name, _, shape in arrays(site, spec)}
+    tensors = {"codes": packed.codes, "scales": packed.scales, "zero_points": packed.zero_points}
+    consts = {
+        name: b.const(name, tensor.reshape(shapes[name]), trainable=False, kind="buffer")
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    codes, scales, zeros = (consts.get(name) for name in tensors)
+    n, k, block, bits = site.out_features, site.in_features, spec.block_size, uniform.quantizer.width
+
+    def matmul(rows: Value) -> Value:
+        if spec.quantizer in CODEBOOK_BITS:
+            return b("matmorph.matmul_codebook.default", rows, codes, scales, b.bias(), spec.quantizer, k, n, block)
+        y = b("matmorph.matmul_nbits.default", rows, codes, scales, zeros, b.bias(), k, n, bits, block)
+        if shift == 0:
+            return y
+        total = b("aten.sum.dim_IntList", rows, (-1,), True)
+        return b("aten.add.Tensor", y, b("aten.mul.Scalar", total, shift))
+
+    def lookup(indices: Value) -> Value:
+        rows = b("matmorph.gather_nbits.default", indices, codes, scales, zeros, k, bits, block)
+        if shift != 0:
+            rows = b("aten.add.Scalar", rows, shift)
+        wanted = site.const.tensor
+        return rows if rows.tensor.dtype == wanted.dtype else b("aten._to_copy.default", rows, dtype=wanted.torch_dtype)
+
+    return Base(tuple(consts.values()), matmul, lookup, lambda: uniform.dequantize().add_(shift))
+
+
+def quantized_or_refused(site: Site, find: Callable[[], Quantized]) -> Quantized:
+    """RewriteError naming the weight where the quantizer refuses it (scales outside their type)."""
+    try:
+        return find()
+    except ValueError as error:
+        raise RewriteError(f"{site.const.path}: {error}") from error
+
+
+def _packed(q: Quantized) -> Packed:
+    if q.quantizer.name == "nf4":
+        return pack_matmul_bnb4(expanded(q))
+    return pack_byte_table(expanded(q)) if q.quantizer.name in CODEBOOK_BITS else pack_matmul_nbits(q)
+
+
+def _per_block(q: Quantized, block: int) -> tuple[Quantized, float]:
+    """(the same with a scale per block, what is added to every weight): see the docstring of this module."""
+    if q.offset is None:
+        return q, 0.0
+    like = Quantizer("uniform", q.quantizer.width, block)
+    shift = float(q.offset) + 2 ** (q.quantizer.width - 1) * float(q.scales)
+    return Quantized(like, q.codes, q.scales.expand(like.blocks(q.shape)).contiguous()), shift

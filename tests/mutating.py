@@ -1,0 +1,31 @@
+"""Mutants: modules loaded anew with one text exchanged."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+
+@contextmanager
+def mutated(modules: Sequence[str], where: str, old: str, new: str) -> Iterator[dict[str, ModuleType]]:
+    """`modules` of matmorph.passes, in the order of their imports, with `old` exchanged in one; the real ones are back afterwards."""
+    full = {name: f"matmorph.passes.{name}" for name in modules}
+    real = {name: importlib.import_module(path) for name, path in full.items()}
+    fresh: dict[str, ModuleType] = {}
+    try:
+        for name, path in full.items():
+            source = Path(str(real[name].__file__)).read_text(encoding="utf-8")
+            if name == where:
+                assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
+                source = source.replace(old, new)
+            module = ModuleType(path)
+            sys.modules[path] = module
+            exec(compile(source, path, "exec"), module.__dict__)
+            fresh[name] = module
+        yield fresh
+    finally:
+        sys.modules.update({full[name]: module for name, module in real.items()})
