@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +26,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--tiny", action="store_true", help="toy sizes: does the script run? Its figures mean nothing")
     made.add_argument("--json", action="store_true", help="print JSON only")
     return made
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Equal for all sessions of one comparison. Idle workers do not spin: those of one session would run on the cores that another one is
+    being timed on, which doubled the time of small products here."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def data_folder(given: Path | None, name: str) -> Path:

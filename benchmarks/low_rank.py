@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from _common import finish, parser, tell
+from _common import finish, parser, session_options, tell
 
 import matmorph as mm
 from matmorph.demo import medians
@@ -35,9 +35,7 @@ def session(linear: torch.nn.Linear, rank: int | None, folder: Path, threads: in
     """A plain ONNX Runtime session: the checks of matmorph's own Session would count in a matmul of microseconds."""
     example = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(1))
     saved = mm.compile(linear, spec(rank), (example,), dynamic_shapes=({0: "tokens"},)).save(folder)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(saved / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(saved / "model.onnx"), session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def measure(size: int, ranks: Sequence[int], tokens: Sequence[int], rounds: int, threads: int) -> list[dict[str, Any]]:
