@@ -94,6 +94,13 @@ def test_plan_7b_plans_the_configurations_widths(load: Load, capsys: pytest.Capt
     assert 0 < row["peak_gib"] < 4, "two layers of real weights alone would take 2.5 GiB in float32"
 
 
+def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = tiny(load("resident"), capsys, "--specs", "toy")
+    assert row["spec"] == "toy"
+    assert row["file_mb"] > 0
+    assert row["growth_over_file"] == pytest.approx(row["growth_mb"] / row["file_mb"], rel=1e-9)  # the same two numbers, divided
+
+
 def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     load("low_rank").main(["--tiny", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()

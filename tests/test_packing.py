@@ -167,7 +167,7 @@ def contrib(op: str, inputs: list[str], **attributes: int) -> list[onnx.NodeProt
     return [helper.make_node(op, inputs, ["y"], domain="com.microsoft", **attributes)]
 
 
-def close(got: np.ndarray, expected: np.ndarray) -> None:
+def check_close(got: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(got - expected).max() <= KERNEL_TOLERANCE * np.abs(expected).max()
 
 
@@ -186,7 +186,7 @@ def test_matmul_nbits(bits: int, zero_point: bool, n: int, k: int, block: int) -
     assert (packed.scales < 0).any() != zero_point  # negative scales are part of the layout
     constants = arrays(packed)
     nodes = contrib("MatMulNBits", ["x", *constants], K=k, N=n, bits=bits, block_size=block, accuracy_level=1)
-    close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T)
+    check_close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T)
 
 
 def test_matmul_nbits_with_bias() -> None:
@@ -195,7 +195,7 @@ def test_matmul_nbits_with_bias() -> None:
     # 0x88: the packed zero point 8, which is what the kernel uses without that input.
     constants = {**arrays(pack_matmul_nbits(q)), "zero_points": np.full((5, 2), 0x88, np.uint8), "bias": bias}
     nodes = contrib("MatMulNBits", ["x", "codes", "scales", "zero_points", "", "bias"], K=72, N=5, bits=4, block_size=32)
-    close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T + bias)
+    check_close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T + bias)
 
 
 @pytest.mark.parametrize(("n", "k", "block"), [(32, 128, 64), (7, 200, 64), (5, 33, 16)])
@@ -203,7 +203,7 @@ def test_matmul_bnb4(n: int, k: int, block: int) -> None:
     q = quantize(normal(n, k), Quantizer("nf4", block_size=block))
     x = normal(2, 3, k, seed=1).numpy()
     nodes = contrib("MatMulBnb4", ["x", "codes", "scales"], K=k, N=n, block_size=block, quant_type=1, transB=1)
-    close(answer(nodes, arrays(pack_matmul_bnb4(q)), x), x.astype(np.float64) @ q.dequantize().double().numpy().T)
+    check_close(answer(nodes, arrays(pack_matmul_bnb4(q)), x), x.astype(np.float64) @ q.dequantize().double().numpy().T)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -242,4 +242,4 @@ def test_byte_table_in_standard_operators(name: str) -> None:
         "to": np.array([5 * 200]),
         "shape": np.array([5, 200]),
     }
-    close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T)
+    check_close(answer(nodes, constants, x), x.astype(np.float64) @ q.dequantize().double().numpy().T)

@@ -346,11 +346,14 @@ def test_degenerate_weights(value: float, settings: dict[str, Any]) -> None:
     assert outcome.weight_error <= 1 + 1e-6  # float32
 
 
-def test_scales_outside_float16_are_an_error() -> None:
-    weights = weights_of(LINEAR) | {"fc.weight": torch.full((10, 12), 6e4)}
+def test_the_largest_float16_weights_keep_their_scales_in_float16() -> None:
+    """The step over a range of 1.2e5 is 4e4, below float16's 65504: finite, and half a step is a third of each |w|."""
+    weights = weights_of(LINEAR) | {"fc.weight": torch.full((10, 12), 6e4) * torch.tensor([1.0, -1.0]).repeat(6)}
     weights = {name: tensor.half() for name, tensor in weights.items()}
     use = quantize(quantizer="uniform", bits=2, zero_point=True)
-    rewritten(graph_of(LINEAR.replace("float32", "float16"), weights), rule_of(use, force=True), methods=METHODS)  # still inside
+    _, (outcome,) = rewritten(graph_of(LINEAR.replace("float32", "float16"), weights), rule_of(use, force=True), methods=METHODS)
+    assert np.isfinite(stands_for(outcome)).all()
+    assert outcome.weight_error <= 1 / 3 + 2**-10  # and the scale's own rounding to float16
 
 
 HEAD = """version: 1
