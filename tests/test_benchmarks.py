@@ -15,7 +15,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "compile_time", "plan_7b")
+SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "resident", "compile_time", "plan_7b")
 Load = Callable[[str], ModuleType]
 
 
