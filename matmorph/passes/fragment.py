@@ -56,9 +56,10 @@ class SiteScope:
             self._weight = self.site.weight().detach()
         return self._weight
 
-    def builder_for(self, label: str, seed: int, before: Sequence[Fragment]) -> SiteBuilder:
-        """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it."""
-        return SiteBuilder(self, label, seed, tuple(before))
+    def builder_for(self, label: str, seed: int, before: Sequence[Fragment], solution: Any = None) -> SiteBuilder:
+        """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it, `solution` is
+        what its own `solve` found ahead of time."""
+        return SiteBuilder(self, label, seed, tuple(before), solution)
 
     def close(self, fragments: Sequence[Fragment], keeps_node: bool) -> Mapping[Node, tuple[Node, ...]]:
         """What stands in place of each application's node, and of each gather's that a fragment serves too. `keeps_node`: the dense
@@ -133,8 +134,9 @@ class SiteScope:
 class SiteBuilder:
     """What a method's `build` writes with (see `methods.FragmentBuilder`)."""
 
-    def __init__(self, scope: SiteScope, label: str, seed: int, before: tuple[Fragment, ...]) -> None:
+    def __init__(self, scope: SiteScope, label: str, seed: int, before: tuple[Fragment, ...], solution: Any = None) -> None:
         self.seed = seed
+        self.solution = solution
         self._scope = scope
         self._label = label
         self._before = before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.fragment import SiteScope
+from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Method, SiteStats, dense_cost, refuse_larger
 from matmorph.passes.rows import unreadable
@@ -147,14 +148,15 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Outcome, ...]:
-    """An outcome per claim. One site at a time: its weight is let go before the next is read, only factors stay."""
+    """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
     listed = list(claims)
     refuse_impossible_ranks(listed, methods)
     inference = Inference(graph.ranges, graph.device)
     shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
     found: list[Outcome] = []
-    for site, rule in listed:
-        found.append(_outcome(shop, site, rule, (stats or {}).get(site)))
+    solutions = ordered_map(lambda claim: _solution(shop, *claim, (stats or {}).get(claim[0])), listed)
+    for (site, rule), solution in zip(listed, solutions, strict=True):
+        found.append(_outcome(shop, site, rule, (stats or {}).get(site), solution))
         if progress is not None:
             progress(len(found), len(listed))
     return tuple(found)
@@ -171,7 +173,20 @@ class _Shop:
     seed: int
 
 
-def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Outcome:
+def _solution(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Any:
+    """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
+    planned = appraise(site, rule, shop.methods)
+    if isinstance(planned, Reject):
+        return None
+    use, treated = planned[0].use, _treated(site, rule)
+    method = shop.methods[use.method]
+    solve = getattr(method, "solve", None)
+    if solve is None or (stats is None and method.needs(use.spec)):
+        return None
+    return solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
+
+
+def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None, solution: Any) -> Outcome:
     planned = appraise(site, rule, shop.methods)
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
@@ -183,7 +198,8 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Ou
     for part, label in zip(planned, _labels(planned), strict=True):
         method = shop.methods[part.use.method]
         _needs(method, part.use, rule, site, stats)
-        fragment = method.build(treated, part.use.spec, part.choice, stats, scope.builder_for(label, shop.seed, fragments))
+        b = scope.builder_for(label, shop.seed, fragments, None if fragments else solution)
+        fragment = method.build(treated, part.use.spec, part.choice, stats, b)
         fragments.append(fragment)
         cost = method.cost(treated, part.use.spec, fragment.choice)
         parts.append(replace(part, choice=fragment.choice, cost=cost, notes=fragment.notes))

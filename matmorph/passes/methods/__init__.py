@@ -48,6 +48,8 @@ class FragmentBuilder(Protocol):
     """What `build` writes its fragment with; `passes.fragment.SiteBuilder` is the one that exists."""
 
     seed: int
+    solution: Any
+    """What the method's `solve` found ahead of `build`, where it has one; None otherwise."""
 
     def weight(self) -> Tensor:
         """The original W [out, in] or [batch, out, in], stored dtype, loaded once per site."""
@@ -89,7 +91,11 @@ class FragmentBuilder(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """One way to treat a matmul. Stateless: a method is a class without fields, made once."""
+    """One way to treat a matmul. Stateless: a method is a class without fields, made once.
+
+    A method may also have `solve(site, spec, choice, stats, weight, seed)`: the pure part of `build`, which then finds its result as
+    `b.solution`. It runs for several sites at a time, on one thread each, so it must touch nothing but its arguments.
+    """
 
     name: ClassVar[str]
     kind: ClassVar[str]

@@ -87,10 +87,16 @@ class LoftQ:
         found = [_solved(site, spec, choice, site.weight(), whitening, seed=0).error for choice in choices]
         return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
 
+    def solve(
+        self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
+    ) -> tuple[LoftQResult, tuple[str, ...]]:
+        """The alternation, and what whitening had to note. Raises RewriteError as `build`."""
+        whitening = _whitening(site, spec, stats)
+        return _solved(site, spec, choice, weight, whitening, seed), whitening.notes if whitening else ()
+
     def build(self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), and for scales or factors outside their type."""
-        whitening = _whitening(site, spec, stats)
-        found = _solved(site, spec, choice, b.weight(), whitening, seed=b.seed)
+        found, notes = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
         base = base_of(site, spec, found.quantized, b)
         scale = spec.adapter_scale
         up_t, down_t = (found.A, found.B) if scale == 1 else found.factors(scale)
@@ -108,7 +114,7 @@ class LoftQ:
             lambda: self.merge({"base": base.dense(), **factors, "scale": found.A.new_tensor(scale)})[0],
             choice=choice,
             adds_bias=True,
-            notes=(*(whitening.notes if whitening else ()), *_iterate_notes(spec, found), *size_notes(site, spec)),
+            notes=(*notes, *_iterate_notes(spec, found), *size_notes(site, spec)),
         )
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
