@@ -119,10 +119,10 @@ def _check_sizes(examples: Any, shapes: Any) -> None:
     for path, tensor in tree_flatten_with_path(kwargs or tuple(args))[0]:
         axes = shapes
         for key in path:
-            axes = axes[_key(key)] if axes is not None and not _is_axes(axes) else axes
+            axes = axes[entry_key(key)] if axes is not None and not _is_axes(axes) else axes
         if not isinstance(tensor, torch.Tensor) or not axes:
             continue
-        place = ".".join(str(_key(key)) for key in path)
+        place = ".".join(str(entry_key(key)) for key in path)
         for axis, label in axes.items():
             size, first = sizes.setdefault(label, (tensor.shape[axis], f"axis {axis} of {place}"))
             if size != tensor.shape[axis]:
@@ -136,7 +136,8 @@ def _check_sizes(examples: Any, shapes: Any) -> None:
                 )
 
 
-def _key(key: Any) -> Any:
+def entry_key(key: Any) -> Any:
+    """What a step of a pytree path indexes with: a mapping's key, a position, or an attribute's name."""
     return next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from matmorph.errors import InputError, MatmorphError, TraceError
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.dynamic import DynamicAxes, demands, read_dynamic_shapes, suggested_ranges
+from matmorph.ir.dynamic import DynamicAxes, demands, entry_key, read_dynamic_shapes, suggested_ranges
 from matmorph.ir.from_export import Names, constant, read_program
 from matmorph.ir.normal_form import is_functional
 
@@ -242,7 +242,7 @@ def flat_names(named: Mapping[str, Any]) -> list[str]:
     found = []
     for name, value in named.items():
         for path, _ in tree_flatten_with_path(value)[0]:
-            parts = [name, *(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)]
+            parts = [name, *(str(entry_key(key)) for key in path)]
             found.append(".".join(parts))
     return found
 
@@ -275,7 +275,7 @@ def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
     for path, _ in tree_flatten_with_path(kwargs or args)[0]:
         axes = shapes
         for key in path:
-            axes = axes[getattr(key, "key", getattr(key, "idx", None))] if axes is not None else None
+            axes = axes[entry_key(key)] if axes is not None else None
         found.append(axes)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -154,9 +154,10 @@ def build(
     inference = Inference(graph.ranges, graph.device)
     shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
     found: list[Outcome] = []
-    solutions = ordered_map(lambda claim: _solution(shop, *claim, (stats or {}).get(claim[0])), listed)
-    for (site, rule), solution in zip(listed, solutions, strict=True):
-        found.append(_outcome(shop, site, rule, (stats or {}).get(site), solution))
+    plans = [(site, rule, appraise(site, rule, methods), (stats or {}).get(site)) for site, rule in listed]
+    solutions = ordered_map(lambda plan: _solution(shop, *plan), plans)
+    for plan, solution in zip(plans, solutions, strict=True):
+        found.append(_outcome(shop, *plan, solution))
         if progress is not None:
             progress(len(found), len(listed))
     return tuple(found)
@@ -173,9 +174,11 @@ class _Shop:
     seed: int
 
 
-def _solution(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> Any:
+Plan: TypeAlias = Reject | tuple[Part, ...]
+
+
+def _solution(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None) -> Any:
     """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
-    planned = appraise(site, rule, shop.methods)
     if isinstance(planned, Reject):
         return None
     use, treated = planned[0].use, _treated(site, rule)
@@ -186,8 +189,7 @@ def _solution(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None) -> A
     return solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
 
 
-def _outcome(shop: _Shop, site: Site, rule: Rule, stats: SiteStats | None, solution: Any) -> Outcome:
-    planned = appraise(site, rule, shop.methods)
+def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None, solution: Any) -> Outcome:
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
