@@ -1,7 +1,7 @@
 """matmorph: a compiler for the matrix multiplications of trained torch models.
 
-The public names come from `matmorph.api` and are imported on first use, so that `import matmorph` and `import matmorph.runtime`
-work on a machine without torch.
+The public names come from `matmorph.api` and `matmorph.specs.optimizers` and are imported on first use, so that `import matmorph` and
+`import matmorph.runtime` work on a machine without torch.
 """
 
 from __future__ import annotations
@@ -13,17 +13,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from matmorph.api import Compiled, Model, compile, inspect_model, load_spec, plan, trace
+    from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion
 
 _API = ("Compiled", "Model", "compile", "inspect_model", "load_spec", "plan", "trace")
+_OPTIMIZERS = ("SGD", "AdamAtan2", "AdamW", "Lion")
+_HOMES = {**dict.fromkeys(_API, "matmorph.api"), **dict.fromkeys(_OPTIMIZERS, "matmorph.specs.optimizers")}
 
-__all__ = ["Compiled", "Model", "__version__", "compile", "inspect_model", "load_spec", "plan", "trace"]
+__all__ = [
+    "SGD",
+    "AdamAtan2",
+    "AdamW",
+    "Compiled",
+    "Lion",
+    "Model",
+    "__version__",
+    "compile",
+    "inspect_model",
+    "load_spec",
+    "plan",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _API:
+    if name not in _HOMES:
         raise AttributeError(f"module 'matmorph' has no attribute {name!r}")
-    return getattr(import_module("matmorph.api"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_API})
+    return sorted({*globals(), *_HOMES})

@@ -17,7 +17,8 @@ from spec_methods import METHODS, LoraSpec, LowRankSpec, Modes, NoSettings
 from matmorph.errors import Position, SpecError
 from matmorph.specs.dump import dump_resolved
 from matmorph.specs.load import library_names, library_text, load_spec
-from matmorph.specs.schema import Calibration, Export, MethodUse, Pays, Rank, Spec, Tolerance
+from matmorph.specs.optimizers import Lion, Optimizer
+from matmorph.specs.schema import Calibration, Export, MethodUse, ParameterSelector, Pays, Rank, Spec, Tolerance, Train
 
 Write = Callable[..., Path]
 
@@ -207,10 +208,21 @@ ERRORS = [
     (RULES + "budget: {macs: 0.5}\n", "specs/a.yaml:8:16: budget.macs: expected a whole number >= 1, got 0.5"),
     (RULES + "budget: {of: model}\n", "specs/a.yaml:8:9: budget: give parameters, bytes, macs or several of them"),
     (RULES + "budget: {macs: 3M, of: all}\n", "specs/a.yaml:8:24: budget.of: expected one of matched, model, got all"),
-    (RULES + "train: {loss: cross_entropy, optimizer: {adamw: {lr: 1e-4, weight_decay: 0.01}}}\n",
-     "specs/a.yaml:8:1: train: not supported yet"),
     (RULES + "train: {loss: crossentropy}\n",
-     "specs/a.yaml:8:15: train.loss: expected one of cross_entropy, mse, got crossentropy; did you mean cross_entropy?"),
+     "specs/a.yaml:8:15: train.loss: expected one of cross_entropy, causal_lm, mse, cosine, got crossentropy; "
+     "did you mean cross_entropy?"),
+    (RULES + "train: {output: logits}\n", "specs/a.yaml:8:8: train: loss is missing\n  loss: loss of the training graph"),
+    (RULES + "train: {loss: mse, optimizer: {adam: {lr: 1}}}\n",
+     "specs/a.yaml:8:32: train.optimizer.adam: unknown key; did you mean adamw?\n  keys here: adamw, sgd, adam_atan2, lion"),
+    (RULES + "train: {loss: mse, optimizer: {}}\n",
+     "specs/a.yaml:8:31: train.optimizer: give one optimizer (adamw, sgd, adam_atan2, lion), got none"),
+    (RULES + "train: {loss: mse, optimizer: {adamw: {lr: 1}, lion: {lr: 1}}}\n",
+     "specs/a.yaml:8:31: train.optimizer: give one optimizer (adamw, sgd, adam_atan2, lion), got adamw and lion"),
+    (RULES + "train: {loss: mse, optimizer: {sgd: {lr: 1, nesterov: true}}}\n",
+     "specs/a.yaml:8:37: train.optimizer.sgd: nesterov needs a momentum > 0"),
+    (RULES + "train: {loss: mse, trainable: []}\n", "specs/a.yaml:8:31: train.trainable: expected a list of at least 1, got an empty list"),
+    (RULES + "train: {loss: mse, frozen: [a, {b: c}]}\n",
+     "specs/a.yaml:8:32: train.frozen[1]: expected adapters, factors, all, or a glob over parameter names, got a mapping with b"),
     (RULES + "train: {loss: mse, optimizer: {adamw: {lr: 0}}}\n",
      "specs/a.yaml:8:44: train.optimizer.adamw.lr: expected a number > 0, got 0"),
     (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is not supported yet"),
@@ -265,6 +277,7 @@ rules:
 tolerance: {weight_error: 0.2, output_error: 5e-2, on_exceed: roll_back}
 calibration: {samples: 1_000}
 export: {opset: 20, precision: keep, target: cpu, tokens: [1]}
+train: {loss: causal_lm, output: logits, optimizer: {lion: {lr: 1e-5}}, trainable: [factors, "head.**"], frozen: "**.bias"}
 seed: 7
 strict: true
 """
@@ -286,6 +299,10 @@ def test_everything(write: Write) -> None:
     assert spec.tolerance == spec.stages[0].tolerance == Tolerance(0.2, 0.05, "roll_back")
     assert spec.calibration == spec.stages[0].calibration == Calibration(1000)
     assert spec.export == Export(opset=20, precision="keep", target=("cpu",), tokens=(1,))
+    trainable, frozen = (ParameterSelector("factors"), ParameterSelector("head.**")), (ParameterSelector("**.bias"),)
+    assert spec.train == Train("causal_lm", "logits", -100, Optimizer(lion=Lion(1e-5)), trainable, frozen)
+    assert spec.train is not None
+    assert (str(spec.train.at), str(spec.train.frozen[0].at)) == ("specs/a.yaml:27:8", "specs/a.yaml:27:114")
 
 
 def test_defaults(write: Write) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import resources
@@ -20,7 +21,8 @@ from matmorph.specs.json_schema import json_schema, schema_text
 from matmorph.specs.kinds import Boolean, Integer, Limits, Number
 from matmorph.specs.load import library_names, library_text, load_spec
 from matmorph.specs.notations import Count, Size
-from matmorph.specs.schema import Budget, Calibration, Export, Optimizer, Rank, Tolerance, Train
+from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion, optimizer_name
+from matmorph.specs.schema import Budget, Calibration, Export, Rank, Tolerance, Train
 from matmorph.specs.tree import MapTree, Scalar, from_data, read
 from matmorph.specs.typed import kind_of, read_dataclass, to_plain
 
@@ -137,9 +139,23 @@ def test_sections_come_back(value: Any) -> None:
 def test_train_is_typed() -> None:
     text = "{loss: mse, optimizer: {adamw: {lr: 1e-4, betas: [0.8, 0.99]}}, trainable: [adapters, 'a.**'], frozen: all}"
     train = read_dataclass(Train, read(text, "f"))
-    assert (train.loss, train.trainable, train.frozen, train.ignore_index) == ("mse", ("adapters", "a.**"), ("all",), -100)
-    assert isinstance(train.optimizer, Optimizer)
-    assert (train.optimizer.adamw.lr, train.optimizer.adamw.betas, train.optimizer.adamw.eps) == (1e-4, (0.8, 0.99), 1e-8)
+    trainable, frozen = ([word.text for word in words] for words in (train.trainable, train.frozen))
+    assert (train.loss, trainable, frozen, train.ignore_index) == ("mse", ["adapters", "a.**"], ["all"], -100)
+    assert [(str(word.at), word.keypath) for word in train.trainable] == [("f:1:77", "trainable[0]"), ("f:1:87", "trainable[1]")]
+    assert train.optimizer.chosen == AdamW(1e-4, (0.8, 0.99), 1e-8, 0.01)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("adamw: {lr: 2e-3}", AdamW(2e-3)),
+    ("sgd: {lr: 0.1, momentum: 0.9, nesterov: true}", SGD(0.1, 0.9, True)),
+    ("adam_atan2: {lr: 1}", AdamAtan2(1.0, a=4 / math.pi)),
+    ("lion: {lr: 1e-4, betas: [0.95, 0.98], weight_decay: 1}", Lion(1e-4, (0.95, 0.98), 1.0)),
+])  # fmt: skip
+def test_one_optimizer_by_its_name(text: str, expected: Any) -> None:
+    train = read_dataclass(Train, read(f"{{loss: mse, optimizer: {{{text}}}}}", "f"))
+    assert train.optimizer.chosen == expected
+    assert optimizer_name(expected) == text.partition(":")[0]
+    assert read_dataclass(Train, from_data(to_plain(train))) == train
 
 
 @dataclass(frozen=True)
@@ -231,6 +247,10 @@ GOOD = [
     {"version": 1, "stages": [{"name": "a", "rules": rule()["rules"], "calibration": {"samples": 8}}], "seed": 4, "strict": True},
     {"version": 1, "extends": ["low-rank-60"], "rules": [{"name": "blocks", "rewrite": {"low_rank": {"whiten": False}}}]},
     {"version": 1, "extends": "low-rank-60"},
+    {
+        **rule(),
+        "train": {"loss": "causal_lm", "output": "logits", "optimizer": {"sgd": {"lr": 0.1}}, "trainable": "all", "frozen": ["a.**"]},
+    },
     {**rule(), "select": {"w": {"params": ">= 100k"}}, "tolerance": {"weight_error": 0.1}, "export": {"target": "cpu", "tokens": [1]}},
 ]
 
@@ -270,6 +290,8 @@ BAD = [
     {**rule(), "calibration": {"samples": 0}},
     {**rule(), "budget": {"bytes": "40 percent"}},
     {**rule(), "train": {"loss": "mse", "optimizer": {"adam": {}}}},
+    {**rule(), "train": {"loss": "mse", "trainable": []}},
+    {**rule(), "train": {"loss": "hinge"}},
     {**rule(), "select": {"w": {"params": None}}},
 ]
 
@@ -290,7 +312,6 @@ def test_bad_specs_do_not(data: dict[str, Any], validator: Any) -> None:
 
 @pytest.mark.parametrize("more", [
     {"budget": {"bytes": "40%", "macs": 1000, "of": "matched"}},
-    {"train": {"loss": "cross_entropy", "optimizer": {"adamw": {"lr": 1e-4}}, "trainable": ["adapters"], "frozen": []}},
     {"export": {"adapters": "inputs"}},
     {"calibration": {"sensitivity": "fisher"}},
 ])  # fmt: skip

@@ -22,9 +22,8 @@ def entries(tree: Tree, key: str) -> tuple[Tree, ...]:
 
 
 def resolved_data(spec: Spec, tree: MapTree) -> dict[str, Any]:
-    """Plain data of a spec that was read from `tree` (extends applied): the defaults of methods, calibration and export are written out.
-
-    Matches are kept as they were written, with the named selections they use.
+    """Plain data of a spec that was read from `tree` (extends applied): the defaults of methods, calibration, export and train
+    are written out. Matches are kept as they were written, with the named selections they use.
     """
     data: dict[str, Any] = {"version": spec.version, "name": spec.name}
     if "select" in tree.items:
@@ -37,6 +36,8 @@ def resolved_data(spec: Spec, tree: MapTree) -> dict[str, Any]:
     if spec.tolerance is not None:
         data["tolerance"] = to_plain(spec.tolerance)
     data |= {"calibration": to_plain(spec.calibration), "export": to_plain(spec.export)}
+    if spec.train is not None:
+        data["train"] = to_plain(spec.train)
     return {**data, "seed": spec.seed, "strict": spec.strict}
 
 

@@ -165,6 +165,7 @@ def _spec(tree: MapTree, file: str, name: str, methods: Mapping[str, type[Any]])
         tolerance=document.tolerance,
         calibration=document.calibration,
         export=document.export,
+        train=document.train,
         seed=document.seed,
         strict=document.strict,
         file=file,
@@ -184,7 +185,7 @@ def _with_inheritance(tree: MapTree) -> MapTree:
 
 def _refusals(tree: MapTree) -> list[SpecError]:
     """What is read and typed, but not supported yet, in this mapping and in the stages below it."""
-    refused = [tree.key_error(key, "not supported yet") for key in ("budget", "train") if isinstance(tree.items.get(key), MapTree)]
+    refused = [tree.key_error(key, "not supported yet") for key in ("budget",) if isinstance(tree.items.get(key), MapTree)]
     for key, defaults in _NOT_YET.items():
         section = tree.items.get(key)
         for name, default in defaults.items() if isinstance(section, MapTree) else ():

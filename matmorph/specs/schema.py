@@ -5,23 +5,31 @@ The loader reads through them and the JSON Schema is generated from them, so thi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position
+from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.notations import Count, Rank, Size
+from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion, Optimizer
 from matmorph.specs.selectors import Match
-from matmorph.specs.typed import read_dataclass
+from matmorph.specs.tree import Data, Tree
+from matmorph.specs.typed import Notation, read_dataclass
 
 __all__ = [
+    "SGD",
+    "AdamAtan2",
     "AdamW",
     "Budget",
     "Calibration",
     "Count",
     "Export",
+    "Lion",
     "Match",
     "MethodUse",
     "Optimizer",
+    "ParameterSelector",
     "Pays",
     "Rank",
     "Rule",
@@ -106,34 +114,42 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class AdamW:
-    """Adam with decoupled weight decay."""
+class ParameterSelector(Notation):
+    """Which parameters: one of the words of `GROUPS`, or a glob over `compiled.module.named_parameters()` (`*` one component, `**` any)."""
 
-    lr: float = field(metadata={"doc": "learning rate", "exclusive_minimum": 0})
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.999), metadata={"doc": "decay of the first and second moment", "minimum": 0, "exclusive_maximum": 1}
-    )
-    eps: float = field(default=1e-8, metadata={"doc": "added to the root of the second moment", "exclusive_minimum": 0})
-    weight_decay: float = field(default=0.01, metadata={"doc": "decoupled weight decay", "minimum": 0})
+    text: str
+    at: Position | None = field(default=None, compare=False, repr=False)
+    keypath: str = field(default="", compare=False, repr=False)
 
+    GROUPS: ClassVar[tuple[str, ...]] = ("adapters", "factors", "all")
+    EXPECTED: ClassVar[str] = "adapters, factors, all, or a glob over parameter names"
 
-@dataclass(frozen=True, slots=True)
-class Optimizer:
-    """One optimizer by name."""
+    @classmethod
+    def from_tree(cls, tree: Tree, beside: Mapping[str, Tree]) -> Self:
+        return cls(Name(cls.EXPECTED).read(tree), tree.at, tree.keypath)
 
-    adamw: AdamW = field(metadata={"doc": "Adam with decoupled weight decay"})
+    @classmethod
+    def schema(cls) -> JsonSchema:
+        return {"type": "string", "minLength": 1}
+
+    def plain(self) -> Data:
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
     """What the training graphs are built for."""
 
-    loss: Literal["cross_entropy", "mse"] = field(metadata={"doc": "loss of the training graph"})
+    loss: Literal["cross_entropy", "causal_lm", "mse", "cosine"] = field(metadata={"doc": "loss of the training graph"})
     output: str | None = field(default=None, metadata={"doc": "output of the model that the loss reads; the first by default"})
     ignore_index: int = field(default=-100, metadata={"doc": "label that counts nothing"})
-    optimizer: Optimizer | None = field(default=None, metadata={"doc": "optimizer and its settings"})
-    trainable: tuple[str, ...] = field(default=("adapters",), metadata={"doc": "adapters, factors, all, or globs over parameter names"})
-    frozen: tuple[str, ...] = field(default=(), metadata={"doc": "as trainable, but kept fixed"})
+    optimizer: Optimizer = field(default=Optimizer(adamw=AdamW(lr=1e-4)), metadata={"doc": "optimizer and its settings"})
+    trainable: tuple[ParameterSelector, ...] = field(
+        default=(ParameterSelector("adapters"),),
+        metadata={"doc": "adapters, factors, all, or globs over parameter names", "min_items": 1},
+    )
+    frozen: tuple[ParameterSelector, ...] = field(default=(), metadata={"doc": "as trainable, but kept fixed"})
+    at: Position | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +215,7 @@ class Spec:
     tolerance: Tolerance | None
     calibration: Calibration
     export: Export
+    train: Train | None
     seed: int
     strict: bool
     file: str = field(compare=False)
