@@ -1,0 +1,167 @@
+"""What a contraction plan costs on a target, and which plan is taken.
+
+FLOPs and bytes are counted by running the plan itself on shapes; the time of a product follows from the constants of `contraction_rates`,
+which were measured (or are marked as an estimate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+
+from opt_einsum.helpers import flop_count
+
+from matmorph.errors import InputError
+from matmorph.passes.linalg.contraction import Plan, TrainShape, candidate_plans, contract
+from matmorph.passes.linalg.contraction_rates import RATES, Product, Rates
+
+MARGIN = 0.9
+"""A plan is taken only where it is predicted to need at most this share of dense's time, at every token count: the model errs by about as
+much, and dense can not be slower than dense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one plan at one number of rows. `flops`: 2 per multiplication and addition; `bytes`: what the products read and write, float32."""
+
+    tokens: int
+    seconds: float
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan and its estimates, one per token count."""
+
+    plan: Plan
+    estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The choice. `plan` = `chosen.plan`; `candidates`: all, dense last; `explanation`: for plan and report."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    target: str
+    explanation: str
+
+    @property
+    def plan(self) -> Plan:
+        return self.chosen.plan
+
+    @property
+    def predicted(self) -> tuple[Estimate, ...]:
+        return self.chosen.estimates
+
+    @property
+    def dense(self) -> tuple[Estimate, ...]:
+        return self.candidates[-1].estimates
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Predicted time over dense, per token count."""
+        return _over(self.chosen, self.candidates[-1])
+
+
+def planning_target(targets: Sequence[str]) -> str:
+    """Of the devices that a file must run on, the one whose cost decides: the first that was measured, else the first.
+
+    InputError where the cost of none is known.
+    """
+    known = [name for name in targets if name in RATES]
+    if not known:
+        raise InputError(f"no contraction costs are known for {', '.join(targets) or 'no target'}; they are for {', '.join(RATES)}")
+    return next((name for name in known if RATES[name].measured), known[0])
+
+
+@cache
+def plan_contraction(train: TrainShape, tokens: tuple[int, ...], target: str = "cpu", force: bool = False) -> Planned:
+    """The plan for a graph that will see `tokens` rows (several counts: one plan serves them all).
+
+    Taken is the plan with the smallest worst regret, the largest ratio over the token counts of its time to that of the best plan there,
+    among those that are predicted to need at most `MARGIN` of dense's time at every count; dense where there is none. `force` compares the
+    contractions alone, without dense. InputError for no token count, a negative one, or an unknown target.
+    """
+    if not tokens or min(tokens) < 0:
+        raise InputError(f"a contraction is planned for numbers of rows, 0 or more; these are {tokens}")
+    rates = RATES[planning_target((target,))]
+    candidates = tuple(Candidate(plan, tuple(estimate(plan, train, count, rates) for count in tokens)) for plan in candidate_plans(train))
+    dense = candidates[-1]
+    allowed = [item for item in candidates[:-1] if force or max(_over(item, dense)) <= MARGIN]
+    contenders = allowed or [dense]
+    best = Candidate(
+        dense.plan,
+        tuple(min(column, key=lambda each: each.seconds) for column in zip(*(item.estimates for item in contenders), strict=True)),
+    )
+    chosen = min(contenders, key=lambda item: (max(_over(item, best)), sum(_over(item, best))))
+    return Planned(chosen, candidates, target, _explanation(chosen, dense, candidates, target, rates))
+
+
+def estimate(plan: Plan, train: TrainShape, tokens: int, rates: Rates) -> Estimate:
+    """Time, FLOPs and bytes of one run of the plan with `tokens` rows; what is computed at load costs nothing."""
+    meter = _Meter()
+    contract(plan, Sized((tokens, train.in_features)), [Sized(shape, constant=True) for shape in train.core_shapes], meter, (tokens,))
+    moved = sum(2 * size for size in meter.permuted)
+    seconds = rates.seconds(meter.products, meter.views, meter.permuted)
+    return Estimate(tokens, seconds, meter.flops, 4 * (moved + sum(product.elements for product in meter.products)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A value of which only the shape is known. `constant`: computed from cores alone."""
+
+    shape: tuple[int, ...]
+    constant: bool = False
+
+
+@dataclass(slots=True)
+class _Meter:
+    """`Ops` on shapes, which notes what is done to values that depend on x."""
+
+    products: list[Product] = field(default_factory=list)
+    permuted: list[int] = field(default_factory=list)
+    views: int = 0
+    flops: int = 0
+
+    def reshape(self, value: Sized, sizes: Sequence[int]) -> Sized:
+        known = prod(size for size in sizes if size != -1)
+        shape = tuple(prod(value.shape) // known if size == -1 else size for size in sizes)
+        self.views += not value.constant and shape != value.shape
+        return Sized(shape, value.constant)
+
+    def permute(self, value: Sized, axes: Sequence[int]) -> Sized:
+        if not value.constant:
+            self.permuted.append(prod(value.shape))
+        return Sized(tuple(value.shape[axis] for axis in axes), value.constant)
+
+    def matmul(self, left: Sized, right: Sized) -> Sized:
+        """One operand is a matrix at least; a matrix on the right takes all rows of the left in one product."""
+        batch = right.shape[:-2] or left.shape[:-2]
+        result = Sized((*batch, left.shape[-2], right.shape[-1]), left.constant and right.constant)
+        if not result.constant:
+            rows = prod(left.shape[:-1]) if len(right.shape) == 2 else left.shape[-2]
+            many = 1 if len(right.shape) == 2 else prod(batch)
+            self._note(Product(many, rows, left.shape[-1], right.shape[-1], right.constant))
+        return result
+
+    def _note(self, product: Product) -> None:
+        sizes = {"b": product.batch, "m": product.rows, "k": product.inner, "n": product.columns}
+        self.flops += flop_count("bmkn", True, 2, sizes)
+        self.products.append(product)
+
+
+def _over(item: Candidate, reference: Candidate) -> tuple[float, ...]:
+    return tuple(mine.seconds / other.seconds for mine, other in zip(item.estimates, reference.estimates, strict=True))
+
+
+def _explanation(chosen: Candidate, dense: Candidate, candidates: Sequence[Candidate], target: str, rates: Rates) -> str:
+    counts = ", ".join(str(each.tokens) for each in dense.estimates)
+    basis = "predicted" if rates.measured else "estimated, not measured,"
+    shown = chosen if chosen is not dense else min(candidates[:-1], key=lambda item: max(_over(item, dense)), default=dense)
+    ratios = ", ".join(f"{ratio:.2g}" for ratio in _over(shown, dense))
+    text = f"{shown.plan.name}, {basis} at {ratios} x the time of dense for {counts} rows on {target}"
+    return text if chosen is not dense else f"dense, rebuilt when the file is loaded; the best contraction is {text}"
