@@ -21,7 +21,7 @@ from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
 from matmorph.ir.text import print_graph
 from matmorph.passes import methods
 from matmorph.passes.methods import Error, FragmentBuilder, Method, dense_cost
-from matmorph.passes.rewrite import appraise, build, refuse_impossible_ranks, rewrite, splice
+from matmorph.passes.rewrite import appraise, build, refuse_impossible, rewrite, splice
 from matmorph.specs.schema import MethodUse
 
 FULL = rule_of(low_rank({"energy": 1.0}), force=True)
@@ -287,7 +287,7 @@ def test_impossible_ranks_are_judged_over_a_whole_rule() -> None:
     graph = graph_of(head(FORMS["slices of one weight"][0]))
     rule = rule_of(low_rank(6), force=True)
     claims = [(site, rule) for site in find_sites(graph)]  # min(in, out) 5 and 6
-    refuse_impossible_ranks(claims, METHODS)
+    refuse_impossible(claims, METHODS)
     _, (first, second) = rewritten(graph, rule)
     assert first.reject == Reject("rank 6 is above min(in, out) = 5")
     assert second.reject is None

@@ -94,10 +94,17 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way for a method to treat one site. `rank`: factors' inner size; `at_most`: the data decides and `rank` is the upper limit."""
+    """One way for a method to treat one site. `rank`: factors' inner size; `at_most`: the data decides and `rank` is the upper limit.
+
+    `ranks`: of each pair of neighbouring cores, where there are several; `rank` is the largest. `clamped`: which part of the request the
+    shapes do not allow and what was taken instead (an error under `strict`). `notes`: what else shapes alone have to say of it.
+    """
 
     rank: int | None = None
     at_most: bool = False
+    ranks: tuple[int, ...] = ()
+    clamped: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,8 @@ class Cost:
     """What a site takes after a rewrite, its bias excluded. `macs`: multiply-accumulates per row of x, summed over applications.
 
     `coded`: those of `parameters` that are kept as codes of a quantizer. `stored`: (dtype, elements) of the new weights where they are not
-    simply `parameters` elements of the old weight's type; it decides `bytes` under each export precision.
+    simply `parameters` elements of the old weight's type; it decides `bytes` under each export precision. `times`: (rows of x, predicted
+    time over that of the dense matmul) where the method predicts one.
     """
 
     parameters: int
@@ -113,6 +121,7 @@ class Cost:
     macs: int
     coded: int = 0
     stored: tuple[tuple[str, int], ...] = ()
+    times: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,8 @@ class Fragment:
     """What replaces a site. `parts[k]` are the new nodes of application k and `outputs[k]` its result as rows [..., out], bias not added
     unless `adds_bias` (then each that the builder's `bias()` gave out); each output is produced by its own part's nodes. `consts` are the
     new weights. `weight()` is the dense matrix [out, in] that it stands for, computed when asked. `choice` is what was taken in the end.
-    `bound`: see `Bound`. `lookups[k]`: new nodes and result of `site.gathers[k]`; () leaves the table where it is."""
+    `bound`: see `Bound`. `lookups[k]`: new nodes and result of `site.gathers[k]`; () leaves the table where it is. `holds_dense`: an update
+    that brings the dense part with it, its own base among `consts`, so that the node does not stay beside it."""
 
     parts: tuple[tuple[Node, ...], ...]
     outputs: tuple[Value, ...]
@@ -140,3 +150,4 @@ class Fragment:
     adds_bias: bool = False
     notes: tuple[str, ...] = ()
     lookups: tuple[tuple[tuple[Node, ...], Value], ...] = ()
+    holds_dense: bool = False

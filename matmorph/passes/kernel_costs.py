@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from matmorph.passes.rewrite import Outcome
 from matmorph.specs.schema import Export
@@ -28,6 +29,7 @@ class CpuCost:
     ratios: tuple[tuple[float, float], ...]
 
 
+_DENSE = ((1.0, 1.0),) * len(_ROWS)
 _UNPACKED = "no float32 kernel: the matrix is unpacked on every call"
 _CPU: Mapping[tuple[str, str], CpuCost] = {
     ("uniform_4", "fp32"): CpuCost("MatMulNBits, 4 bits, float32 activations", ((0.25, 0.7), (1.5, 1.6), (0.6, 1.0))),
@@ -59,6 +61,17 @@ def kernel_notes(outcome: Outcome, export: Export) -> tuple[str, ...]:
     return (*notes, *((_GATHER,) if looks_up else ()))
 
 
+def predicted_times(spec: Any, export: Export) -> tuple[tuple[int, float], ...]:
+    """(rows, time over dense on the CPU provider) at the measured numbers of rows nearest below those of `export.tokens`, the better end of
+    each range; () for a method without known kernels, or where no CPU runs the file: the other kernels were never measured."""
+    kernel = getattr(spec, "kernel", None)
+    if kernel is None or "cpu" not in export.target:
+        return ()
+    table = kernel in ("nf2", "nf3")
+    ratios = _DENSE if table and export.codebook == "rebuild" else _CPU[kernel, _manner(kernel, spec.block_size, export)].ratios
+    return tuple((_ROWS[index], ratios[index][0]) for index in _measured_at(export.tokens))
+
+
 def kernel_summary(outcomes: Iterable[Outcome], export: Export) -> list[str]:
     """Each note once, with the number of sites that it holds for."""
     counted = Counter(note for outcome in outcomes for note in kernel_notes(outcome, export))
@@ -87,9 +100,14 @@ def _manner(kernel: str, block_size: int, export: Export) -> str:
 
 def _cpu_note(cost: CpuCost, tokens: Iterable[int]) -> str:
     """The measured figures at the numbers of rows nearest below those of `export.tokens`."""
-    indices = dict.fromkeys(max(index for index, rows in enumerate(_ROWS) if rows <= max(count, 1)) for count in sorted(tokens))
-    figures = ", ".join(f"{_range(cost.ratios[index])} at {_ROWS[index]} row{'s' * (_ROWS[index] > 1)}" for index in indices)
+    figures = ", ".join(f"{_range(cost.ratios[index])} at {_ROWS[index]} row{'s' * (_ROWS[index] > 1)}" for index in _measured_at(tokens))
     return f"cpu: {cost.kernel}: time over dense {figures}"
+
+
+def _measured_at(tokens: Iterable[int]) -> tuple[int, ...]:
+    """Which of the measured numbers of rows stand for these."""
+    nearest = (max(index for index, rows in enumerate(_ROWS) if rows <= max(count, 1)) for count in sorted(tokens))
+    return tuple(dict.fromkeys(nearest))
 
 
 def _range(pair: tuple[float, float]) -> str:

@@ -7,7 +7,7 @@ inserts exists only once it is compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -20,19 +20,21 @@ from matmorph.ir.verify import verify
 from matmorph.passes.calibrate import calibrate
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
+from matmorph.passes.pays import refuse_slow
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
-from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible_ranks, splice, total_cost
+from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
 from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves
-from matmorph.specs.schema import Rule, Spec, Stage
+from matmorph.specs.schema import Export, MethodUse, Rule, Spec, Stage
 
 Progress = Callable[[str, int, int | None], None]
 """(what is going on, how much of it is done, of how much or None)."""
 
 Methods = Mapping[str, Method]
+_EXPORT_FIELDS = ("tokens", "target")
 SECOND_MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
 
 
@@ -64,11 +66,11 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
     rows: dict[str, SiteRow] = {}
     left: Sequence[Site] = sites
     notes: list[str] = []
-    for number, stage in enumerate(spec.stages):
+    for number, stage in enumerate(_for_export(stage, spec.export) for stage in spec.stages):
         planned, later = (stage, ()) if number == 0 else _without_inserted(stage)
         notes += [f"rule {rule.name} works on what an earlier stage inserts: planned only by compiling" for rule in later]
         selection = select(planned, graph, left, layer_count(sites))
-        outcomes = _planned(selection, methods)
+        outcomes = refuse_slow(_planned(selection, methods), spec.export)
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
         by_site = {outcome.site: outcome for outcome in outcomes}
@@ -77,6 +79,18 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         left = [site for site in left if rows[site.path].status != "rewritten"]
     found = tuple(rows.values())
     return Report(name, spec.name, found, planned_totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
+
+
+def _for_export(stage: Stage, export: Export) -> Stage:
+    """The stage's rules as they hold for this export: methods that plan for numbers of rows and devices are told which."""
+    rules = (replace(rule, rewrite=tuple(_use_for_export(use, export) for use in rule.rewrite)) for rule in stage.rules)
+    return replace(stage, rules=tuple(rules))
+
+
+def _use_for_export(use: MethodUse, export: Export) -> MethodUse:
+    names = {field.name for field in fields(use.spec)} if is_dataclass(use.spec) else set()
+    open_ = {name: getattr(export, name) for name in _EXPORT_FIELDS if name in names and getattr(use.spec, name) is None}
+    return replace(use, spec=replace(use.spec, **open_)) if open_ else use
 
 
 def _enter(rows: dict[str, SiteRow], found: Iterable[SiteRow]) -> None:
@@ -95,7 +109,7 @@ def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
 
 def _planned(selection: Selection, methods: Methods) -> list[Outcome]:
     claims = _claimed(selection)
-    refuse_impossible_ranks(claims, methods)
+    refuse_impossible(claims, methods)
     found = []
     for site, rule in claims:
         parts = appraise(site, rule, methods)
@@ -134,12 +148,13 @@ def compile_graph(
     current = graph
     rows: dict[str, SiteRow] = {}
     notes = list(graph.notes)
-    for stage in spec.stages:
+    for stage in (_for_export(stage, spec.export) for stage in spec.stages):
         sites = find_sites(current)
         selection = select(stage, current, sites)
         claims = _claimed(selection)
         stats = _statistics(current, stage, claims, methods, batches, progress)
         outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
+        outcomes = refuse_slow(outcomes, spec.export)
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
         read, current = current, _checked(splice(current, outcomes))

@@ -64,8 +64,11 @@ def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], expo
 
 def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     cost = outcome.cost or dense_cost(outcome.site)
-    stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers else 0  # the table keeps its gather
+    own = (outcome.site.const.tensor.dtype, outcome.site.parameters)
+    kept = outcome.keeps_dense or (not outcome.consts and all(part.kind == "update" for part in outcome.parts))
+    stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers and not kept else 0  # the table keeps its gather
     new = [(const.tensor.dtype, const.numel) for const in outcome.consts]  # as built; a plan has only what the methods promise
+    new += [own] if new and kept else []
     stored = new or cost.stored or ((outcome.site.const.tensor.dtype, cost.parameters),)
     size = sum(count * item_size(dtype, export.precision) for dtype, count in stored)
     trains = (
@@ -95,9 +98,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
 
 def _requested(spec: Any) -> str | None:
     rank = getattr(spec, "rank", None)
-    if not isinstance(rank, Rank):
-        return None
-    return str(rank.value) if rank.kind == "fixed" else f"{rank.kind} {rank.value}"
+    return str(rank) if isinstance(rank, Rank) else None
 
 
 def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str) -> Totals:

@@ -48,6 +48,7 @@ class Outcome:
 
     `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
     afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
+    `keeps_dense`: the dense weight stays beside them.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class Outcome:
     cost: Cost | None = None
     nodes: Mapping[Node, tuple[Node, ...]] | None = None
     consts: tuple[Const, ...] = ()
+    keeps_dense: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,14 +97,27 @@ def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | 
     parts: list[Part] = []
     for use in rule.rewrite:
         method = methods[use.method]
-        reject = method.check(site, use.spec)
+        reject = method.check(site, use.spec) or _without_dense(method, use, parts)
         if reject is not None:
             return reject
         choices = list(method.choices(site, use.spec))
         if len(choices) != 1 or (method.kind == "replace" and parts):
             raise RewriteError(f"{site.path}: {use.method} leaves {len(choices)} choices as part {len(parts) + 1} of its rewrite")
-        parts.append(Part(use, method.kind, choices[0], method.cost(site, use.spec, choices[0])))
+        parts.append(Part(use, method.kind, choices[0], method.cost(site, use.spec, choices[0]), _said(choices[0])))
     return _too_large(site, rule, [part for part in parts if not part.choice.at_most]) or tuple(parts)
+
+
+def _said(choice: Choice) -> tuple[str, ...]:
+    """Notes that shapes alone give."""
+    return (*((choice.clamped,) if choice.clamped else ()), *choice.notes)
+
+
+def _without_dense(method: Method, use: MethodUse, before: Sequence[Part]) -> Reject | None:
+    """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there."""
+    splits = getattr(method, "splits_weight", None)
+    if not before or splits is None or not splits(use.spec):
+        return None
+    return Reject(f"{use.method} with this init takes its start out of the dense weight, and {before[0].use.method} comes before it")
 
 
 def _treated(site: Site, rule: Rule) -> Site:
@@ -123,8 +138,9 @@ def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
     return Cost(**sums, stored=tuple(stored.items()))
 
 
-def refuse_impossible_ranks(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
-    """SpecError for a fixed rank above min(in, out) of EVERY site of its rule; above that of some sites it is a Reject of those."""
+def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
+    """SpecError for settings that fit no site of their rule at all: a rank above min(in, out) of EVERY one, or what a method's own
+    `impossible(sites, spec)` says. What fits some of them is a Reject of the others."""
     owned: dict[int, tuple[Rule, list[Site]]] = {}
     for site, rule in claims:
         owned.setdefault(id(rule), (rule, []))[1].append(site)
@@ -132,6 +148,9 @@ def refuse_impossible_ranks(claims: Iterable[tuple[Site, Rule]], methods: Mappin
         largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
         limit = min(largest.in_features, largest.out_features)
         for use in rule.rewrite:
+            judge = getattr(methods[use.method], "impossible", None)
+            if judge is not None and (why := judge(sites, use.spec)) is not None:
+                raise SpecError(f"rule {rule.name}: {why}", at=use.at)
             rank = getattr(use.spec, "rank", None)
             fixed = int(rank.value or 0) if isinstance(rank, Rank) and rank.kind == "fixed" else 0
             if getattr(methods[use.method], "two_factor", False) and fixed > limit:
@@ -150,7 +169,7 @@ def build(
 ) -> tuple[Outcome, ...]:
     """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
     listed = list(claims)
-    refuse_impossible_ranks(listed, methods)
+    refuse_impossible(listed, methods)
     inference = Inference(graph.ranges, graph.device)
     shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
     found: list[Outcome] = []
@@ -204,7 +223,7 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStat
         fragment = method.build(treated, part.use.spec, part.choice, stats, b)
         fragments.append(fragment)
         cost = method.cost(treated, part.use.spec, fragment.choice)
-        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=fragment.notes))
+        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=(*_said(fragment.choice), *fragment.notes)))
     if (reject := _too_large(site, rule, parts)) is not None:
         return Outcome(site, rule, reject)
     return _measured(site, scope, rule, parts, fragments, stats)
@@ -231,7 +250,7 @@ def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
 def _measured(
     site: Site, scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None
 ) -> Outcome:
-    keeps_node = not any(part.kind == "replace" for part in parts)
+    keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
     w = scope.weight()
     approximation = _stands_for(w, fragments, keeps_node)
     return Outcome(
@@ -245,6 +264,7 @@ def _measured(
         cost=total_cost(site, parts),
         nodes=scope.close(fragments, keeps_node),
         consts=tuple(const for fragment in fragments for const in fragment.consts),
+        keeps_dense=keeps_node,
     )
 
 

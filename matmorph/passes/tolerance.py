@@ -62,14 +62,18 @@ def _where(tolerance: Tolerance) -> list[str]:
 
 
 def refuse_rejects(outcomes: Sequence[Outcome], strict: bool) -> None:
-    """Under `strict: true` a Reject of a matched site is a SpecError at the rule."""
-    rejects = [outcome for outcome in outcomes if outcome.reject is not None] if strict else []
-    if not rejects:
+    """Under `strict: true` a Reject of a matched site, or a request that its shape clamps, is a SpecError at the rule."""
+    refused = [(outcome, why) for outcome in outcomes if (why := _reason(outcome))] if strict else []
+    if not refused:
         return
-    first, rest = rejects[0], rejects[1:6]
-    details = [f"{outcome.site.path}: {_reason(outcome)}" for outcome in rest]
-    raise SpecError(f"strict: rule {first.rule.name} cannot rewrite {first.site.path}: {_reason(first)}", at=first.rule.at, details=details)
+    (first, reason), rest = refused[0], refused[1:6]
+    what = f"cannot rewrite {first.site.path}" if first.reject is not None else f"cannot treat {first.site.path} as it says"
+    details = [f"{outcome.site.path}: {why}" for outcome, why in rest]
+    raise SpecError(f"strict: rule {first.rule.name} {what}: {reason}", at=first.rule.at, details=details)
 
 
-def _reason(outcome: Outcome) -> str:
-    return outcome.reject.reason if outcome.reject is not None else ""
+def _reason(outcome: Outcome) -> str | None:
+    """Why not, or what was clamped; None where all is as asked for."""
+    if outcome.reject is not None:
+        return outcome.reject.reason
+    return next((part.choice.clamped for part in outcome.parts if part.choice.clamped), None)

@@ -14,7 +14,7 @@ from matmorph.specs.kinds import Integer, JsonSchema, Kind, Limits, Number, know
 from matmorph.specs.tree import Data, MapTree, Scalar, Tree
 from matmorph.specs.typed import Notation
 
-_POSITIVE = Integer(Limits(minimum=1))
+POSITIVE = Integer(Limits(minimum=1))
 _SHARE = Number(Limits(exclusive_minimum=0, maximum=1))
 _ERROR = Number(Limits(minimum=0, exclusive_maximum=1))
 
@@ -23,7 +23,7 @@ RANK_KINDS: Mapping[str, tuple[Kind, str]] = {
     "ratio": (_SHARE, "share of the matmul's parameters to keep: rank = floor(ratio * in * out / (in + out))"),
     "error": (_ERROR, "smallest rank whose relative error is at most this"),
 }
-_BESIDE: Mapping[str, str] = {
+BESIDE_RANK: Mapping[str, str] = {
     "multiple_of": "make the rank a multiple of this: ratio rounds down, energy and error round up",
     "min": "smallest rank that may come out",
     "max": "largest rank that may come out",
@@ -45,18 +45,18 @@ class Rank(Notation):
 
     EXPECTED: ClassVar[str] = "an integer >= 1, {energy: e}, {ratio: r}, {error: e} or auto"
     BESIDE: ClassVar[Mapping[str, JsonSchema]] = types.MappingProxyType(
-        {key: {**_POSITIVE.schema(), "description": doc} for key, doc in _BESIDE.items()}
+        {key: {**POSITIVE.schema(), "description": doc} for key, doc in BESIDE_RANK.items()}
     )
 
     @classmethod
     def from_tree(cls, tree: Tree, beside: Mapping[str, Tree]) -> Self:
-        inside = known_keys(tree, [*RANK_KINDS, *_BESIDE]).items if isinstance(tree, MapTree) else {}
+        inside = known_keys(tree, [*RANK_KINDS, *BESIDE_RANK]).items if isinstance(tree, MapTree) else {}
         for key in beside:
             if key in inside:
                 raise beside[key].error(f"given twice: {key} stands inside rank too")
-        limits = {key: tree_ for key, tree_ in {**inside, **beside}.items() if key in _BESIDE}
-        kind, value = _rank_kind(tree)
-        rank = cls(kind, value, **{key: _POSITIVE.read(tree_) for key, tree_ in limits.items()})
+        limits = {key: tree_ for key, tree_ in {**inside, **beside}.items() if key in BESIDE_RANK}
+        kind, value = _rank_kind(tree, cls.EXPECTED)
+        rank = cls(kind, value, **{key: POSITIVE.read(tree_) for key, tree_ in limits.items()})
         if rank.max is not None and rank.max < rank.min:
             raise limits["max"].error(f"max {rank.max} is below min {rank.min}")
         if kind == "fixed" and value is not None and not rank.allows(int(value)):
@@ -71,19 +71,22 @@ class Rank(Notation):
     def schema(cls) -> JsonSchema:
         kinds = {key: {**kind.schema(), "description": doc} for key, (kind, doc) in RANK_KINDS.items()}
         mapping: JsonSchema = {"type": "object", "properties": {**kinds, **cls.BESIDE}, "additionalProperties": False}
-        return {"oneOf": [_POSITIVE.schema(), {"const": "auto"}, {**mapping, "oneOf": [{"required": [key]} for key in RANK_KINDS]}]}
+        return {"oneOf": [POSITIVE.schema(), {"const": "auto"}, {**mapping, "oneOf": [{"required": [key]} for key in RANK_KINDS]}]}
 
     def plain(self) -> Data:
         if self.kind == "auto":
             return "auto"
         return self.value if self.kind == "fixed" else {self.kind: self.value}
 
+    def __str__(self) -> str:
+        return str(self.value) if self.kind == "fixed" else f"{self.kind} {self.value}"
+
     def plain_beside(self) -> dict[str, Data]:
         defaults = Rank(self.kind)
-        return {key: getattr(self, key) for key in _BESIDE if getattr(self, key) != getattr(defaults, key)}
+        return {key: getattr(self, key) for key in BESIDE_RANK if getattr(self, key) != getattr(defaults, key)}
 
 
-def _rank_kind(tree: Tree) -> tuple[Literal["fixed", "energy", "ratio", "error", "auto"], int | float | None]:
+def _rank_kind(tree: Tree, expected: str) -> tuple[Literal["fixed", "energy", "ratio", "error", "auto"], int | float | None]:
     if isinstance(tree, MapTree):
         given = [key for key in RANK_KINDS if key in tree.items]
         if len(given) != 1:
@@ -95,8 +98,8 @@ def _rank_kind(tree: Tree) -> tuple[Literal["fixed", "energy", "ratio", "error",
         return "auto", None
     text = plain_text(tree)
     if not isinstance(tree, Scalar) or not re.fullmatch(r"[+-]?[0-9_]+", text):
-        raise wrong(tree, Rank.EXPECTED, did_you_mean(text, ["auto"]))
-    return "fixed", _POSITIVE.read(tree)
+        raise wrong(tree, expected, did_you_mean(text, ["auto"]))
+    return "fixed", POSITIVE.read(tree)
 
 
 @dataclass(frozen=True, slots=True)
