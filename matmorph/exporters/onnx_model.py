@@ -22,6 +22,7 @@ from matmorph.exporters.cleanup import clean, name_everything, remove_unused, un
 from matmorph.exporters.lowering import Lowerings, lower
 from matmorph.exporters.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
+from matmorph.exporters.quantized_gradients import gradient_lowerings, has_gradients
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.types import TensorType, format_dim
@@ -123,7 +124,9 @@ def export_onnx(
 
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
-    lowerings = {**quantized_lowerings(export.activations), **(onnx_lowerings or {})}
+    training = has_gradients(graph)
+    ours = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings()}
+    lowerings = {**ours, **(onnx_lowerings or {})}
     model = lower(to_exported_program(graph), export.opset, lowerings)
     for value in model.graph.initializers.values():
         value.const_value = None
@@ -137,7 +140,7 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
     name_everything(model, fixed)
     model.producer_name, model.producer_version = "matmorph", ""
     model.graph.name = "main"
-    if export.codebook == "packed":
+    if export.codebook == "packed" and not training:
         expose_codes(model, graph)
     return model
 

@@ -17,18 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from matmorph.errors import ExportError
-from matmorph.exporters.lowering import Lowerings, record
+from matmorph.exporters import emit
+from matmorph.exporters.emit import DOMAIN
+from matmorph.exporters.lowering import Lowerings
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.quant_dense import TABLES, byte_levels, stored_bits
-
-DOMAIN = "com.microsoft"
 
 ACCURACY: Mapping[str, int] = {"fp32": 1, "int8": 4}
 """MatMulNBits's `accuracy_level` by `export.activations`. The CPU provider alone looks at it."""
@@ -55,8 +53,8 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = {
 """By operator of com.microsoft and export target, as registered in ONNX Runtime 1.31."""
 
 
-def quantized_lowerings(activations: str = "fp32") -> Lowerings:
-    """Translations of the operators on quantised weights. `activations`: a key of `ACCURACY`."""
+def quantized_lowerings(activations: str = "fp32", *, packed: bool = False) -> Lowerings:
+    """Translations of the operators on quantised weights. `activations`: a key of `ACCURACY`. `packed`: tables stay so in any session."""
     accuracy = ACCURACY[activations]
 
     def nbits(
@@ -71,11 +69,12 @@ def quantized_lowerings(activations: str = "fp32") -> Lowerings:
         block_size: int,
     ) -> ir.Value:
         numbers = {"K": in_features, "N": out_features, "bits": bits, "block_size": block_size, "accuracy_level": accuracy}
-        inputs = [x, codes, _cast(scales, x.dtype), zero_points, None, bias if bias is None else _cast(bias, x.dtype)]
-        return _contrib("MatMulNBits", inputs, numbers, x)
+        inputs = [x, codes, emit.cast(scales, x.dtype), zero_points, None, bias if bias is None else emit.cast(bias, x.dtype)]
+        return emit.contrib("MatMulNBits", inputs, numbers, x)
 
     ours = torch.ops.matmorph
-    return {ours.matmul_nbits.default: nbits, ours.matmul_codebook.default: _codebook, ours.gather_nbits.default: _gather}
+    codebook = _packed_codebook if packed else _codebook
+    return {ours.matmul_nbits.default: nbits, ours.matmul_codebook.default: codebook, ours.gather_nbits.default: _gather}
 
 
 def _codebook(
@@ -90,71 +89,76 @@ def _codebook(
 ) -> ir.Value:
     if table == "nf4":
         numbers = {"K": in_features, "N": out_features, "block_size": block_size, "quant_type": 1}
-        y = _contrib("MatMulBnb4", [x, codes, _cast(absmax, x.dtype)], numbers, x)
+        y = emit.contrib("MatMulBnb4", [x, codes, emit.cast(absmax, x.dtype)], numbers, x)
     else:
-        dense = _rebuilt(codes, absmax, table, (out_features, in_features), block_size)
-        y = _node("MatMul", [x, _node("Transpose", [_cast(dense, x.dtype)], x.dtype, perm=(1, 0))], x.dtype)
-    return y if bias is None else _node("Add", [y, _cast(bias, x.dtype)], x.dtype)
+        y = _times_transposed(x, rebuilt(codes, absmax, table, (out_features, in_features), block_size))
+    return y if bias is None else emit.node("Add", [y, emit.cast(bias, x.dtype)], x.dtype)
 
 
-def _rebuilt(codes: ir.Value, absmax: ir.Value, table: str, shape: tuple[int, int], block: int) -> ir.Value:
-    """W [out, in], float32: levels in half precision would not be those of the codebook."""
-    numel = math.prod(shape)
-    levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32), stored_bits(table)).numpy()
-    places = _node("Cast", [codes], ir.DataType.INT32, to=ir.DataType.INT32.value)  # Gather takes no uint8
-    taken = _node("Gather", [_constant(ir.Tensor(levels)), places], _FLOAT, axis=0)
-    columns = _node("Unsqueeze", [_cast(absmax, _FLOAT), _ints(1)], _FLOAT)
-    flat = _node("Mul", [_node("Reshape", [taken, _ints(-1, block)], _FLOAT), columns], _FLOAT)
+def _packed_codebook(
+    x: ir.Value,
+    codes: ir.Value,
+    absmax: ir.Value,
+    bias: ir.Value | None,
+    table: str,
+    in_features: int,
+    out_features: int,
+    block_size: int,
+) -> ir.Value:
+    """The same, with codes that no session folds."""
+    held = codes if table == "nf4" else emit.held(codes, codes_shape(codes), x)
+    return _codebook(x, held, absmax, bias, table, in_features, out_features, block_size)
+
+
+def _times_transposed(x: ir.Value, dense: ir.Value) -> ir.Value:
+    return emit.node("MatMul", [x, emit.node("Transpose", [emit.cast(dense, x.dtype)], x.dtype, perm=(1, 0))], x.dtype)
+
+
+def codes_shape(codes: ir.Value) -> tuple[int, ...]:
+    """Of a constant, whose sizes are numbers."""
+    return ir.Shape(codes.shape or ()).numpy()
+
+
+def rebuilt(codes: ir.Value, absmax: ir.Value, table: str, shape: tuple[int, int], block: int) -> ir.Value:
+    """W [out, in], float32: levels in half precision would not be those of the codebook. `codes` of nf4 as rows of bytes [.., n]."""
+    numel, width = math.prod(shape), stored_bits(table)
+    levels = byte_levels(torch.tensor(TABLES[table], dtype=torch.float32), width, high_first=table == "nf4").numpy()
+    places = emit.cast(codes, ir.DataType.INT32)  # Gather takes no uint8
+    taken = emit.node("Gather", [emit.constant(ir.Tensor(levels)), places], _FLOAT, axis=0)
+    missing = -numel % block - (numel % 2) if table == "nf4" else 0  # nf4 ends with the last byte, the others with a block
+    if missing > 0:
+        taken = emit.node("Pad", [emit.node("Reshape", [taken, emit.ints(-1)], _FLOAT), emit.ints(0, missing)], _FLOAT)
+    columns = emit.node("Unsqueeze", [emit.cast(absmax, _FLOAT), emit.ints(1)], _FLOAT)
+    flat = emit.node("Mul", [emit.node("Reshape", [taken, emit.ints(-1, block)], _FLOAT), columns], _FLOAT)
     if numel % block:  # the rest of the last block
-        flat = _node("Slice", [_node("Reshape", [flat, _ints(-1)], _FLOAT), _ints(0), _ints(numel), _ints(0)], _FLOAT)
-    return _node("Reshape", [flat, _ints(*shape)], _FLOAT)
+        whole = emit.node("Reshape", [flat, emit.ints(-1)], _FLOAT)
+        flat = emit.node("Slice", [whole, emit.ints(0), emit.ints(numel), emit.ints(0)], _FLOAT)
+    return emit.node("Reshape", [flat, emit.ints(*shape)], _FLOAT)
 
 
 def _gather(
     indices: ir.Value, codes: ir.Value, scales: ir.Value, zero_points: ir.Value | None, width: int, bits: int, block_size: int
 ) -> ir.Value:
-    count, *row = ir.Shape(codes.shape or ()).numpy()
-    rows = codes if len(row) == 1 else _node("Reshape", [codes, _ints(count, math.prod(row))], codes.dtype)
-    numbers = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
-    found = _contrib("GatherBlockQuantized", [rows, indices, scales, zero_points], numbers, scales)
-    whole = math.prod(row) * 8 // bits  # the width that the kernel reads off the codes
-    return found if whole == width else _node("Slice", [found, _ints(0), _ints(width), _ints(-1)], scales.dtype)
+    count, *row = codes_shape(codes)
+    rows = codes if len(row) == 1 else emit.node("Reshape", [codes, emit.ints(count, math.prod(row))], codes.dtype)
+    return looked_up(indices, rows, scales, zero_points, (math.prod(row), width), bits, block_size)
 
 
-def _contrib(name: str, inputs: Sequence[ir.Value | None], numbers: Mapping[str, int], like: ir.Value) -> ir.Value:
-    """The result of an operator of com.microsoft, in the element type of `like`: ONNX's own inference knows nothing of it."""
-    given = list(inputs)
-    while given[-1] is None:
-        given.pop()
-    return _node(name, given, like.dtype, DOMAIN, 1, **numbers)
-
-
-def _node(
-    name: str,
-    inputs: Sequence[ir.Value | None],
-    dtype: ir.DataType | None,
-    domain: str = "",
-    version: int | None = None,
-    **attributes: Any,
+def looked_up(
+    indices: ir.Value,
+    rows: ir.Value,
+    scales: ir.Value,
+    zero_points: ir.Value | None,
+    sizes: tuple[int, int],
+    bits: int,
+    block_size: int,
 ) -> ir.Value:
-    node = ir.node(name, inputs, attributes, domain=domain, version=version)
-    if dtype is not None:
-        node.outputs[0].dtype = dtype
-    record(node)
-    return node.outputs[0]
-
-
-def _cast(value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """In the type of its neighbours, which ONNX does not do by itself."""
-    return value if dtype is None or value.dtype == dtype else _node("Cast", [value], dtype, to=dtype.value)
-
-
-def _constant(tensor: ir.Tensor[Any]) -> ir.Value:
-    return _node("Constant", [], tensor.dtype, value=tensor)
-
-
-def _ints(*numbers: int) -> ir.Value:
-    return _constant(ir.Tensor(np.asarray(numbers, np.int64)))
+    """Dequantised rows [.., width] in the type of the scales. `sizes`: bytes of a row, width."""
+    numbers = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
+    found = emit.contrib("GatherBlockQuantized", [rows, indices, scales, zero_points], numbers, scales)
+    stored, width = sizes
+    whole = stored * 8 // bits  # the width that the kernel reads off the codes
+    return found if whole == width else emit.node("Slice", [found, emit.ints(0), emit.ints(width), emit.ints(-1)], scales.dtype)
 
 
 def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
