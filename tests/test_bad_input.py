@@ -363,7 +363,7 @@ def test_a_disk_that_fills_up_under_the_weights(refused: Run, monkeypatch: pytes
     def full(*given: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("matmorph.exporters.onnx_model._DataFile._write", full)
+    monkeypatch.setattr("matmorph.exporters.data_file.DataFile._write", full)
     assert refused().first.startswith("deep/out cannot be written: the disk is full")
 
 

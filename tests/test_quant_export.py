@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from matmorph.errors import ExportError
 from matmorph.exporters import quantized
 from matmorph.exporters.artifact import Artifact, Described, write_artifact
-from matmorph.exporters.onnx_model import DATA, MODEL, OnnxInfo, export_onnx
+from matmorph.exporters.data_file import DATA
+from matmorph.exporters.onnx_model import MODEL, OnnxInfo, export_onnx
 from matmorph.exporters.precision import INT8_TOLERANCE, PARITY_TOLERANCE
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.core import Graph

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.errors import InputError, VerifyError
+from matmorph.exporters.data_file import FileInfo, Progress
 from matmorph.exporters.lowering import Lowerings
-from matmorph.exporters.onnx_model import FileInfo, OnnxInfo, Port, Progress, export_onnx
+from matmorph.exporters.onnx_model import OnnxInfo, Port, export_onnx
 from matmorph.exporters.vectors import Case
 from matmorph.ir.core import Graph
 

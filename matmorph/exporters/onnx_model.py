@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import sympy
-import torch
 
 from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.cleanup import clean, name_everything, remove_unused, unique
+from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
 from matmorph.exporters.lowering import Lowerings, lower
 from matmorph.exporters.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
@@ -30,25 +28,7 @@ from matmorph.ir.types import TensorType, format_dim
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
-
-_DTYPES: Mapping[ir.DataType, torch.dtype] = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.BOOL: torch.bool,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
-}
-
-_PAGE, _LINE, _LARGE = 4096, 64, 65536
-"""Large weights start on a memory page so that a session can map them, others on a cache line."""
+MODEL = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +41,6 @@ class Port:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """Hash and size of a written file."""
-
-    sha256: str
-    bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sha256": self.sha256, "bytes": self.bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +58,24 @@ class OnnxInfo:
     files: Mapping[str, FileInfo]
 
 
-Progress = Callable[[str, int], None]
-"""Called with the path and the bytes of each weight when it has been written."""
-
-
 def export_onnx(
     graph: Graph, folder: Path, export: Export, onnx_lowerings: Lowerings | None = None, progress: Progress | None = None
 ) -> OnnxInfo:
-    """Writes `model.onnx` and `model.onnx.data` into an existing folder; equal graphs give equal bytes.
+    """Writes `model.onnx` and `model.onnx.data` into an existing folder; equal graphs give equal bytes. Raises as `write_model`."""
+    with data_file(folder) as data:
+        info = write_model(graph, folder / MODEL, data, export, onnx_lowerings, progress)
+    return replace(info, files={**info.files, DATA: data.info()})
+
+
+def write_model(
+    graph: Graph,
+    path: Path,
+    data: DataFile,
+    export: Export,
+    onnx_lowerings: Lowerings | None = None,
+    progress: Progress | None = None,
+) -> OnnxInfo:
+    """Writes one graph, its weights into the data file beside it; `files` of the result lists the graph's own file alone.
 
     Raises ExportError for a precision, opset, operator or weight that cannot be written, VerifyError where ONNX's own checker refuses the
     result, OSError from the file system.
@@ -105,11 +84,10 @@ def export_onnx(
     check_target(export.precision, export.target, stored)
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
-    weights = _weights(model, graph)
-    data, total = _write_weights(folder / DATA, weights, progress)
+    total = data.attach(_weights(model, graph), progress)
     text = _serialized(model)
-    (folder / MODEL).write_bytes(text)
-    _check(folder / MODEL)
+    path.write_bytes(text)
+    _check(path)
     return OnnxInfo(
         inputs=tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers),
         outputs=tuple(map(_port, model.graph.outputs)),
@@ -118,7 +96,7 @@ def export_onnx(
         tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
         bytes=total,
         nodes=len(model.graph),
-        files={MODEL: FileInfo(hashlib.sha256(text).hexdigest(), len(text)), DATA: data},
+        files={path.name: FileInfo(hashlib.sha256(text).hexdigest(), len(text))},
     )
 
 
@@ -211,67 +189,6 @@ def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
     if waiting:
         raise VerifyError(f"the translation made weights that the graph does not have: {', '.join(waiting)}")
     return found
-
-
-def _write_weights(path: Path, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None) -> tuple[FileInfo, int]:
-    """Streams the weights; equal storage and dtype = written once. Gives every initializer its external reference."""
-    total = 0
-    written: dict[Any, tuple[int, int]] = {}
-    with path.open("wb") as file:
-        data = _DataFile(file)
-        for value, const in weights:
-            dtype = _dtype(value)
-            if const.numel == 0:  # nothing to point at
-                value.const_value = ir.Tensor(np.empty([int(d) for d in const.tensor.shape], dtype.numpy()), name=str(value.name))
-                continue
-            key = (const.storage, dtype, const.nbytes) if const.storage else const
-            if key not in written:
-                written[key] = data.append(const, dtype)
-                total += written[key][1]
-            offset, length = written[key]
-            shape = ir.Shape(value.shape if value.shape is not None else ())
-            value.const_value = ir.ExternalTensor(DATA, offset, length, dtype, shape=shape, name=str(value.name), base_dir="")
-            if progress is not None:
-                progress(const.path, length)
-    return FileInfo(data.digest.hexdigest(), data.position), total
-
-
-class _DataFile:
-    """The data file while it grows, hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.position = 0
-
-    def append(self, const: Const, dtype: ir.DataType) -> tuple[int, int]:
-        """Writes one weight at the next aligned place; (offset, length). Nothing holds the weight afterwards."""
-        data = _bytes_of(const, dtype)
-        self._write(bytes(-self.position % (_PAGE if data.nbytes >= _LARGE else _LINE)))
-        offset = self.position
-        self._write(data.data)
-        return offset, data.nbytes
-
-    def _write(self, block: bytes | memoryview) -> None:
-        self.file.write(block)
-        self.digest.update(block)
-        self.position += len(block)
-
-
-def _bytes_of(const: Const, dtype: ir.DataType) -> npt.NDArray[np.uint8]:
-    tensor = const.load().detach()
-    if tensor.is_meta:
-        raise ExportError(f"weight {const.path} is on the meta device and has no data; load the model's weights before exporting")
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    wanted = _DTYPES.get(dtype)
-    if wanted is None:
-        raise ExportError(f"weight {const.path} is {tensor.dtype}, which this export does not write to ONNX")
-    cast = tensor.to(device="cpu", dtype=wanted).contiguous()
-    if wanted is torch.float16 and tensor.dtype is not wanted and not bool(torch.isfinite(cast).all() or not torch.isfinite(tensor).all()):
-        raise ExportError(f"weight {const.path} has values beyond the range of fp16 (65504); export with precision fp32 or bf16")
-    flat: npt.NDArray[np.uint8] = cast.reshape(-1).view(torch.uint8).numpy()
-    return flat
 
 
 def _serialized(model: ir.Model) -> bytes:

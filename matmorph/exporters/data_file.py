@@ -1,0 +1,139 @@
+"""The data file of an artefact folder: every weight once, whichever of the folder's graphs read it, loaded and written one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from matmorph.errors import ExportError, VerifyError
+from matmorph.ir.core import Const
+
+DATA = "model.onnx.data"
+
+_DTYPES: Mapping[ir.DataType, torch.dtype] = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.BOOL: torch.bool,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
+}
+
+_PAGE, _LINE, _LARGE = 4096, 64, 65536
+"""Large weights start on a memory page so that a session can map them, others on a cache line."""
+
+Progress = Callable[[str, int], None]
+"""Called with the path and the bytes of each weight when it has been written."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Hash and size of a written file."""
+
+    sha256: str
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sha256": self.sha256, "bytes": self.bytes}
+
+
+@contextmanager
+def data_file(folder: Path) -> Iterator[DataFile]:
+    """The new data file of a folder, for the block; it comes to be with the first weights."""
+    data = DataFile(folder / DATA)
+    try:
+        yield data
+    finally:
+        data.close()
+
+
+@dataclass(slots=True)
+class DataFile:
+    """The file while it grows, hashed on the way. Equal storage (or, where that is not known, an equal name) and dtype = written once."""
+
+    path: Path
+    position: int = 0
+    _file: BinaryIO | None = None
+    _digest: Any = field(default_factory=hashlib.sha256)
+    _written: dict[Any, tuple[int, int]] = field(default_factory=dict)
+
+    def attach(self, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None = None) -> int:
+        """Gives each initializer its place in the file, and writes those that have none yet; the bytes of all of them, each once.
+
+        The file is complete on disk afterwards, so that a checker can look at it.
+        """
+        seen: dict[tuple[int, int], None] = {}
+        for value, const in weights:
+            dtype = value.dtype
+            if dtype is None:
+                raise VerifyError(f"{value.name} has no element type in the translated graph")
+            if const.numel == 0:  # nothing to point at
+                value.const_value = ir.Tensor(np.empty([int(d) for d in const.tensor.shape], dtype.numpy()), name=str(value.name))
+                continue
+            place = self._place(const, dtype)
+            seen[place] = None
+            shape = ir.Shape(value.shape if value.shape is not None else ())
+            value.const_value = ir.ExternalTensor(DATA, *place, dtype, shape=shape, name=str(value.name), base_dir="")
+            if progress is not None:
+                progress(const.path, place[1])
+        self._open().flush()
+        return sum(length for _, length in seen)
+
+    def info(self) -> FileInfo:
+        """Hash and size of what has been written."""
+        return FileInfo(self._digest.hexdigest(), self.position)
+
+    def _place(self, const: Const, dtype: ir.DataType) -> tuple[int, int]:
+        """(offset, length) of a weight; nothing holds it afterwards."""
+        key = ("storage", const.storage) if const.storage else ("name", const.path)
+        if (key, dtype, const.nbytes) not in self._written:
+            data = _bytes_of(const, dtype)
+            self._write(bytes(-self.position % (_PAGE if data.nbytes >= _LARGE else _LINE)))
+            self._written[key, dtype, const.nbytes] = self.position, data.nbytes
+            self._write(data.data)
+        return self._written[key, dtype, const.nbytes]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self.path.open("wb")
+        return self._file
+
+    def _write(self, block: bytes | memoryview) -> None:
+        self._open().write(block)
+        self._digest.update(block)
+        self.position += len(block)
+
+
+def _bytes_of(const: Const, dtype: ir.DataType) -> npt.NDArray[np.uint8]:
+    tensor = const.load().detach()
+    if tensor.is_meta:
+        raise ExportError(f"weight {const.path} is on the meta device and has no data; load the model's weights before exporting")
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    wanted = _DTYPES.get(dtype)
+    if wanted is None:
+        raise ExportError(f"weight {const.path} is {tensor.dtype}, which this export does not write to ONNX")
+    cast = tensor.to(device="cpu", dtype=wanted).contiguous()
+    if wanted is torch.float16 and tensor.dtype is not wanted and not bool(torch.isfinite(cast).all() or not torch.isfinite(tensor).all()):
+        raise ExportError(f"weight {const.path} has values beyond the range of fp16 (65504); export with precision fp32 or bf16")
+    flat: npt.NDArray[np.uint8] = cast.reshape(-1).view(torch.uint8).numpy()
+    return flat
