@@ -1,0 +1,148 @@
+"""One step of a tensor-train sweep: the leading left singular vectors of an unfolding, and the unfolding seen through them.
+
+An unfolding is much longer than wide (256 x 65536 for the first of 16^6), and only the vectors of one side are wanted. So, unlike
+`svd.truncated_svd`, no factor of the long side is formed, and the Gram matrix of the short side is summed in float64 whatever the input: in
+blocks, so that no float64 copy of the unfolding exists, and without rounding in the products of float32 entries. It resolves singular
+values down to 1e-8 of the largest, which is all that float32 weights hold.
+
+| solver       | what it does                                            | taken by "auto"                                   |
+|--------------|---------------------------------------------------------|---------------------------------------------------|
+| "gram"       | float64 Gram matrix of the short side, LAPACK syevd     | short side <= 512, or no faster one applies       |
+| "randomized" | `svd.truncated_svd`, with its certificate               | beyond, for a fixed rank, where low_rank takes it |
+| "exact"      | LAPACK QR of the long side, then gesdd, in float64      | where the guard of the others fails               |
+
+The guard is that of `svd`: the error is within `svd.GUARD` of the smallest any matrix of that rank can have (Eckart-Young), or is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from matmorph.passes.linalg.svd import GUARD, SOLVERS, Solver, choose_solver, one_thread, truncated_svd
+
+ROUNDING = 16.0
+"""Errors below this many machine epsilons times |C|_F are rounding (as in `svd`)."""
+
+_GRAM_SIDE = 512
+_BLOCK = 1 << 20
+"""Entries of an unfolding that are widened to float64 at a time."""
+_RESOLVED = 1e-6
+"""A sum of discarded eigenvalues below this share of the energy is not trusted: the error is then measured."""
+
+ChooseRank = Callable[[Tensor], int]
+"""Squared tails, float64 [k + 1] (entry r = what rank r leaves over) -> rank in 1..k."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """C [m, n] ~ u @ rest with orthonormal columns `u` [m, r] and `rest` = u^T C [r, n].
+
+    `error` = |C - u rest|_F up to rounding; `optimum`: proven lower bound on the error of every rank-r matrix."""
+
+    u: Tensor
+    rest: Tensor
+    error: float
+    optimum: float
+    solver: Solver
+
+
+def left_step(c: Tensor, rank: int | ChooseRank, *, solver: Solver = "auto", seed: int = 0) -> Step:
+    """The leading left singular vectors of `c` [m, n], float32 or float64, for a fixed rank or one that the squared tails decide.
+
+    A zero matrix gives some orthonormal `u`. Raises ValueError for an unknown solver or a rank outside 1..min(m, n)."""
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: one of {', '.join(SOLVERS)}")
+    short = min(c.shape)
+    fixed = rank if isinstance(rank, int) else None
+    if fixed is not None and not 1 <= fixed <= short:
+        raise ValueError(f"rank {fixed} is outside 1..{short}")
+    if fixed is not None and _randomized_pays(c, fixed, solver):
+        return _randomized(c, fixed, seed)
+    choose = _always(rank) if isinstance(rank, int) else rank
+    found = None if solver == "exact" else _gram(c, choose)
+    return found or _exact(c, choose)
+
+
+def _always(rank: int) -> ChooseRank:
+    return lambda tails: rank
+
+
+def _randomized_pays(c: Tensor, rank: int, solver: Solver) -> bool:
+    if solver == "auto":
+        return min(c.shape) > _GRAM_SIDE and choose_solver(c.shape[0], c.shape[1], rank) == "randomized"
+    return solver == "randomized"
+
+
+def _randomized(c: Tensor, rank: int, seed: int) -> Step:
+    found = truncated_svd(c, rank, solver="randomized", seed=seed)
+    rest = found.u.T @ c
+    return Step(found.u, rest, _left_over(c, found.u, rest), found.optimum, found.solver)
+
+
+def _gram(c: Tensor, choose: ChooseRank) -> Step | None:
+    """None where rounding of the Gram matrix could hide more than the guard allows."""
+    wide = c.shape[0] <= c.shape[1]
+    gram = gram_matrix(c if wide else c.T)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(gram)
+    tails = _tails(values.flip(0).clamp_min(0))
+    rank = choose(tails)
+    top = vectors[:, -rank:].flip(1).to(c)
+    u = top if wide else _orthonormal(c @ top)
+    rest = u.T @ c
+    total, tail = float(tails[0]), float(tails[rank])
+    slack = rank * sqrt(max(c.shape)) * torch.finfo(torch.float64).eps * float(values[-1].clamp_min(0))
+    error = sqrt(tail) if wide and tail > _RESOLVED * total else _left_over(c, u, rest)
+    if error <= ROUNDING * torch.finfo(c.dtype).eps * sqrt(total):
+        return Step(u, rest, error, 0.0, "gram")
+    optimum = sqrt(max(0.0, tail - slack))
+    return Step(u, rest, error, min(optimum, error), "gram") if error <= GUARD * optimum else None
+
+
+def _exact(c: Tensor, choose: ChooseRank) -> Step:
+    """In float64. The triangular factor of the long side has the singular values of `c` and its vectors on the short side."""
+    wide = c.shape[0] <= c.shape[1]
+    a = c.double()
+    with one_thread():
+        if wide:
+            small = torch.linalg.qr(a.T, mode="r").R.T
+            vectors, values, _ = torch.linalg.svd(small, full_matrices=False)
+        else:
+            q, small = torch.linalg.qr(a)
+            inner, values, _ = torch.linalg.svd(small, full_matrices=False)
+            vectors = q @ inner
+    tails = _tails(values.square())
+    rank = choose(tails)
+    u = vectors[:, :rank].to(c).contiguous()
+    error = float(tails[rank].sqrt())
+    floor = ROUNDING * torch.finfo(torch.float64).eps * float(tails[0].sqrt())
+    return Step(u, u.T @ c, error, max(0.0, error - floor), "exact")
+
+
+def gram_matrix(c: Tensor) -> Tensor:
+    """c c^T [m, m] in float64, summed over blocks of columns of `c` [m, n]."""
+    total = torch.zeros(len(c), len(c), dtype=torch.float64, device=c.device)
+    for block in torch.split(c, max(1, _BLOCK // len(c)), dim=1):
+        wide = block.double()
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def _tails(squares: Tensor) -> Tensor:
+    """[k + 1] sums of what follows, from descending squares [k]; the last is exactly zero."""
+    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+
+
+def _left_over(c: Tensor, u: Tensor, rest: Tensor) -> float:
+    return float(torch.linalg.vector_norm(torch.addmm(c, u, rest, alpha=-1), dtype=torch.float64))
+
+
+def _orthonormal(a: Tensor) -> Tensor:
+    with one_thread():
+        basis: Tensor = torch.linalg.qr(a).Q
+    return basis
