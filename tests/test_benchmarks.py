@@ -15,7 +15,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "resident", "compile_time", "plan_7b")
+SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "resident", "compile_time", "plan_7b", "train_memory")
 Load = Callable[[str], ModuleType]
 
 
@@ -99,6 +99,15 @@ def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.Capture
     assert row["spec"] == "toy"
     assert row["file_mb"] > 0
     assert row["growth_over_file"] == pytest.approx(row["growth_mb"] / row["file_mb"], rel=1e-9)  # the same two numbers, divided
+
+
+def test_train_memory_counts_over_dense_weights(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("train_memory"), capsys, "--forms", "u4", "nf2")
+    assert [row["form"] for row in rows] == ["fp32", "u4", "nf2"]
+    for row in rows:
+        assert row["parameters_m"] == 2 * 128 * 128 / 1e6
+        assert row["run_over_fp32"] == pytest.approx(row["run_mb"] / row["parameters_m"] / 4, rel=1e-9)  # the same numbers, divided
+    assert rows[0]["file_mb"] > 6 * rows[1]["file_mb"] > rows[2]["file_mb"], "4 bits and 2 bits of 32, with scales"
 
 
 def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
