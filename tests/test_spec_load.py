@@ -331,7 +331,7 @@ def test_rank(settings: str, rank: Rank, write: Write) -> None:
 
 def test_library_specs() -> None:
     names = ("low-rank-40", "low-rank-60", "low-rank-60-plain", "low-rank-80")
-    quantized = ("loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4")
+    quantized = ("lora-r8", "loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4")
     assert library_names() == tuple(sorted((*names, *quantized)))
     for name in names:
         spec = load_spec(name, METHODS)

@@ -24,6 +24,7 @@ _BUILT_IN: Mapping[str, str] = {
     "quantize": "matmorph.passes.methods.quantize:Quantize",
     "loftq": "matmorph.passes.methods.loftq:LoftQ",
     "qlora": "matmorph.passes.methods.qlora:QLora",
+    "lora": "matmorph.passes.methods.lora:Lora",
 }
 
 

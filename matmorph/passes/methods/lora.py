@@ -1,0 +1,186 @@
+"""lora: two factors beside the matmul, y = x @ W^T + bias + scale (x @ down) @ up; the factors train, W does not.
+
+LoRA (arXiv 2106.09685): `up` starts at zero, so the model starts unchanged; `down` is drawn as torch draws a linear layer (Kaiming uniform
+with a = sqrt(5)) or from a normal distribution of deviation 1 / rank. rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank). PiSSA
+(arXiv 2404.02948) starts from the leading singular triples of W, OLoRA (arXiv 2406.01775) from the first columns of its QR decomposition;
+what they hold is taken out of W, which becomes a frozen weight of its own, W - scale (down @ up)^T. In the papers' notation down = A^T,
+up = B^T.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from matmorph.ir.core import Const, Value
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.svd import one_thread, truncated_svd
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.weights import FLOATS, readable, stored, widened
+from matmorph.specs.schema import Rank
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Factors = tuple[Tensor, Tensor]
+"""(down [.., in, rank], up [.., rank, out])."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """Factors of inner size `rank` to be trained beside a matmul that stays; after a replacing method, beside what that one put in."""
+
+    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "doc": "the factors' product is scaled by alpha / rank (rslora: alpha / sqrt(rank)); 1 without it",
+            "exclusive_minimum": 0,
+        },
+    )
+    rslora: bool = field(default=False, metadata={"doc": "scale by alpha / sqrt(rank), which keeps large ranks learning"})
+    init: Init = field(
+        default="kaiming",
+        metadata={
+            "doc": "kaiming, gaussian: a product of zero; pissa, olora: leading part of the weight, which the frozen base then lacks"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank.kind != "fixed":
+            raise ValueError(f"lora takes a number as its rank, not {self.rank.kind}")
+        if self.rslora and self.alpha is None:
+            raise ValueError("rslora scales alpha by sqrt(rank): give alpha")
+
+    @property
+    def adapter_scale(self) -> float:
+        """alpha / rank, under rslora alpha / sqrt(rank); 1 without alpha."""
+        rank = int(self.rank.value or 1)
+        return 1.0 if self.alpha is None else self.alpha / (sqrt(rank) if self.rslora else rank)
+
+
+class Lora:
+    """Low-rank factors to be trained, beside a matmul that stays."""
+
+    name: ClassVar[str] = "lora"
+    kind: ClassVar[str] = "update"
+    two_factor: ClassVar[bool] = True
+    Spec: ClassVar[type] = LoraSpec
+
+    def needs(self, spec: LoraSpec) -> frozenset[Statistic]:
+        return frozenset()
+
+    def splits_weight(self, spec: LoraSpec) -> bool:
+        """Whether the factors start from a part of the dense weight, so that nothing may have taken its place."""
+        return spec.init in _PARTS
+
+    def check(self, site: Site, spec: LoraSpec) -> Reject | None:
+        full, rank = min(site.in_features, site.out_features), int(spec.rank.value or 1)
+        guards = (
+            (site.blocked is not None, site.blocked or ""),
+            (site.form == "embedding", "lora serves matmuls, this is an embedding table"),
+            (bool(site.gathers), "the weight is also read as an embedding table; lora serves only the matmul: use untie: true"),
+            (site.const.tensor.dtype not in FLOATS, f"lora needs a floating-point weight, this one is {site.const.tensor.dtype}"),
+            (rank > full, f"rank {rank} is above min(in, out) = {full}"),
+        )
+        return next((Reject(reason) for fails, reason in guards if fails), None)
+
+    def choices(self, site: Site, spec: LoraSpec) -> Iterable[Choice]:
+        return [Choice(int(spec.rank.value or 1))]
+
+    def cost(self, site: Site, spec: LoraSpec, choice: Choice) -> Cost:
+        """Of the factors alone."""
+        per_row = (site.in_features + site.out_features) * (choice.rank or 0)
+        parameters = per_row * (site.batch or 1)
+        return Cost(parameters, parameters * site.const.tensor.torch_dtype.itemsize, per_row * len(site.applications))
+
+    def errors(self, site: Site, spec: LoraSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        """None: the start changes nothing."""
+        return [Error(0.0, None if stats is None else 0.0) for _ in choices]
+
+    def solve(self, site: Site, spec: LoraSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int) -> Factors:
+        """The starting factors in the weight's type. Raises RewriteError for NaN or infinity in a weight that they are taken from."""
+        rank = choice.rank or 1
+        if spec.init in _PARTS:
+            found = _PARTS[spec.init](readable(site, weight), rank, spec.adapter_scale, seed)
+        else:
+            shape = (*((site.batch,) if site.batch else ()), rank, site.out_features)
+            found = _drawn(site, spec.init, rank, seed), torch.zeros(shape)
+        return stored(site, found[0]), stored(site, found[1])
+
+    def build(self, site: Site, spec: LoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError as `solve`, and for factors or a base outside the weight's type."""
+        scale = spec.adapter_scale
+        factors = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
+        parts = dict(zip(("down", "up"), factors, strict=True))
+        left = _base(site, b.weight(), factors, scale) if spec.init in _PARTS else None
+        base = None if left is None else b.const("base", left, trainable=False)
+        down, up = (b.const(name, factor) for name, factor in parts.items())
+
+        def body(rows: Value) -> Value:
+            narrow = b.matmul(rows, down, name="down")
+            scaled = narrow if scale == 1 else b("aten.mul.Scalar", narrow, scale)
+            update = b.matmul(scaled, up, name="up")
+            return update if base is None else b("aten.add.Tensor", _product(site, rows, base, b), update)
+
+        return b.fragment(
+            body,
+            [*(() if base is None else (base,)), down, up],
+            lambda: self.merge({**parts, **({} if left is None else {"base": left}), "scale": torch.tensor(scale, dtype=torch.float64)})[0],
+            choice=choice,
+            adds_bias=base is not None and site.batch is None,
+            holds_dense=base is not None,
+        )
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`scale` (down @ up)^T [.., out, in] in float32 or better, plus the frozen `base` where there is one (as `build` stores it)."""
+        update = float(parts.get("scale", 1.0)) * (widened(parts["down"]) @ widened(parts["up"])).transpose(-2, -1)
+        if "base" not in parts:
+            return update, None
+        base = widened(parts["base"])
+        return (base if base.dim() == 2 else base.transpose(-2, -1)) + update, None
+
+
+def _product(site: Site, rows: Value, base: Const, b: FragmentBuilder) -> Value:
+    """rows times the frozen base: [out, in] as a linear with the bias, an expert stack [batch, in, out] without."""
+    if site.batch is not None:
+        return b.matmul(rows, base, name="base")
+    return b("aten.linear.default", rows, base, b.bias())
+
+
+def _base(site: Site, weight: Tensor, factors: Factors, scale: float) -> Tensor:
+    """W - scale (down @ up)^T of the stored factors, rounded once; [out, in], of an expert stack [batch, in, out]."""
+    down, up = (factor.double() for factor in factors)
+    left = weight.detach().double() - scale * (down @ up).transpose(-2, -1)
+    return stored(site, left if site.batch is None else left.transpose(-2, -1))
+
+
+def _drawn(site: Site, init: str, rank: int, seed: int) -> Tensor:
+    """[.., in, rank]; every site has a stream of its own, whatever else is rewritten."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path}".encode()))  # torch uses 32 bits of a seed
+    empty = torch.empty(*((site.batch,) if site.batch else ()), site.in_features, rank)
+    if init == "gaussian":
+        return empty.normal_(0, 1 / rank, generator=generator)
+    bound = 1 / sqrt(site.in_features)
+    return empty.uniform_(-bound, bound, generator=generator)
+
+
+def _pissa(w: Tensor, rank: int, scale: float, seed: int) -> Factors:
+    """Leading singular triples, the values' roots on both sides: down = V sqrt(S / scale), up = sqrt(S / scale) U^T."""
+    found = truncated_svd(w, rank, seed=seed)
+    root = (found.s / scale).sqrt()
+    return found.vh.transpose(-2, -1) * root.unsqueeze(-2), root.unsqueeze(-1) * found.u.transpose(-2, -1)
+
+
+def _olora(w: Tensor, rank: int, scale: float, seed: int) -> Factors:
+    """First columns of Q and rows of R in W = Q R; the first columns of Q depend on those of W alone. The scale is not divided out."""
+    with one_thread():
+        q = torch.linalg.qr(w[..., :rank].double()).Q
+    return w.double().transpose(-2, -1) @ q, q.transpose(-2, -1)
+
+
+_PARTS: Mapping[str, Callable[[Tensor, int, float, int], Factors]] = {"pissa": _pissa, "olora": _olora}
