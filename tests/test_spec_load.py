@@ -348,8 +348,8 @@ def test_unknown_library_spec() -> None:
         load_spec("low-rnk-60", METHODS)
     assert str(caught.value) == (
         "no library spec is called 'low-rnk-60'; did you mean low-rank-60?\n"
-        "  library specs: loftq-nf4, loftq-u2, loftq-u4, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, qlora-nf4, "
-        "quantize-u4\n"
+        "  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, "
+        "qlora-nf4, quantize-u4\n"
         "  a file ends in .yaml, or is given with its folder (./NAME)"
     )
 
@@ -498,8 +498,8 @@ EXTENDS_ERRORS = [
      "specs/c.yaml:2:11: extends[0]: circular extends: specs/b.yaml -> specs/c.yaml -> specs/b.yaml"),
     ({"a": "version: 1\nextends: [b.yaml]\n"}, "specs/a.yaml:2:11: extends[0]: specs/b.yaml: no such file"),
     ({"a": "version: 1\nextends: low-rank-61\n"}, "specs/a.yaml:2:10: extends: no library spec is called 'low-rank-61'; did you mean "
-     "low-rank-60?\n  library specs: loftq-nf4, loftq-u2, loftq-u4, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, "
-     "qlora-nf4, quantize-u4\n"
+     "low-rank-60?\n  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, "
+     "mixed-4-2, qlora-nf4, quantize-u4\n"
      "  a file ends in .yaml, or is given with its folder (./NAME)"),
     ({"a": "version: 1\nextends: [low-rank-60, low-rank-60]\n"}, "specs/a.yaml:2:24: extends[1]: low-rank-60 is listed twice"),
     ({"a": "version: 1\nextends: {b: c}\n"}, "specs/a.yaml:2:10: extends: expected a list (each text), got a mapping with b"),
