@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matmorph.passes.linalg.svd import one_thread
-from matmorph.passes.linalg.unfolding import ChooseRank, Step
+from matmorph.passes.linalg.unfolding import ChooseRank, Step, frobenius
 
 Sweep = Literal["forward", "backward"]
 Cut = Callable[[Tensor, int | ChooseRank], Step]
@@ -39,7 +39,7 @@ class Budget:
     def of(cls, tensor: Tensor, target: float, limits: tuple[int, ...], multiple_of: int) -> Budget:
         if multiple_of < 1:
             raise ValueError(f"multiple_of is at least 1, not {multiple_of}")
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        norm = frobenius(tensor)
         return cls(norm, (target * norm) ** 2 if target >= 0 else None, limits, multiple_of)
 
     def rank(self, edge: int, c: Tensor, done: Sequence[Step]) -> int | ChooseRank:

@@ -12,7 +12,7 @@ steps add up exactly. With tails t_k, the errors of the steps,
 The first: any train of ranks r_k has a k-th unfolding of rank r_k, and what a step cuts is an unfolding of T multiplied by a matrix with
 orthonormal rows, whose singular values are no larger (Eckart-Young for each).
 
-The sweep runs from the end whose unfoldings cost less. Cores are orthonormal but the last of the sweep, which carries the norm.
+Cores are orthonormal but the last of the sweep, which carries the norm.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class TensorTrain:
 class Info:
     """What a decomposition did.
 
-    `ranks`: the inner ranks it has; `limits`: those that were asked for, clamped to what the modes allow; `clamped`: whether that lowered
-    any. Edge by edge: `tails`, the error |.|_F of each step, `optima`, a proven lower bound on it at its rank, `solvers`. `norm` = |T|_F.
-    `sweep`: "forward" began at the first core. `rounding`: errors up to this share of the norm are rounding."""
+    `ranks`: the inner ranks it has; `limits`: those that were asked for, clamped to what the modes allow (in rounding, to what the train
+    had); `clamped`: whether that lowered any. Edge by edge: `tails`, the error |.|_F of each step, `optima`, a proven lower bound on it at
+    its rank, `solvers`. `norm` = |T|_F. `sweep`: "forward" began at the first core. `rounding`: errors up to this share of the norm are
+    rounding."""
 
     ranks: tuple[int, ...]
     limits: tuple[int, ...]
@@ -152,27 +153,33 @@ def tt_svd(
 
     `ranks` alone: that of each edge, clamped to what the modes allow. `error`: the smallest ranks whose |T - T'|_F / |T|_F is at most that,
     guaranteed up to rounding; `energy`: the same with error = sqrt(1 - energy); `ranks` beside them are upper limits, which come first.
-    `multiple_of` rounds ranks that data decides up.
+    `multiple_of` rounds ranks that data decides up. `sweep`: from which end; "auto" = forward unless the other costs less than half.
 
-    Cores are float64 for float64 tensors and error targets below 1e-4, float32 otherwise. Memory: two copies of the tensor at most.
+    Cores are float64 for float64 tensors and error targets below 1e-4, float32 otherwise. Memory: one or two copies of the tensor; two to
+    four in float64 where the guard has to fall back to the exact solver.
     Deterministic for one seed and thread count. Raises ValueError for NaN or infinity, a wrong rank or target, or an unknown solver.
     """
     if tensor.dim() < 1 or tensor.numel() == 0:
         raise ValueError(f"a tensor with entries is needed, not one of shape {list(tensor.shape)}")
-    if not isfinite(largest(tensor)):
+    peak = largest(tensor)
+    if not isfinite(peak):
         raise ValueError("NaN or infinity in the tensor")
     target = _target(ranks, error, energy)
-    double = tensor.dtype == torch.float64 or 0 <= target < _FINEST_FLOAT32
-    work = tensor.detach().to(torch.float64 if double else torch.float32)
     modes = tuple(tensor.shape)
     limits = full_ranks(modes) if ranks is None else clamp_ranks(modes, ranks)
+    double = tensor.dtype == torch.float64 or 0 <= target < _FINEST_FLOAT32
+    work = tensor.detach().to(torch.float64 if double else torch.float32).contiguous()
+    scale = peak if peak > 0 and not 1e-6 < peak < 1e6 else 1.0  # squares must not leave the range of the type
+    work = work if scale == 1.0 else work / scale
     budget = Budget.of(work, target, limits, multiple_of)
     end = cheaper_sweep(modes, limits) if sweep == "auto" else sweep
     cores, steps = SWEEPS[end](work, budget, lambda c, rank: left_step(c, rank, solver=solver, seed=seed))
+    heavy = -1 if end == "forward" else 0
+    cores[heavy] = cores[heavy] * scale
     train = TensorTrain(tuple(core.contiguous() for core in cores))
     if train.ranks != clamp_ranks(modes, train.ranks):  # a later edge became so narrow that an earlier one is too wide
         train = round_tt(train, train.ranks)[0]
-    return train, _info(train, steps, limits, ranks, budget.norm, end)
+    return train, _info(train, steps, limits, ranks, budget.norm, end, scale)
 
 
 def round_tt(
@@ -279,12 +286,15 @@ def two_factors(train: TensorTrain, in_features: int) -> tuple[Tensor, Tensor]:
     return left.permute(axes).reshape(in_features, rank), right.reshape(rank, -1)
 
 
-def _info(train: TensorTrain, steps: Sequence[Step], limits: tuple[int, ...], asked: Ranks | None, norm: float, sweep: Sweep) -> Info:
+def _info(
+    train: TensorTrain, steps: Sequence[Step], limits: tuple[int, ...], asked: Ranks | None, norm: float, sweep: Sweep, scale: float = 1.0
+) -> Info:
+    """`norm` and the steps are those of the tensor divided by `scale`."""
     wanted = limits if asked is None else (asked,) * len(limits) if isinstance(asked, int) else tuple(asked)
     floor = max((ROUNDING * torch.finfo(step.u.dtype).eps for step in steps), default=0.0)
-    optima = tuple(max(0.0, step.optimum - floor * norm) for step in steps)
-    tails, solvers = tuple(step.error for step in steps), tuple(step.solver for step in steps)
-    return Info(train.ranks, limits, limits != wanted, tails, optima, norm, solvers, sweep, sqrt(len(steps)) * floor)
+    optima = tuple(scale * max(0.0, step.optimum - floor * norm) for step in steps)
+    tails, solvers = tuple(scale * step.error for step in steps), tuple(step.solver for step in steps)
+    return Info(train.ranks, limits, limits != wanted, tails, optima, scale * norm, solvers, sweep, sqrt(len(steps)) * floor)
 
 
 def _target(ranks: Ranks | None, error: float | None, energy: float | None, *, needed: bool = True) -> float:
