@@ -40,7 +40,9 @@ class Ranks(Rank):
     @classmethod
     def schema(cls) -> JsonSchema:
         number, automatic, mapping = Rank.schema()["oneOf"]
-        properties = {key: {**schema, "description": _DOCS.get(key, BESIDE_RANK.get(key, ""))} for key, schema in mapping["properties"].items()}
+        properties = {
+            key: {**schema, "description": _DOCS.get(key, BESIDE_RANK.get(key, ""))} for key, schema in mapping["properties"].items()
+        }
         lists: JsonSchema = {"type": "array", "items": number, "minItems": 1}
         return {"oneOf": [number, lists, automatic, {**mapping, "properties": properties}]}
 

@@ -24,6 +24,8 @@ _BUILT_IN: Mapping[str, str] = {
     "quantize": "matmorph.passes.methods.quantize:Quantize",
     "loftq": "matmorph.passes.methods.loftq:LoftQ",
     "qlora": "matmorph.passes.methods.qlora:QLora",
+    "tt": "matmorph.passes.methods.tt:TT",
+    "tt_lora": "matmorph.passes.methods.tt_lora:TTLora",
     "lora": "matmorph.passes.methods.lora:Lora",
 }
 
@@ -95,7 +97,10 @@ class Method(Protocol):
     """One way to treat a matmul. Stateless: a method is a class without fields, made once.
 
     A method may also have `solve(site, spec, choice, stats, weight, seed)`: the pure part of `build`, which then finds its result as
-    `b.solution`. It runs for several sites at a time, on one thread each, so it must touch nothing but its arguments.
+    `b.solution`. It runs for several sites at a time, on one thread each, so it must touch nothing but its arguments. And it
+    may have `impossible(sites, spec)`: why its settings fit none of the sites of a rule (an error of the spec), None where they fit one.
+
+    A Spec with fields `tokens` and `target` gets those of `export` where they are None.
     """
 
     name: ClassVar[str]

@@ -1,0 +1,202 @@
+"""tt: W [out, in] becomes a TT-matrix, cores G_k [r_{k-1}, out_k, in_k, r_k] whose product it is (Novikov et al., arXiv 1509.06569).
+
+The cores are those of TT-SVD (see `linalg.tensor_train`): within sqrt(d - 1) of the smallest error at their ranks. They stay what is stored
+and what trains; how they meet the rows is planned by cost (`linalg.contraction`): core by core, neighbours merged, or W rebuilt at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import RewriteError
+from matmorph.ir.core import Value
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.contraction import TrainShape, matrix_train
+from matmorph.passes.linalg.modes import Modes, balanced_modes, modes_problem, padded_modes
+from matmorph.passes.linalg.svd import Solver
+from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, split_modes, tt_svd
+from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.tt_base import (
+    ContractionSpec,
+    ModesSpec,
+    chosen_ranks,
+    core_consts,
+    matmul_train,
+    plan_note,
+    planned,
+    refuse_site,
+    refuse_wrong_count,
+    times_text,
+    train_cost,
+)
+from matmorph.passes.methods.weights import readable, stored, widened
+from matmorph.specs.ranks import Ranks
+
+CORES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TTSpec(ContractionSpec):
+    """Cores of a tensor train in place of the weight."""
+
+    rank: Ranks = field(metadata={"doc": "ranks between neighbouring cores: a number for all, or a list with one for each pair"})
+    modes: ModesSpec | None = field(default=None, metadata={"doc": "factors of the output and of the input features, one pair per core"})
+    cores: int | None = field(default=None, metadata={"doc": f"number of cores where modes are found by themselves; {CORES}", "minimum": 2})
+    padding: Literal["refuse", "pad"] = field(
+        default="refuse",
+        metadata={
+            "doc": "for sizes without balanced factors (primes): refuse them, or pad the weight with zeros to the next that have some"
+        },
+    )
+    solver: Solver = field(default="auto", metadata={"doc": "singular value solver of the unfoldings"})
+
+    def __post_init__(self) -> None:
+        if self.modes is not None and self.cores is not None:
+            raise ValueError("modes say how many cores there are: give modes or cores, not both")
+        refuse_wrong_count(self.rank, self.count, "modes" if self.modes else "cores" if self.cores else "the default")
+
+    @property
+    def count(self) -> int:
+        """Number of cores."""
+        return len(self.modes.out) if self.modes is not None else self.cores or CORES
+
+
+class TT:
+    """A TT-matrix by TT-SVD."""
+
+    name: ClassVar[str] = "tt"
+    kind: ClassVar[str] = "replace"
+    Spec: ClassVar[type] = TTSpec
+
+    def needs(self, spec: TTSpec) -> frozenset[Statistic]:
+        return frozenset()
+
+    def impossible(self, sites: Sequence[Site], spec: TTSpec) -> str | None:
+        """Modes by hand that fit none of the sites."""
+        problems = [_modes_problem(site, spec) for site in sites]
+        return f"{sites[0].path}: {problems[0]}" if spec.modes is not None and all(problems) else None
+
+    def check(self, site: Site, spec: TTSpec) -> Reject | None:
+        problem = refuse_site(site, self.name)
+        why = None if problem else _modes_problem(site, spec)
+        return Reject(why) if why else problem
+
+    def choices(self, site: Site, spec: TTSpec) -> Iterable[Choice]:
+        """One: the ranks, or for `energy` and `error` their upper limits, since the weight decides."""
+        return [_described(site, spec, chosen_ranks(spec.rank, _modes(site, spec).sizes, site.parameters))]
+
+    def cost(self, site: Site, spec: TTSpec, choice: Choice) -> Cost:
+        return train_cost(site, _train(site, spec, choice), spec)
+
+    def errors(self, site: Site, spec: TTSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
+        """Weight errors."""
+        return [Error(self.solve(site, spec, choice, stats, site.weight(), 0)[1].error) for choice in choices]
+
+    def solve(
+        self, site: Site, spec: TTSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
+    ) -> tuple[TensorTrain, Info]:
+        """The TT-SVD. Raises RewriteError for NaN or infinity in the weight (named)."""
+        modes, rank = _modes(site, spec), spec.rank
+        tensor = matrix_to_tensor(_padded(readable(site, weight), modes), modes)
+        if not choice.at_most:
+            train, info = tt_svd(tensor, choice.ranks, solver=spec.solver, seed=seed)
+        else:
+            error, energy = (float(rank.value or 0) if rank.kind == kind else None for kind in ("error", "energy"))
+            step, solver = rank.multiple_of, spec.solver
+            train, info = tt_svd(tensor, choice.ranks, error=error, energy=energy, multiple_of=step, solver=solver, seed=seed)
+            raised = tuple(min(max(rank.min, one), limit) for one, limit in zip(train.ranks, choice.ranks, strict=True))
+            if raised != train.ranks:
+                train, info = tt_svd(tensor, raised, solver=spec.solver, seed=seed)
+        return split_modes(train, modes), info
+
+    def build(self, site: Site, spec: TTSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named), or cores that leave the range of the stored type."""
+        train, info = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
+        cores = [stored(site, core) for core in train.cores]
+        taken = _described(site, spec, replace(choice, rank=max(train.ranks), at_most=False, ranks=train.ranks))
+        shape = _train(site, spec, taken)
+        consts = core_consts(b, cores)
+
+        def body(rows: Value) -> Value:
+            return matmul_train(b, shape, spec, rows, consts, site.out_features)
+
+        size = torch.tensor([site.out_features, site.in_features])
+        parts = {**{f"core_{k}": core for k, core in enumerate(cores)}, "size": size}
+        return b.fragment(
+            body,
+            consts,
+            lambda: self.merge(parts)[0],
+            choice=taken,
+            bound=Bound("eckart_young_unfolding", "weight_error", info.bound) if info.norm > 0 else None,
+            notes=_solver_notes(info),
+        )
+
+    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """W' [out, in] of `core_0`, `core_1` ... in float32 or better, cut to `size` = (out, in) where it was padded; no bias."""
+        whole = reconstruct(train_of(parts))
+        out, in_features = (int(size) for size in parts["size"]) if "size" in parts else whole.shape
+        return whole[:out, :in_features], None
+
+
+def train_of(parts: Mapping[str, Tensor]) -> TensorTrain:
+    """The train of `core_0`, `core_1` ..., in float32 or better. RewriteError where they do not fit together."""
+    count = sum(name.startswith("core_") for name in parts)
+    try:
+        return TensorTrain(tuple(widened(parts[f"core_{k}"]) for k in range(count)))
+    except (KeyError, ValueError) as error:
+        raise RewriteError(f"no tensor train: {error}") from error
+
+
+def _modes_problem(site: Site, spec: TTSpec) -> str | None:
+    """Why the modes by hand, or the automatic ones, do not fit the site."""
+    if spec.modes is None:
+        try:
+            _modes(site, spec)
+        except ValueError as error:
+            return f"{error}; padding: pad takes the larger ones"
+        return None
+    if spec.padding == "pad" and prod(spec.modes.out) >= site.out_features and prod(spec.modes.in_) >= site.in_features:
+        return None
+    return modes_problem(spec.modes.out, spec.modes.in_, site.out_features, site.in_features)
+
+
+def _modes(site: Site, spec: TTSpec) -> Modes:
+    """ValueError where the site's sizes have no balanced factors."""
+    if spec.modes is not None:
+        return Modes(spec.modes.out, spec.modes.in_)
+    find = padded_modes if spec.padding == "pad" else balanced_modes
+    return find(site.out_features, site.in_features, spec.count)
+
+
+def _train(site: Site, spec: TTSpec, choice: Choice) -> TrainShape:
+    modes = _modes(site, spec)
+    return matrix_train(modes.out, modes.in_, (1, *choice.ranks, 1))
+
+
+def _described(site: Site, spec: TTSpec, choice: Choice) -> Choice:
+    """The choice with what there is to say of its shapes."""
+    modes = _modes(site, spec)
+    shapes = f"modes out {times_text(modes.out)}, in {times_text(modes.in_)}; ranks {'<= ' if choice.at_most else ''}{list(choice.ranks)}"
+    padded = (modes.out_features, modes.in_features) != (site.out_features, site.in_features)
+    padding = (f"padded with zeros from {site.out_features} x {site.in_features} to {modes.out_features} x {modes.in_features}",)
+    plan = plan_note(planned(_train(site, spec, choice), spec), spec)
+    return replace(choice, notes=(shapes, *(padding if padded else ()), plan))
+
+
+def _padded(w: Tensor, modes: Modes) -> Tensor:
+    """W in the corner of zeros [out, in] of the modes."""
+    more = (0, modes.in_features - w.shape[1], 0, modes.out_features - w.shape[0])
+    return torch.nn.functional.pad(w, more) if any(more) else w
+
+
+def _solver_notes(info: Info) -> tuple[str, ...]:
+    """How far from the smallest error the cores can be."""
+    if not 1 < info.guard < float("inf"):
+        return ()
+    return (f"TT-SVD: proven within {info.guard - 1:.2%} of the smallest error at these ranks",)

@@ -1,0 +1,197 @@
+"""What methods of tensor trains share: modes by hand, ranks that shapes decide, the planned contraction, and its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import floor
+from typing import Any, Literal
+
+from torch import Tensor
+
+from matmorph.errors import VerifyError
+from matmorph.ir.core import Const, Value
+from matmorph.ir.site import Choice, Cost, Reject, Site
+from matmorph.passes.linalg.contraction import TrainShape, contract
+from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, planning_target
+from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
+from matmorph.passes.methods import FragmentBuilder
+from matmorph.passes.methods.weights import FLOATS
+from matmorph.specs.ranks import Ranks
+from matmorph.specs.schema import Export
+
+PlanWish = Literal["auto", "contract", "rebuild"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModesSpec:
+    """Factors of the two sides of the weight, one pair per core."""
+
+    out: tuple[int, ...] = field(metadata={"doc": "sizes that multiply to the output features", "minimum": 1, "min_items": 2})
+    in_: tuple[int, ...] = field(metadata={"key": "in", "doc": "sizes that multiply to the input features", "minimum": 1, "min_items": 2})
+
+    def __post_init__(self) -> None:
+        if len(self.out) != len(self.in_):
+            raise ValueError(f"a core has one output mode and one input mode: out gives {len(self.out)}, in gives {len(self.in_)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContractionSpec:
+    """How cores are multiplied with rows. `tokens` and `target` are those of `export` where nothing stands here."""
+
+    plan: PlanWish = field(
+        default="auto",
+        metadata={
+            "doc": "contract: multiply core by core even where that is predicted to be slower; rebuild: the dense matrix, when the "
+            "session loads; auto: whichever is predicted to be faster"
+        },
+    )
+    tokens: tuple[int, ...] | None = field(
+        default=None, metadata={"doc": "numbers of rows to plan for; those of export by default", "minimum": 1, "min_items": 1}
+    )
+    target: tuple[Literal["cuda", "cpu"], ...] | None = field(
+        default=None, metadata={"doc": "devices to plan for; those of export by default", "min_items": 1}
+    )
+
+
+def refuse_wrong_count(rank: Ranks, cores: int, of: str) -> None:
+    """ValueError for a list of ranks that is not one shorter than there are cores."""
+    if rank.each and len(rank.each) != cores - 1:
+        raise ValueError(f"{cores} cores ({of}) have {cores - 1} ranks between them, the list has {len(rank.each)}")
+
+
+def refuse_site(site: Site, method: str) -> Reject | None:
+    """Why no train can stand at the site, whatever its modes."""
+    kind = site.const.tensor.dtype
+    guards = (
+        (site.blocked is not None, site.blocked or ""),
+        (site.batch is not None, f"{method} takes one matrix, this is a stack of {site.batch} experts"),
+        (site.form == "embedding", f"{method} serves matmuls, this is an embedding table"),
+        (bool(site.gathers), f"the weight is also read as an embedding table; {method} serves only the matmul: use untie: true"),
+        (kind not in FLOATS, f"{method} needs a floating-point weight, this one is {kind}"),
+    )
+    return next((Reject(reason) for fails, reason in guards if fails), None)
+
+
+# ranks
+
+
+def chosen_ranks(rank: Ranks, modes: Sequence[int], elements: int) -> Choice:
+    """The inner ranks for cores of these modes (out_k * in_k of a TT-matrix) in place of a matrix of `elements` numbers; upper limits
+    where the weight decides. What the modes do not allow is clamped, and said where a number or a list asked for it."""
+    if rank.kind in ("energy", "error"):
+        limits = full_ranks(modes) if rank.max is None else clamp_ranks(modes, rank.max)
+        return Choice(max(limits), at_most=True, ranks=limits)
+    wanted: int | tuple[int, ...] = rank.each or (int(rank.value or 1) if rank.kind == "fixed" else _rank_of_ratio(rank, modes, elements))
+    ranks = clamp_ranks(modes, wanted)
+    asked = (wanted,) * len(ranks) if isinstance(wanted, int) else wanted
+    clamped = rank.kind == "fixed" and ranks != asked
+    text = f"rank {rank} is above what the modes allow: clamped to {list(ranks)}" if clamped else None
+    return Choice(max(ranks), ranks=ranks, clamped=text)
+
+
+def _rank_of_ratio(rank: Ranks, modes: Sequence[int], elements: int) -> int:
+    """The largest rank for all cores with at most that share of the matrix's parameters, down to the multiple, within min and max."""
+    allowed, low, high = floor(float(rank.value or 0) * elements), 1, max(full_ranks(modes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if tt_parameters(modes, middle) <= allowed else (low, middle - 1)
+    rounded = max(max(low // rank.multiple_of, 1) * rank.multiple_of, rank.min)
+    return rounded if rank.max is None else min(rounded, rank.max)
+
+
+# the contraction
+
+
+def planned(train: TrainShape, spec: ContractionSpec) -> Planned:
+    """The contraction for the rows and devices that the spec names."""
+    default = Export()
+    target = planning_target(spec.target or default.target)
+    return plan_contraction(train, spec.tokens or default.tokens, target, spec.plan == "contract")
+
+
+def train_cost(site: Site, train: TrainShape, spec: ContractionSpec) -> Cost:
+    """Of the cores, and of the contraction that runs."""
+    found = planned(train, spec)
+    parameters = tt_parameters([o * i for o, i in zip(train.outputs, train.inputs, strict=True)], train.ranks[1:-1])
+    dense = is_dense(found, spec)
+    last = found.predicted[-1]
+    macs = site.in_features * site.out_features if dense else last.flops // (2 * last.tokens)
+    times = tuple((each.tokens, 1.0 if dense else ratio) for each, ratio in zip(found.predicted, found.ratios, strict=True))
+    size = site.const.tensor.torch_dtype.itemsize
+    return Cost(parameters, parameters * size, macs * len(site.applications), times=times)
+
+
+def is_dense(found: Planned, spec: ContractionSpec) -> bool:
+    """Whether the matrix is rebuilt when the session loads."""
+    return spec.plan == "rebuild" or found.plan.is_dense
+
+
+def plan_note(found: Planned, spec: ContractionSpec) -> str:
+    if spec.plan == "rebuild":
+        return "contraction: dense, rebuilt when the file is loaded, as the spec asks"
+    return f"contraction: {found.explanation}"
+
+
+def matmul_train(b: FragmentBuilder, train: TrainShape, spec: ContractionSpec, rows: Value, cores: Sequence[Value], out: int) -> Value:
+    """y [.., out] of rows [.., in], inside a body. Modes that multiply to more than the rows hold stand for zeros around the matrix."""
+    found = planned(train, spec)
+    in_features = int(rows.tensor.shape[-1])
+    ops = _Nodes(b)
+    if is_dense(found, spec):
+        return ops.matmul(rows, _rebuilt(found, train, cores, ops, in_features, out))
+    padded = train.in_features - in_features
+    x = b("aten.constant_pad_nd.default", rows, (0, padded), 0.0) if padded else rows
+    y = contract(found.plan, x, cores, ops, _leading(b, rows))
+    return y if train.out_features == out else b("aten.slice.Tensor", y, -1, 0, out)
+
+
+def _rebuilt(found: Planned, train: TrainShape, cores: Sequence[Value], ops: _Nodes, in_features: int, out: int) -> Value:
+    """W^T [in, out], of cores alone: the dense plan without its product."""
+    dense = found.candidates[-1].plan
+    *steps, product = dense.steps
+    if product.op != "matmul" or product.operands[0] != 0:
+        raise VerifyError("the dense plan ends in a product with x")
+    whole = contract(replace(dense, steps=tuple(steps)), cores[0], cores, ops, (train.in_features,))
+    for axis, (kept, size) in enumerate(((in_features, train.in_features), (out, train.out_features))):
+        if kept < size:
+            whole = ops.b("aten.slice.Tensor", whole, axis, 0, kept)
+    return whole
+
+
+def _leading(b: FragmentBuilder, rows: Value) -> tuple[Any, ...]:
+    """The sizes of rows before its features: -1 for the first that is not fixed, nodes for others."""
+    sizes = rows.tensor.shape[:-1]
+    first = next((axis for axis, size in enumerate(sizes) if not isinstance(size, int)), None)
+
+    def size_of(axis: int, size: Any) -> Any:
+        return size if isinstance(size, int) else -1 if axis == first else b("aten.sym_size.int", rows, axis)
+
+    return tuple(size_of(axis, size) for axis, size in enumerate(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """`contraction.Ops` on values of the graph; steps that read cores only become nodes over constants, which ONNX Runtime computes when it
+    loads the file."""
+
+    b: FragmentBuilder
+
+    def reshape(self, value: Value, sizes: Sequence[Any]) -> Value:
+        return self.b("aten.reshape.default", value, tuple(sizes))
+
+    def permute(self, value: Value, axes: Sequence[int]) -> Value:
+        return self.b("aten.permute.default", value, tuple(axes))
+
+    def matmul(self, left: Value, right: Value) -> Value:
+        return self.b("aten.matmul.default", left, right)
+
+
+def core_consts(b: FragmentBuilder, cores: Sequence[Tensor]) -> list[Const]:
+    """Trainable weights `core_0`, `core_1` ..., in canonical layout."""
+    return [b.const(f"core_{k}", core) for k, core in enumerate(cores)]
+
+
+def times_text(modes: Sequence[int]) -> str:
+    """8 x 8 x 6."""
+    return " x ".join(map(str, modes))
