@@ -1,0 +1,292 @@
+"""apply.onnx: one update of all trainable parameters, written by hand on flat vectors, so that no exporter can touch its constants.
+
+Inputs (n = number of trainable scalars; every vector float32):
+
+    theta [n], grad [n], one vector [n] per state of the optimizer    parameters, gradient, moments
+    step int64 []          number of this update, from 1
+    lr, weight_decay []    learning rate; decoupled weight decay, in units of the learning rate
+    grad_scale []          what the gradient is multiplied by first: 1 / (accumulated weight * loss scale)
+    max_norm []            largest global norm of the scaled gradient, inf = no clipping (as torch.nn.utils.clip_grad_norm_)
+    mask [n] or [1]        optional, above 0 trains; 0 keeps parameter and moments to the bit, and its gradient counts nowhere
+    segment_lr, segment_decay [segments]    optional factors of lr and weight_decay, one per segment of theta
+
+Outputs: `theta_next`, `<state>_next`, `grad_norm` [] (of the scaled gradient, before clipping) and `skipped` bool []: the norm is not
+finite, and parameters and state come back to the bit.
+
+Every operator has a CUDA kernel (Atan and Atan2 have none, hence the polynomial). On the CPU each elementwise node is one pass over
+memory; scalars are worked out first, so that AdamW takes 17 passes. Bias corrections are float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from matmorph.errors import ExportError
+from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, optimizer_name
+
+OPSET = 21
+IR_VERSION = 10
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_
+_BLOCKED_FROM = 1 << 12
+_ATAN = (0.9999999813, -0.3333278577, 0.1997408242, -0.1384849021, 0.07976291807)
+"""atan(t) / t as a polynomial of t * t for |t| <= tan(pi / 8): Chebyshev nodes, relative error below 2e-8."""
+
+STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ("m",), "adam_atan2": ("m", "v"), "lion": ("m",)}
+"""The vectors an optimizer keeps, by its name in a spec and in train.json."""
+
+
+def optimizer_model(optimizer: AnyOptimizer, segments: Sequence[int]) -> onnx.ModelProto:
+    """apply.onnx for trainables of `segments` scalars each, in the order in which they lie in theta.
+
+    Raises ExportError for no segment, or an empty one.
+    """
+    if not segments or min(segments) < 1:
+        raise ExportError(f"the optimizer's segments must hold one parameter or more each, got lengths {list(segments)}")
+    name = optimizer_name(optimizer)
+    length, states = sum(segments), STATES[name]
+    b = _Body()
+    everything = b("Greater", b("ReduceMin", "mask", keepdims=0), b.number(0.0))
+    norm = b("Mul", b("Sqrt", _squares(b, everything, length)), "grad_scale", out="grad_norm")
+    finite = b("LessOrEqual", norm, b.number(float(np.finfo(np.float32).max)))  # false for NaN; a norm that overflows is infinite
+    b("Not", finite, out="skipped")
+    clip = b("Min", b.number(1.0), b("Div", "max_norm", b("Add", norm, b.number(_CLIP_EPS))))
+    rule = _RULES[name](b, optimizer)
+    rate, decay = _rates(b, segments)
+    update = _Update(b("Mul", "grad_scale", clip), b("Mul", rate, rule.factor) if rule.factor else rate, decay, rule)
+    _choose(b, update, ("theta", *states), everything, finite, length)
+    return _model(b, f"apply {name}", states, length, len(segments))
+
+
+@dataclass(slots=True)
+class _Body:
+    """Nodes of a graph or of a branch. Names are counted over all bodies of a model; constants are initializers of the outermost."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    names: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __call__(self, op: str, *inputs: str, out: str = "", **attributes: Any) -> str:
+        """The name of the only result."""
+        made = out or f"{op.lower()}_{next(self.names)}"
+        self.nodes.append(helper.make_node(op, inputs, [made], name=f"node_{made}", **attributes))
+        return made
+
+    def constant(self, value: NDArray[Any]) -> str:
+        name = f"constant_{next(self.names)}"
+        self.constants[name] = value
+        return name
+
+    def number(self, value: float, kind: type[np.floating[Any]] = np.float32) -> str:
+        return self.constant(np.asarray(value, kind))
+
+    def ints(self, *values: int) -> str:
+        return self.constant(np.asarray(values, np.int64))
+
+    def branch(self) -> _Body:
+        return _Body([], self.constants, self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """`step(body, scaled gradient)`: the new states, and "step": what theta loses before decay, over learning rate and `factor` []."""
+
+    step: Callable[[_Body, str], dict[str, str]]
+    factor: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """`scale` []: of the gradient. `rate` and `decay` [1] or [n]: of the rule's step and of theta."""
+
+    scale: str
+    rate: str
+    decay: str
+    rule: _Rule
+
+
+def _squares(b: _Body, everything: str, length: int) -> str:
+    """The sum of squares of the gradient, of what the mask lets train."""
+    whole, masked = b.branch(), b.branch()
+    chosen = masked("Where", masked("Greater", "mask", masked.number(0.0)), "grad", masked.number(0.0))
+    totals = [_sum_of_squares(whole, "grad", length)], [_sum_of_squares(masked, chosen, length)]
+    return _either(b, everything, (whole, totals[0]), (masked, totals[1]), ["squares"], [])[0]
+
+
+def _sum_of_squares(b: _Body, vector: str, length: int) -> str:
+    """[]. The CPU kernel adds one square after the other (1 % off for 1e8 of them): rows of about sqrt(n) first, then their sums."""
+    if length < _BLOCKED_FROM:
+        return b("ReduceSumSquare", vector, keepdims=0)
+    columns = 1 << (length.bit_length() // 2)
+    whole = length // columns * columns
+    rows = b("Reshape", b("Slice", vector, b.ints(0), b.ints(whole)), b.ints(-1, columns))
+    total = b("ReduceSum", b("ReduceSumSquare", rows, b.ints(1), keepdims=0), keepdims=0)
+    if whole == length:
+        return total
+    return b("Add", total, b("ReduceSumSquare", b("Slice", vector, b.ints(whole), b.ints(length)), keepdims=0))
+
+
+def _rates(b: _Body, segments: Sequence[int]) -> tuple[str, str]:
+    """Learning rate, and learning rate times weight decay: [1] where they are the same for all segments, else [n]."""
+    rate = b("Mul", "segment_lr", "lr")
+    decay = b("Mul", b("Mul", "segment_decay", "weight_decay"), rate)
+    if len(segments) == 1:
+        return rate, decay
+    highest = [b("ReduceMax", one, keepdims=1) for one in (rate, decay)]
+    alike = [b("Equal", high, b("ReduceMin", one, keepdims=1)) for high, one in zip(highest, (rate, decay), strict=True)]
+    same = b.branch()
+    same_results = [same("Identity", high) for high in highest]
+    spread = b.branch()
+    row = spread.ints(1, -1)
+    table = spread("Concat", spread("Reshape", rate, row), spread("Reshape", decay, row), axis=0)
+    parts = [f"segment_{k}" for k in range(len(segments))]
+    spread.nodes.append(helper.make_node("Split", [table], parts, name="node_segments", axis=1, num_outputs=len(parts)))
+    wide = [spread("Expand", part, spread.ints(2, size)) for part, size in zip(parts, segments, strict=True)]
+    whole = spread("Concat", *wide, axis=1)
+    spread_results = [spread("Gather", whole, spread.constant(np.asarray(which, np.int64)), axis=0) for which in (0, 1)]
+    made = _either(b, b("And", *alike), (same, same_results), (spread, spread_results), ["rate", "decay"], None)
+    return made[0], made[1]
+
+
+def _choose(b: _Body, update: _Update, vectors: Sequence[str], everything: str, finite: str, length: int) -> None:
+    """The plain update where all is well and everything trains, else the one that keeps what must stay."""
+    plain, kept = b.branch(), b.branch()
+    trains = kept("And", kept("Greater", "mask", kept.number(0.0)), finite)
+    # The CPU kernel turns a chosen -0.0 of its second argument into 0.0 and keeps the third to the bit: the old value comes third.
+    kept_results = [kept("Where", trains, new, old) for new, old in zip(_updated(kept, update), vectors, strict=True)]
+    outputs = [f"{name}_next" for name in vectors]
+    _either(b, b("And", finite, everything), (plain, _updated(plain, update)), (kept, kept_results), outputs, [length])
+
+
+def _updated(b: _Body, update: _Update) -> list[str]:
+    """The new theta, then the new states."""
+    made = update.rule.step(b, b("Mul", "grad", update.scale))
+    step = b("Mul", made.pop("step"), update.rate)
+    return [b("Sub", "theta", b("Add", step, b("Mul", "theta", update.decay))), *made.values()]
+
+
+def _mixed(b: _Body, old: str, new: str, beta: float) -> str:
+    """beta * old + (1 - beta) * new, from the nearer end as torch.lerp does: a float32 beta would be 1e-5 of 1 - beta off."""
+    if beta >= 0.5:
+        return b("Sub", old, b("Mul", b("Sub", old, new), b.number(1 - beta)))
+    return b("Sub", new, b("Mul", b("Sub", new, old), b.number(beta)))
+
+
+def _moments(b: _Body, gradient: str, betas: tuple[float, float]) -> dict[str, str]:
+    return {"m": _mixed(b, "m", gradient, betas[0]), "v": _mixed(b, "v", b("Mul", gradient, gradient), betas[1])}
+
+
+def _corrections(b: _Body, betas: tuple[float, float]) -> tuple[str, str]:
+    """1 - beta1 ** step and sqrt(1 - beta2 ** step), float64 []."""
+    step, one = b("Cast", "step", to=TensorProto.DOUBLE), b.number(1.0, np.float64)
+    first, second = (b("Sub", one, b("Pow", b.number(beta, np.float64), step)) for beta in betas)
+    return first, b("Sqrt", second)
+
+
+def _single(b: _Body, value: str) -> str:
+    return b("Cast", value, to=TensorProto.FLOAT)
+
+
+def _adamw(b: _Body, optimizer: AdamW) -> _Rule:
+    """Loshchilov and Hutter 2019, algorithm 2: m^ / (sqrt(v^) + eps) = m / (sqrt(v) + eps * root) * (root / first)."""
+    first, root = _corrections(b, optimizer.betas)
+    eps = _single(b, b("Mul", b.number(optimizer.eps, np.float64), root))
+    factor = _single(b, b("Div", root, first))
+
+    def step(b: _Body, gradient: str) -> dict[str, str]:
+        made = _moments(b, gradient, optimizer.betas)
+        ratio = b("Div", made["m"], b("Add", b("Sqrt", made["v"]), eps))
+        return {**made, "step": ratio}
+
+    return _Rule(step, factor)
+
+
+def _adam_atan2(b: _Body, optimizer: AdamAtan2) -> _Rule:
+    """Everett et al. 2024: a * atan2(m^, b * sqrt(v^)) = 4 a * atan(t'), with the half-angle formula applied twice:
+    t = y / (x + hypot(x, y)) in [-1, 1], t' = t / (1 + sqrt(1 + t * t)) in [-tan(pi/8), tan(pi/8)].
+    """
+    first, root = _corrections(b, optimizer.betas)
+    ratio = b("Div", b("Mul", b.number(optimizer.b, np.float64), first), root)
+    square = _single(b, b("Mul", ratio, ratio))
+    one, least = b.number(1.0), b.number(float(np.finfo(np.float32).tiny))
+    low = b.number(-1.0)
+    coefficients = [b.number(value) for value in reversed(_ATAN)]
+
+    def step(b: _Body, gradient: str) -> dict[str, str]:
+        made = _moments(b, gradient, optimizer.betas)
+        x2 = b("Mul", made["v"], square)
+        hypot = b("Sqrt", b("Add", b("Mul", made["m"], made["m"]), x2))
+        below = b("Add", b("Add", b("Sqrt", x2), hypot), least)  # 0 / 0 is 0
+        t = b("Clip", b("Div", made["m"], below), low, one)  # squares below 1e-38 are lost: then m alone decides
+        t = b("Div", t, b("Add", one, b("Sqrt", b("Add", one, b("Mul", t, t)))))
+        z = b("Mul", t, t)
+        series = coefficients[0]
+        for coefficient in coefficients[1:]:
+            series = b("Add", b("Mul", series, z), coefficient)
+        return {**made, "step": b("Mul", series, t)}
+
+    return _Rule(step, b.number(4 * optimizer.a))
+
+
+def _sgd(b: _Body, optimizer: SGD) -> _Rule:
+    """m = momentum * m + g, as torch.optim.SGD without dampening."""
+    momentum = b.number(optimizer.momentum)
+
+    def step(b: _Body, gradient: str) -> dict[str, str]:
+        m = b("Add", b("Mul", "m", momentum), gradient)
+        return {"m": m, "step": b("Add", gradient, b("Mul", m, momentum)) if optimizer.nesterov else m}
+
+    return _Rule(step)
+
+
+def _lion(b: _Body, optimizer: Lion) -> _Rule:
+    """Chen et al. 2023, algorithm 2."""
+
+    def step(b: _Body, gradient: str) -> dict[str, str]:
+        sign = b("Sign", _mixed(b, "m", gradient, optimizer.betas[0]))
+        return {"m": _mixed(b, "m", gradient, optimizer.betas[1]), "step": sign}
+
+    return _Rule(step)
+
+
+_RULES: Mapping[str, Callable[[_Body, Any], _Rule]] = {"adamw": _adamw, "sgd": _sgd, "adam_atan2": _adam_atan2, "lion": _lion}
+"""By the optimizer's name; each is called with settings of its own class."""
+
+
+_Branch: TypeAlias = tuple[_Body, Sequence[str]]
+"""A body and the names of its results."""
+
+
+def _either(b: _Body, condition: str, then: _Branch, other: _Branch, outputs: list[str], shape: Sequence[int] | None) -> list[str]:
+    """An If of two branches; `shape` of every result, None where it is known at run time only."""
+    graphs = {
+        key: helper.make_graph(body.nodes, key, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in results])
+        for key, (body, results) in zip(("then_branch", "else_branch"), (then, other), strict=True)
+    }
+    b.nodes.append(helper.make_node("If", [condition], outputs, name=f"node_{outputs[0]}", **graphs))
+    return outputs
+
+
+def _model(b: _Body, name: str, states: Sequence[str], length: int, segments: int) -> onnx.ModelProto:
+    single, vectors = TensorProto.FLOAT, ("theta", "grad", *states)
+    inputs = [helper.make_tensor_value_info(vector, single, [length]) for vector in vectors]
+    inputs.append(helper.make_tensor_value_info("step", TensorProto.INT64, []))
+    inputs += [helper.make_tensor_value_info(number, single, []) for number in ("lr", "weight_decay", "grad_scale", "max_norm")]
+    defaults = {"mask": np.ones(1, np.float32)} | {key: np.ones(segments, np.float32) for key in ("segment_lr", "segment_decay")}
+    inputs.append(helper.make_tensor_value_info("mask", single, ["mask"]))
+    inputs += [helper.make_tensor_value_info(key, single, [segments]) for key in ("segment_lr", "segment_decay")]
+    outputs = [helper.make_tensor_value_info(f"{vector}_next", single, [length]) for vector in ("theta", *states)]
+    outputs.append(helper.make_tensor_value_info("grad_norm", single, []))
+    outputs.append(helper.make_tensor_value_info("skipped", TensorProto.BOOL, []))
+    initializers = [numpy_helper.from_array(value, key) for key, value in {**b.constants, **defaults}.items()]
+    graph = helper.make_graph(b.nodes, name, inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="matmorph")
+    onnx.checker.check_model(model)
+    return model
