@@ -59,9 +59,14 @@ def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -
 
 def parity_tolerance(precision: str, dtypes: Iterable[str], int8: bool = False) -> float:
     """The tolerance of an export; under `keep` that of the coarsest weight. `int8`: some products round their activations."""
+    return max(PARITY_TOLERANCE[computed_in(precision, dtypes)], INT8_TOLERANCE if int8 else 0.0)
+
+
+def computed_in(precision: str, dtypes: Iterable[str]) -> str:
+    """fp32, fp16 or bf16: the coarsest type in which an export computes; under `keep` that of the weights (their stored `dtypes`)."""
     stored = set(dtypes)
     kept = "bf16" if "bfloat16" in stored else "fp16" if "float16" in stored else "fp32"
-    return max(PARITY_TOLERANCE[kept if precision == "keep" else precision], INT8_TOLERANCE if int8 else 0.0)
+    return kept if precision == "keep" else precision
 
 
 def convert(model: ir.Model, precision: str) -> None:
@@ -133,6 +138,7 @@ class _Narrowing:
         self.taken = {str(value.name) for node in graph for value in node.outputs} | {str(v.name) for v in graph.inputs}
         self.taken |= set(graph.initializers)
         self.initializers = set(graph.initializers.values())
+        self.of_weights = set(self.initializers)
 
     def run(self) -> None:
         self._store_weights()
@@ -175,6 +181,8 @@ class _Narrowing:
         data = [value for value in node.inputs if value is not None and value.dtype in (_FLOAT, self.half)]
         if not data:
             return None
+        if self._is_of_weights(node):
+            return _FLOAT
         if node.op_type in LOWER:
             return self.half
         if node.op_type in UPPER:
@@ -185,6 +193,14 @@ class _Narrowing:
         if not computed:
             return self.half if all(value.dtype == self.half for value in data) else _FLOAT
         return self.half if all(value.dtype == self.half for value in computed) else _FLOAT
+
+    def _is_of_weights(self, node: ir.Node) -> bool:
+        """Whether it computes with weights alone: the session does that once, when it loads, and only on kernels that half precision has
+        not. Changes of layout take what they get."""
+        if not all(value is None or value in self.of_weights for value in node.inputs):
+            return False
+        self.of_weights.update(node.outputs)
+        return node.op_type not in _LAYOUT
 
     def _representable(self, array: Array) -> bool:
         """No finite number overflows and none but zero vanishes (an eps of 1e-12 is 0 in fp16)."""
@@ -198,6 +214,8 @@ class _Narrowing:
         name = unique(f"{value.name}:{dtype.name.lower()}", self.taken)
         made = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
         self.casts[value, dtype] = made
+        if value in self.of_weights:
+            self.of_weights.add(made)
         if value.const_value is not None:
             made.const_value = ir.Tensor(value.const_value.numpy().astype(dtype.numpy()), name=name)
             self.graph.register_initializer(made)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import floor
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from matmorph.errors import VerifyError
@@ -133,11 +134,16 @@ def plan_note(found: Planned, spec: ContractionSpec) -> str:
     return f"contraction: {found.explanation}"
 
 
-def matmul_train(b: FragmentBuilder, train: TrainShape, spec: ContractionSpec, rows: Value, cores: Sequence[Value], out: int) -> Value:
-    """y [.., out] of rows [.., in], inside a body. Modes that multiply to more than the rows hold stand for zeros around the matrix."""
+def matmul_train(
+    b: FragmentBuilder, train: TrainShape, spec: ContractionSpec, rows: Value, consts: Sequence[Const], out: int, scale: float = 1.0
+) -> Value:
+    """scale times y [.., out] of rows [.., in], inside a body. Modes that multiply to more than the rows hold stand for zeros around the
+    matrix. The scale goes into the smallest core: it costs nothing after the session has loaded."""
     found = planned(train, spec)
     in_features = int(rows.tensor.shape[-1])
-    ops = _Nodes(b)
+    ops = _Nodes(b, consts)
+    smallest = min(range(len(consts)), key=lambda k: consts[k].numel)
+    cores = [ops.scaled(core, scale) if k == smallest and scale != 1 else core for k, core in enumerate(consts)]
     if is_dense(found, spec):
         return ops.matmul(rows, _rebuilt(found, train, cores, ops, in_features, out))
     padded = train.in_features - in_features
@@ -155,7 +161,7 @@ def _rebuilt(found: Planned, train: TrainShape, cores: Sequence[Value], ops: _No
     whole = contract(replace(dense, steps=tuple(steps)), cores[0], cores, ops, (train.in_features,))
     for axis, (kept, size) in enumerate(((in_features, train.in_features), (out, train.out_features))):
         if kept < size:
-            whole = ops.b("aten.slice.Tensor", whole, axis, 0, kept)
+            whole = ops.slice(whole, axis, kept)
     return whole
 
 
@@ -170,21 +176,43 @@ def _leading(b: FragmentBuilder, rows: Value) -> tuple[Any, ...]:
     return tuple(size_of(axis, size) for axis, size in enumerate(sizes))
 
 
-@dataclass(frozen=True, slots=True)
 class _Nodes:
-    """`contraction.Ops` on values of the graph; steps that read cores only become nodes over constants, which ONNX Runtime computes when it
-    loads the file."""
+    """`contraction.Ops` on values of the graph. Steps that read cores only become nodes over constants, which ONNX Runtime computes when it
+    loads the file; it does that with kernels of the CPU, which has none for products in half precision, so those are in float32."""
 
-    b: FragmentBuilder
+    def __init__(self, b: FragmentBuilder, cores: Sequence[Value]) -> None:
+        self.b = b
+        self._fixed = set(cores)
 
     def reshape(self, value: Value, sizes: Sequence[Any]) -> Value:
-        return self.b("aten.reshape.default", value, tuple(sizes))
+        return self._noted(self.b("aten.reshape.default", value, tuple(sizes)), value)
 
     def permute(self, value: Value, axes: Sequence[int]) -> Value:
-        return self.b("aten.permute.default", value, tuple(axes))
+        return self._noted(self.b("aten.permute.default", value, tuple(axes)), value)
+
+    def slice(self, value: Value, axis: int, size: int) -> Value:
+        return self._noted(self.b("aten.slice.Tensor", value, axis, 0, size), value)
+
+    def scaled(self, core: Value, factor: float) -> Value:
+        return self._noted(self.b("aten.mul.Scalar", self._cast(core, _of_constants(core.tensor.torch_dtype)), factor), core)
 
     def matmul(self, left: Value, right: Value) -> Value:
-        return self.b("aten.matmul.default", left, right)
+        seen = [value for value in (left, right) if value not in self._fixed]
+        wanted = seen[0].tensor.torch_dtype if seen else _of_constants(left.tensor.torch_dtype)
+        product = self.b("aten.matmul.default", *(self._cast(value, wanted) for value in (left, right)))
+        return self._noted(product, left, right)
+
+    def _cast(self, value: Value, dtype: torch.dtype) -> Value:
+        return value if value.tensor.torch_dtype == dtype else self._noted(self.b("aten._to_copy.default", value, dtype=dtype), value)
+
+    def _noted(self, result: Value, *sources: Value) -> Value:
+        if all(source in self._fixed for source in sources):
+            self._fixed.add(result)
+        return result
+
+
+def _of_constants(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def core_consts(b: FragmentBuilder, cores: Sequence[Tensor]) -> list[Const]:

@@ -136,13 +136,9 @@ class TTLora:
         cores = [stored(site, core) for core in b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)]
         train = _train(site, spec, choice)
         consts = core_consts(b, cores)
-        smallest = min(range(len(cores)), key=lambda k: cores[k].numel())
 
         def body(rows: Value) -> Value:
-            values: list[Value] = list(consts)
-            if spec.alpha != 1:  # on a constant: computed when the session loads
-                values[smallest] = b("aten.mul.Scalar", values[smallest], spec.alpha)
-            return matmul_train(b, train, spec, rows, values, site.out_features)
+            return matmul_train(b, train, spec, rows, consts, site.out_features, spec.alpha)
 
         numbers = {"scale": torch.tensor(spec.alpha, dtype=torch.float64), "in_features": torch.tensor(site.in_features)}
         parts = {**{f"core_{k}": core for k, core in enumerate(cores)}, **numbers}
