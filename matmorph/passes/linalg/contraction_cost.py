@@ -20,16 +20,21 @@ from matmorph.passes.linalg.contraction_rates import RATES, Product, Rates
 MARGIN = 0.9
 """A plan is taken only where it is predicted to need at most this share of dense's time, at every token count: the model errs by about as
 much, and dense can not be slower than dense."""
+SAME = 1.08
+"""Plans whose predicted times differ by less are equally fast, as far as the model can tell. Taken is then the one with the least traffic
+outside the cache (in a network, and beside other work, less of it is free than where the constants were measured), the fewest products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one plan at one number of rows. `flops`: 2 per multiplication and addition; `bytes`: what the products read and write, float32."""
+    """Of one plan at one number of rows, in float32. `flops`: 2 per multiplication and addition; `bytes`: what products and permutes read
+    and write; `traffic`: the share of it in tensors that do not fit the target's cache."""
 
     tokens: int
     seconds: float
     flops: int
     bytes: int
+    traffic: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,31 +88,38 @@ def plan_contraction(train: TrainShape, tokens: tuple[int, ...], target: str = "
     """The plan for a graph that will see `tokens` rows (several counts: one plan serves them all).
 
     Taken is the plan with the smallest worst regret, the largest ratio over the token counts of its time to that of the best plan there,
-    among those that are predicted to need at most `MARGIN` of dense's time at every count; dense where there is none. `force` compares the
-    contractions alone, without dense. InputError for no token count, a negative one, or an unknown target.
+    among those that are predicted to need at most `MARGIN` of dense's time at every count; dense where there is none. Within `SAME` of the
+    smallest regret, traffic and the number of products decide. `force` compares the contractions alone, without dense. InputError for no
+    token count, a negative one, or an unknown target.
     """
     if not tokens or min(tokens) < 0:
         raise InputError(f"a contraction is planned for numbers of rows, 0 or more; these are {tokens}")
     rates = RATES[planning_target((target,))]
     candidates = tuple(Candidate(plan, tuple(estimate(plan, train, count, rates) for count in tokens)) for plan in candidate_plans(train))
+    chosen = choose(candidates, force)
+    return Planned(chosen, candidates, target, _explanation(chosen, candidates, target, rates))
+
+
+def choose(candidates: Sequence[Candidate], force: bool = False) -> Candidate:
+    """The one to take, of candidates with dense as the last; see `plan_contraction`."""
     dense = candidates[-1]
-    allowed = [item for item in candidates[:-1] if force or max(_over(item, dense)) <= MARGIN]
-    contenders = allowed or [dense]
-    best = Candidate(
-        dense.plan,
-        tuple(min(column, key=lambda each: each.seconds) for column in zip(*(item.estimates for item in contenders), strict=True)),
-    )
-    chosen = min(contenders, key=lambda item: (max(_over(item, best)), sum(_over(item, best))))
-    return Planned(chosen, candidates, target, _explanation(chosen, dense, candidates, target, rates))
+    allowed = [item for item in candidates[:-1] if force or max(_over(item, dense)) <= MARGIN] or [dense]
+    columns = tuple(zip(*(item.estimates for item in allowed), strict=True))
+    fastest = [min(each.seconds for each in column) for column in columns]
+    regrets = [max(each.seconds / least for each, least in zip(item.estimates, fastest, strict=True)) for item in allowed]
+    near = [item for item, regret in zip(allowed, regrets, strict=True) if regret <= SAME * min(regrets)]
+    return min(near, key=lambda item: (sum(each.traffic for each in item.estimates), len(item.plan.groups), item.estimates[-1].seconds))
 
 
 def estimate(plan: Plan, train: TrainShape, tokens: int, rates: Rates) -> Estimate:
     """Time, FLOPs and bytes of one run of the plan with `tokens` rows; what is computed at load costs nothing."""
     meter = _Meter()
     contract(plan, Sized((tokens, train.in_features)), [Sized(shape, constant=True) for shape in train.core_shapes], meter, (tokens,))
-    moved = sum(2 * size for size in meter.permuted)
+    tensors = [size for item in meter.products for size in (item.constant, item.operand, item.result)]
+    tensors += [size for size in meter.permuted for _ in ("read", "written")]
     seconds = rates.seconds(meter.products, meter.views, meter.permuted)
-    return Estimate(tokens, seconds, meter.flops, 4 * (moved + sum(product.elements for product in meter.products)))
+    outside = sum(size for size in tensors if size > rates.cache)
+    return Estimate(tokens, seconds, meter.flops, 4 * sum(tensors), 4 * outside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,8 @@ def _over(item: Candidate, reference: Candidate) -> tuple[float, ...]:
     return tuple(mine.seconds / other.seconds for mine, other in zip(item.estimates, reference.estimates, strict=True))
 
 
-def _explanation(chosen: Candidate, dense: Candidate, candidates: Sequence[Candidate], target: str, rates: Rates) -> str:
+def _explanation(chosen: Candidate, candidates: Sequence[Candidate], target: str, rates: Rates) -> str:
+    dense = candidates[-1]
     counts = ", ".join(str(each.tokens) for each in dense.estimates)
     basis = "predicted" if rates.measured else "estimated, not measured,"
     shown = chosen if chosen is not dense else min(candidates[:-1], key=lambda item: max(_over(item, dense)), default=dense)
