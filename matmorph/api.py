@@ -23,9 +23,12 @@ from matmorph.ir.evaluate import bind
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.trace import read_examples, trace
+from matmorph.lifecycle import Values, adapters_of, loaded_job, merged_job
 from matmorph.models import Model
+from matmorph.passes.adapters import Adapter
 from matmorph.passes.explain import Explanation
 from matmorph.passes.explain import explain as explain_site
+from matmorph.passes.merging import Merged
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
 from matmorph.report.model import Report
@@ -138,8 +141,11 @@ class Compiled:
     """A rewritten model.
 
     `graph` and `source`: the IR after and before. `module`: a torch module with weights of its own. `report`: what was done to each site;
-    `save` adds the parity of the export to it.
+    `save` adds the parity of the export to it. `merged`: after `merge`, what it did to each site.
     """
+
+    merged: tuple[Merged, ...] = ()
+    _unmerged: Compiled | None = None
 
     def __init__(self, job: Job, progress: Progress = silent) -> None:
         self._job = job
@@ -169,6 +175,36 @@ class Compiled:
     def module(self) -> CompiledModule:
         """The rewritten model as a torch module in eval mode, called like the source; made on first use (a copy of all weights)."""
         return to_torch(self.graph)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The factors that rules put in to be trained, one entry per method and site; () once they are merged."""
+        return adapters_of(self._job)
+
+    def load_trained(self, values: Values) -> Compiled:
+        """The same model with trained values, in `graph` and `module`: `Trainer.parameters()`, a .safetensors file, or a folder with one.
+
+        Raises InputError for values of another model or rank.
+        """
+        return Compiled(loaded_job(self._job, values), self._progress)
+
+    def merge(self, values: Values | None = None) -> Compiled:
+        """The model with its adapters, trained (`values` as in `load_trained`) or as they are, merged into the weights beside them.
+
+        A dense weight takes them in exactly, rounded once to its type; a quantised one is quantised anew with its own settings. `merged` of
+        the result and its report say what that cost. Raises InputError: nothing to merge, a base that takes nothing in, other values.
+        """
+        start = self if values is None else self.load_trained(values)
+        job, found = merged_job(start._job, start.adapters, None)
+        result = Compiled(job, self._progress)
+        result.merged, result._unmerged = found, start
+        return result
+
+    def unmerge(self) -> Compiled:
+        """The model before `merge`: the stored base and the adapters beside it, to the bit. InputError where nothing was merged."""
+        if self._unmerged is None:
+            raise InputError("nothing to unmerge: this model was not made by merge")
+        return self._unmerged
 
     def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
         """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.

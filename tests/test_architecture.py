@@ -30,6 +30,7 @@ LAYERS = (
     ("matmorph.report",),
     ("matmorph.models", "matmorph.hf_folder"),  # where models come from
     ("matmorph.saving",),
+    ("matmorph.lifecycle",),
     ("matmorph.api",),
     ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
 )

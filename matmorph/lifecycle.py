@@ -1,0 +1,101 @@
+"""What becomes of a compiled model after training: trained values put in, adapters merged, and the report of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Graph
+from matmorph.passes.adapters import Adapter, find_adapters, with_values
+from matmorph.passes.merging import Merged, merge
+from matmorph.passes.methods import method_table
+from matmorph.passes.reporting import totals
+from matmorph.passes.sizes import item_size
+from matmorph.report.model import Report, SiteRow
+from matmorph.saving import Job
+
+Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
+"""Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
+
+FILES = ("trainable.safetensors", "parameters.safetensors")
+"""What a folder of values keeps them in: a training folder, a checkpoint."""
+
+
+def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
+    """(the values, what errors call them). InputError for a file that is missing or cannot be read."""
+    if isinstance(source, Mapping):
+        return source, "the values"
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path}: no trained values in this folder (neither {' nor '.join(FILES)})")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), str(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def adapters_of(job: Job) -> tuple[Adapter, ...]:
+    """The adapters of a compiled model, in order of its sites."""
+    return find_adapters(job.spec, job.graph, job.report)
+
+
+def loaded_job(job: Job, source: Values) -> Job:
+    """The model with trained values in it. InputError for values of another model or rank, and for none at all."""
+    values, where = read_values(source)
+    if not values:
+        raise InputError(f"{where}: there are no values to load")
+    return replace(job, graph=with_values(job.graph, values, where))
+
+
+def merged_job(job: Job, adapters: Sequence[Adapter], source: Values | None) -> tuple[Job, tuple[Merged, ...]]:
+    """The model with its adapters in its weights, and a line per site; its report says what merging cost. Errors as `merging.merge`."""
+    methods = {name: method() for name, method in method_table().items()}
+    start = job if source is None else loaded_job(job, source)
+    graph, found = merge(start.graph, adapters, methods)
+    return replace(start, graph=graph, report=merged_report(job, graph, found)), found
+
+
+def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
+    """Rows of merged sites count what is left there; their errors against the source's weights say nothing after training."""
+    by_path = {merged.site: merged for merged in found}
+    precision = job.spec.export.precision
+    rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
+    figures = totals(job.source, graph, rows, (), precision)
+    worst = max(found, key=lambda merged: merged.error)
+    note = f"adapters merged at {len(found)} sites; largest error of a merged weight {worst.error:.2e} ({worst.site})"
+    return replace(job.report, sites=rows, totals=figures, parity=None, notes=(*job.report.notes, note))
+
+
+def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
+    coded = row.parameters[0] if merged.quantizer is not None else 0
+    consts = [const for const in graph.state if const.path in merged.consts]
+    dense = merged.quantizer is None
+    size = row.bytes[0] if dense else sum(const.numel * item_size(const.tensor.dtype, precision) for const in consts)
+    note = f"merged: error {merged.error:.3g} of the weight, which the update changed by {merged.change:.3g}"
+    return replace(
+        row,
+        method=f"{row.method}, merged",
+        rank=None,
+        requested_rank=None,
+        weight_error=None,
+        output_error=None,
+        bound=None,
+        parameters=(row.parameters[0], row.parameters[0]),
+        bytes=(row.bytes[0], size),
+        macs=(row.macs[0], row.macs[0]),
+        trainable=0,
+        coded=coded,
+        notes=(note,),
+    )
