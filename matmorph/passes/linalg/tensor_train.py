@@ -161,6 +161,7 @@ def tt_svd(
     """
     if tensor.dim() < 1 or tensor.numel() == 0:
         raise ValueError(f"a tensor with entries is needed, not one of shape {list(tensor.shape)}")
+    tensor = tensor.detach()
     peak = largest(tensor)
     if not isfinite(peak):
         raise ValueError("NaN or infinity in the tensor")
@@ -168,7 +169,7 @@ def tt_svd(
     modes = tuple(tensor.shape)
     limits = full_ranks(modes) if ranks is None else clamp_ranks(modes, ranks)
     double = tensor.dtype == torch.float64 or 0 <= target < _FINEST_FLOAT32
-    work = tensor.detach().to(torch.float64 if double else torch.float32).contiguous()
+    work = tensor.to(torch.float64 if double else torch.float32).contiguous()
     scale = peak if peak > 0 and not 1e-6 < peak < 1e6 else 1.0  # squares must not leave the range of the type
     work = work if scale == 1.0 else work / scale
     budget = Budget.of(work, target, limits, multiple_of)
@@ -197,14 +198,14 @@ def round_tt(
     Without any target the ranks become the smallest that hold the same tensor, up to rounding of float64. Works in float64; the cores keep
     the type of the given ones, a TT-matrix stays one. `Info.norm` is that of `train`. Raises ValueError as `tt_svd` does."""
     target = _target(ranks, error, energy, needed=False)
-    if not all(isfinite(largest(core)) for core in train.cores):
+    plain = [core.detach().double() for core in merge_modes(train).cores]
+    if not all(isfinite(largest(core)) for core in plain):
         raise ValueError("NaN or infinity in the cores")
-    plain = merge_modes(train)
     if ranks is None and target < 0:
         target = ROUNDING * torch.finfo(torch.float64).eps
     limits = clamp_ranks(train.modes, train.ranks if ranks is None else ranks)
     limits = tuple(map(min, limits, clamp_ranks(train.modes, train.ranks)))
-    cores = left_orthogonal([core.double() for core in plain.cores])
+    cores = left_orthogonal(plain)
     budget = Budget.of(cores[-1], target, limits, multiple_of)
     done, steps = truncated(cores, budget, lambda c, rank: left_step(c, rank, solver=solver, seed=seed))
     rounded = TensorTrain(tuple(core.to(train.cores[0].dtype).contiguous() for core in done))

@@ -34,6 +34,8 @@ _BLOCK = 1 << 20
 _RUN = 1 << 15
 _RESOLVED = 1e-6
 """A sum of discarded eigenvalues below this share of the energy is not trusted: the error is then measured."""
+_NOISE = 1e-12
+"""Sums below this share of the energy decide no rank."""
 
 ChooseRank = Callable[[Tensor], int]
 """Squared tails, float64 [k + 1] (entry r = what rank r leaves over) -> rank in 1..k."""
@@ -58,19 +60,12 @@ def left_step(c: Tensor, rank: int | ChooseRank, *, solver: Solver = "auto", see
     A zero matrix gives some orthonormal `u`. Raises ValueError for an unknown solver or a rank outside 1..min(m, n)."""
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(SOLVERS)}")
-    short = min(c.shape)
-    fixed = rank if isinstance(rank, int) else None
-    if fixed is not None and not 1 <= fixed <= short:
-        raise ValueError(f"rank {fixed} is outside 1..{short}")
-    if fixed is not None and _randomized_pays(c, fixed, solver):
-        return _randomized(c, fixed, seed)
-    choose = _always(rank) if isinstance(rank, int) else rank
-    found = None if solver == "exact" else _gram(c, choose)
-    return found or _exact(c, choose)
-
-
-def _always(rank: int) -> ChooseRank:
-    return lambda tails: rank
+    if not callable(rank) and not 1 <= rank <= min(c.shape):
+        raise ValueError(f"rank {rank} is outside 1..{min(c.shape)}")
+    if not callable(rank) and _randomized_pays(c, rank, solver):
+        return _randomized(c, rank, seed)
+    found = None if solver == "exact" else _gram(c, rank)
+    return found or _exact(c, rank)
 
 
 def _randomized_pays(c: Tensor, rank: int, solver: Solver) -> bool:
@@ -85,18 +80,21 @@ def _randomized(c: Tensor, rank: int, seed: int) -> Step:
     return Step(found.u, rest, _left_over(c, found.u, rest), found.optimum, found.solver)
 
 
-def _gram(c: Tensor, choose: ChooseRank) -> Step | None:
+def _gram(c: Tensor, wanted: int | ChooseRank) -> Step | None:
     """None where rounding of the Gram matrix could hide more than the guard allows."""
     wide = c.shape[0] <= c.shape[1]
     gram = gram_matrix(c if wide else c.T)
     with one_thread():
         values, vectors = torch.linalg.eigh(gram)
     tails = _tails(values.flip(0).clamp_min(0))
-    rank = choose(tails)
+    total = float(tails[0])
+    rank = wanted(tails) if callable(wanted) else wanted
+    if callable(wanted) and float(tails[rank - 1]) <= _NOISE * total and rank > 1:
+        return None  # the choice would be made by rounding
     top = vectors[:, -rank:].flip(1).to(c)
     u = top if wide else _orthonormal(c @ top)
     rest = u.T @ c
-    total, tail = float(tails[0]), float(tails[rank])
+    tail = float(tails[rank])
     slack = rank * sqrt(max(c.shape)) * torch.finfo(torch.float64).eps * float(values[-1].clamp_min(0))
     error = sqrt(tail) if wide and tail > _RESOLVED * total else _left_over(c, u, rest)
     if error <= ROUNDING * torch.finfo(c.dtype).eps * sqrt(total):
@@ -105,7 +103,7 @@ def _gram(c: Tensor, choose: ChooseRank) -> Step | None:
     return Step(u, rest, error, min(optimum, error), "gram") if error <= GUARD * optimum else None
 
 
-def _exact(c: Tensor, choose: ChooseRank) -> Step:
+def _exact(c: Tensor, wanted: int | ChooseRank) -> Step:
     """In float64. The triangular factor of the long side has the singular values of `c` and its vectors on the short side."""
     wide = c.shape[0] <= c.shape[1]
     a = c.double()
@@ -118,7 +116,7 @@ def _exact(c: Tensor, choose: ChooseRank) -> Step:
             inner, values, _ = torch.linalg.svd(small, full_matrices=False)
             vectors = q @ inner
     tails = _tails(values.square())
-    rank = choose(tails)
+    rank = wanted(tails) if callable(wanted) else wanted
     u = vectors[:, :rank].to(c).contiguous()
     error = float(tails[rank].sqrt())
     floor = ROUNDING * torch.finfo(torch.float64).eps * float(tails[0].sqrt())
