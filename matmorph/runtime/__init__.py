@@ -1,13 +1,73 @@
-"""Running artefacts: numpy, onnxruntime and safetensors only, so that a machine that deploys needs no torch.
+"""Running and training artefacts: numpy, onnxruntime and safetensors only, so that a machine that deploys needs no torch.
 
     from matmorph.runtime import Session
     outputs = Session("out/").run({"input_ids": ids, "attention_mask": mask})
 
-`python -m matmorph.runtime.check DIR` checks a folder's files and its outputs on this machine.
+    from matmorph.runtime import Trainer, linear, load_batches
+    trainer = Trainer("out-train/", lr=1e-4)
+    trainer.fit(load_batches("train.npz", 16), epochs=3, schedule=linear(warmup=0.06), checkpoint="run.safetensors")
+
+`python -m matmorph.runtime.check DIR` checks a folder's files and its outputs on this machine. What only training needs is imported on
+first use.
 """
 
-from matmorph.runtime.errors import ArtifactError, ExecutionError, InputMismatch, ProviderError, SessionError
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from matmorph.runtime.errors import (
+    ArtifactError,
+    CheckpointError,
+    ExecutionError,
+    InputMismatch,
+    ProviderError,
+    SessionError,
+    TrainingError,
+)
 from matmorph.runtime.manifest import TensorInfo
 from matmorph.runtime.session import Session
 
-__all__ = ["ArtifactError", "ExecutionError", "InputMismatch", "ProviderError", "Session", "SessionError", "TensorInfo"]
+if TYPE_CHECKING:
+    from matmorph.runtime.batches import Batches, load_batches, trim_padding
+    from matmorph.runtime.fitting import StepInfo
+    from matmorph.runtime.schedules import constant, cosine, linear
+    from matmorph.runtime.trainer import Trainer
+
+__all__ = [
+    "ArtifactError",
+    "Batches",
+    "CheckpointError",
+    "ExecutionError",
+    "InputMismatch",
+    "ProviderError",
+    "Session",
+    "SessionError",
+    "StepInfo",
+    "TensorInfo",
+    "Trainer",
+    "TrainingError",
+    "constant",
+    "cosine",
+    "linear",
+    "load_batches",
+    "trim_padding",
+]
+
+_TRAINING = {
+    "Batches": "batches",
+    "load_batches": "batches",
+    "trim_padding": "batches",
+    "StepInfo": "fitting",
+    "constant": "schedules",
+    "cosine": "schedules",
+    "linear": "schedules",
+    "Trainer": "trainer",
+}
+"""Module by the public name that it holds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module 'matmorph.runtime' has no attribute {name!r}")
+    return getattr(import_module(f"matmorph.runtime.{_TRAINING[name]}"), name)

@@ -26,6 +26,14 @@ class ExecutionError(SessionError, RuntimeError):
     """ONNX Runtime refused while it ran, for instance a token id outside the vocabulary."""
 
 
+class TrainingError(SessionError, RuntimeError):
+    """Training cannot go on: a loss or gradient that is not finite. The state is that of the last good update."""
+
+
+class CheckpointError(SessionError, ValueError):
+    """A checkpoint cannot be written or read, or belongs to another model."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean input_ids?"`, or an empty string when nothing is near."""
     near = get_close_matches(word, list(choices), n=1, cutoff=0.5)

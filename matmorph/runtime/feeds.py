@@ -10,18 +10,28 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matmorph.runtime.errors import InputMismatch, nearest
-from matmorph.runtime.manifest import Dim, Manifest, Range, TensorInfo
+from matmorph.runtime.manifest import Dim, Range, TensorInfo
 
 Array = NDArray[Any]
 
 
-def check_feeds(manifest: Manifest, feeds: Mapping[str, Any]) -> dict[str, Array]:
+class Ports(Protocol):
+    """What a manifest says of the arrays that go in."""
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]: ...
+
+    @property
+    def ranges(self) -> Mapping[str, Range]: ...
+
+
+def check_feeds(manifest: Ports, feeds: Mapping[str, Any]) -> dict[str, Array]:
     """The arrays in the model's dtypes, in the manifest's order. Raises InputMismatch."""
     _check_names(manifest, feeds)
     arrays = {info.name: _as_dtype(info, feeds[info.name]) for info in manifest.inputs}
@@ -33,7 +43,7 @@ def check_feeds(manifest: Manifest, feeds: Mapping[str, Any]) -> dict[str, Array
     return arrays
 
 
-def _check_names(manifest: Manifest, feeds: Mapping[str, Any]) -> None:
+def _check_names(manifest: Ports, feeds: Mapping[str, Any]) -> None:
     names = [info.name for info in manifest.inputs]
     for name in feeds:
         if name not in names:

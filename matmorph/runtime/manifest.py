@@ -88,69 +88,74 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = artifact_folder(folder) / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{path}: missing")
+    return read_json(path, _manifest)
+
+
+def read_json(path: Path, read: Callable[[Any], T]) -> T:
+    """What `read` makes of the data. Raises ArtifactError, with the path, for an unreadable file and for a ManifestError of `read`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
     try:
-        return _manifest(data)
-    except _ManifestError as error:
+        return read(data)
+    except ManifestError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
 
-class _ManifestError(Exception):
+class ManifestError(Exception):
     """`KEY: what is wrong`; the caller adds the path."""
 
 
 def _manifest(data: Any) -> Manifest:
-    top = _typed(data, dict, "manifest")
+    top = typed(data, dict, "manifest")
     if top.get("format") != FORMAT:
-        raise _ManifestError(f"format: this matmorph reads format {FORMAT}, the file has {top.get('format')!r}")
+        raise ManifestError(f"format: this matmorph reads format {FORMAT}, the file has {top.get('format')!r}")
     return Manifest(
-        version=_entry(top, "matmorph", str),
-        inputs=_items(top, "inputs", _tensor_info),
-        outputs=_items(top, "outputs", _tensor_info),
-        ranges={name: _range(value, f"ranges.{name}") for name, value in _entry(top, "ranges", dict).items()},
-        precision=_entry(top, "precision", str),
-        tolerance=float(_entry(top, "tolerance", (int, float))),
-        files={name: _file_record(name, value) for name, value in _entry(top, "files", dict).items()},
+        version=entry(top, "matmorph", str),
+        inputs=items(top, "inputs", tensor_info),
+        outputs=items(top, "outputs", tensor_info),
+        ranges={name: size_range(value, f"ranges.{name}") for name, value in entry(top, "ranges", dict).items()},
+        precision=entry(top, "precision", str),
+        tolerance=float(entry(top, "tolerance", (int, float))),
+        files={name: file_record(name, value) for name, value in entry(top, "files", dict).items()},
         notes=tuple(map(str, top.get("notes", ()))),
     )
 
 
-def _typed(value: Any, kind: type | tuple[type, ...], key: str) -> Any:
+def typed(value: Any, kind: type | tuple[type, ...], key: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _ManifestError(f"{key}: unexpected value {value!r:.80}")
+        raise ManifestError(f"{key}: unexpected value {value!r:.80}")
     return value
 
 
-def _entry(table: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
+def entry(table: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
     if key not in table:
-        raise _ManifestError(f"{where}{key}: missing")
-    return _typed(table[key], kind, f"{where}{key}")
+        raise ManifestError(f"{where}{key}: missing")
+    return typed(table[key], kind, f"{where}{key}")
 
 
-def _items(table: Mapping[str, Any], key: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
-    return tuple(read(item, f"{key}[{index}]") for index, item in enumerate(_entry(table, key, list)))
+def items(table: Mapping[str, Any], key: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+    return tuple(read(item, f"{key}[{index}]") for index, item in enumerate(entry(table, key, list)))
 
 
-def _tensor_info(data: Any, where: str) -> TensorInfo:
-    entry = _typed(data, dict, where)
-    shape = tuple(_typed(dim, (int, str), f"{where}.shape") for dim in _entry(entry, "shape", list, f"{where}."))
-    return TensorInfo(_entry(entry, "name", str, f"{where}."), _entry(entry, "dtype", str, f"{where}."), shape)
+def tensor_info(data: Any, where: str) -> TensorInfo:
+    table = typed(data, dict, where)
+    shape = tuple(typed(dim, (int, str), f"{where}.shape") for dim in entry(table, "shape", list, f"{where}."))
+    return TensorInfo(entry(table, "name", str, f"{where}."), entry(table, "dtype", str, f"{where}."), shape)
 
 
-def _range(data: Any, where: str) -> Range:
-    low, high = _typed(data, list, where) if isinstance(data, list) and len(data) == 2 else (None, None)
+def size_range(data: Any, where: str) -> Range:
+    low, high = typed(data, list, where) if isinstance(data, list) and len(data) == 2 else (None, None)
     if not isinstance(low, int) or not isinstance(high, int | None):
-        raise _ManifestError(f"{where}: expected [low, high], found {data!r:.80}")
+        raise ManifestError(f"{where}: expected [low, high], found {data!r:.80}")
     return Range(low, high)
 
 
-def _file_record(name: str, data: Any) -> FileRecord:
+def file_record(name: str, data: Any) -> FileRecord:
     where = f"files[{name!r}]"
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise _ManifestError(f"{where}: a file must lie inside the folder")
-    entry = _typed(data, dict, where)
-    return FileRecord(_entry(entry, "sha256", str, f"{where}."), _entry(entry, "bytes", int, f"{where}."))
+        raise ManifestError(f"{where}: a file must lie inside the folder")
+    table = typed(data, dict, where)
+    return FileRecord(entry(table, "sha256", str, f"{where}."), entry(table, "bytes", int, f"{where}."))

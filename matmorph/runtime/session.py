@@ -43,12 +43,9 @@ class Session:
     ) -> None:
         self._manifest = read_manifest(folder)
         for info in self._manifest.inputs:
-            _check_dtype(info)
+            check_dtype(info)
         path = Path(folder) / MODEL
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing")
-        options = _options(threads, optimize, session_options)
-        self._session = _automatic(path, options, log) if providers is None else _explicit(path, options, requested(providers))
+        self._session = load_session(path, providers, session_settings(threads, optimize, session_options), log)
         _check_names(path, self._manifest, self._session)
 
     @property
@@ -85,7 +82,20 @@ class Session:
         return dict(zip(names, results, strict=True))
 
 
-def _options(threads: int | None, optimize: bool, given: onnxruntime.SessionOptions | None) -> onnxruntime.SessionOptions:
+def load_session(
+    path: Path,
+    providers: str | Sequence[Provider] | None,
+    options: onnxruntime.SessionOptions,
+    log: Callable[[str], None],
+) -> onnxruntime.InferenceSession:
+    """The model of one file, on CUDA where that truly loads when `providers` is None. Raises ArtifactError and ProviderError."""
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing")
+    return _automatic(path, options, log) if providers is None else _explicit(path, options, requested(providers))
+
+
+def session_settings(threads: int | None, optimize: bool, given: onnxruntime.SessionOptions | None = None) -> onnxruntime.SessionOptions:
+    """Options for `threads` CPU threads of one operator; `given` in place of both."""
     if given is not None:
         if threads is not None or not optimize:
             raise ValueError("session_options replaces threads and optimize: set them there")
@@ -138,7 +148,8 @@ def _create(path: Path, options: onnxruntime.SessionOptions, providers: Sequence
 _DTYPES = frozenset(["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"])
 
 
-def _check_dtype(info: TensorInfo) -> None:
+def check_dtype(info: TensorInfo) -> None:
+    """Raises ArtifactError for a type that numpy does not have."""
     if info.dtype not in _DTYPES:
         raise ArtifactError(f"input {info.name} has type {info.dtype}, which numpy cannot hold")
 

@@ -1,0 +1,91 @@
+"""A checkpoint: one .safetensors file with the flat vectors, and JSON in its metadata for everything else. Whole or not there.
+
+A file is written under another name beside its own, flushed to the disk, and takes its name last: a process that is killed, or a disk
+that is full, leaves the older file as it was. Written by one process at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from matmorph.runtime.errors import CheckpointError
+from matmorph.runtime.feeds import Array
+
+FORMAT = 1
+_KEY = "matmorph"  # of the metadata
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+    """Writes the file, whole or not at all; `about` must be plain data. Raises CheckpointError where it cannot be written."""
+    target = Path(path)
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; a checkpoint is one file")
+    partial = target.with_name(f".{target.name}.partial")  # always the same name: what a killed process left is overwritten
+    metadata = {_KEY: json.dumps({"format": FORMAT, **about}, sort_keys=True, allow_nan=False)}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
+        _flush(partial)
+        os.replace(partial, target)
+        _flush_folder(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        kept = "; the older file is as it was" if target.exists() else "; nothing was left behind"
+        raise CheckpointError(f"{target} cannot be written: {_reason(error)}{kept}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The tensors and what `write_tensors` was told about them. Raises CheckpointError for a file that this module did not write."""
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
+    try:
+        with safetensors.safe_open(file, framework="np") as archive:
+            metadata = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - it cannot be iterated
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    try:
+        about = json.loads(metadata.get(_KEY, ""))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a checkpoint of matmorph (its metadata has no {_KEY!r})") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: this matmorph reads checkpoints of format {FORMAT}, the file has another")
+    return tensors, about
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name itself must reach the disk too; Windows has no way to ask for that."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    """safetensors reports the system's errors as text: "... (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    text = os.strerror(number) if number else str(error)
+    return f"the disk is full ({text})" if number in _FULL else text

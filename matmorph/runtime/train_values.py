@@ -1,0 +1,101 @@
+"""Values of a training folder as flat vectors: the starting point, masks, factors of segments, and back to named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from matmorph.runtime.errors import ArtifactError, InputMismatch, nearest
+from matmorph.runtime.feeds import Array
+from matmorph.runtime.train_manifest import TrainManifest
+
+Mask = Mapping[str, Array] | Array
+"""1 trains, 0 does not: a flat vector [n], or arrays by parameter name (of its shape, or one number); what is not named trains."""
+Factors = Mapping[str, float] | Array
+"""One factor per segment: an array [segments], or numbers by segment name; what is not named has 1."""
+
+
+def check_files(folder: Path, manifest: TrainManifest) -> None:
+    """Raises ArtifactError for a listed file that is missing or has another size: a copy that was cut off."""
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing")
+        if path.stat().st_size != record.bytes:
+            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, train.json says {record.bytes}")
+
+
+def initial_theta(folder: Path, manifest: TrainManifest) -> Array:
+    """The flat vector as training starts, float32 [n]. Raises ArtifactError for a file that does not hold it."""
+    path = folder / manifest.initial
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing")
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    wrong = sorted({one.name for one in manifest.parameters} ^ set(tensors))
+    if wrong:
+        raise ArtifactError(f"{path}: does not hold the trainable parameters of train.json; differs in {', '.join(wrong[:5])}")
+    theta = np.empty(manifest.length, np.float32)
+    for one in manifest.parameters:
+        tensor = tensors[one.name]
+        if tensor.shape != one.shape or tensor.dtype != np.float32:
+            expected = f"float32{list(one.shape)}"
+            raise ArtifactError(f"{path}: {one.name} is {tensor.dtype}{list(tensor.shape)}, train.json says {expected}")
+        theta[one.offset : one.offset + one.size] = tensor.reshape(-1)
+    return theta
+
+
+def named(manifest: TrainManifest, vector: Array) -> dict[str, Array]:
+    """Copies of the vector's pieces, by parameter name and in its shape."""
+    return {one.name: vector[one.offset : one.offset + one.size].reshape(one.shape).copy() for one in manifest.parameters}
+
+
+def flat_mask(manifest: TrainManifest, mask: Mask) -> Array:
+    """float32 [n] of 0 and 1. Raises InputMismatch for a parameter that is not there, another shape, another value, and all 0."""
+    flat = np.ones(manifest.length, np.float32)
+    if isinstance(mask, Mapping):
+        _check_names("mask", list(mask), [one.name for one in manifest.parameters], "trainable parameter")
+        for one in manifest.parameters:
+            if one.name in mask:
+                values = np.asarray(mask[one.name], np.float32)
+                if values.shape not in ((), one.shape):
+                    raise InputMismatch(f"mask: {one.name} has shape {one.shape}, its mask has {values.shape}")
+                flat[one.offset : one.offset + one.size] = values.reshape(-1)
+    elif np.shape(mask) == (manifest.length,):
+        flat[:] = mask
+    else:
+        raise InputMismatch(
+            f"mask: expected a vector of {manifest.length} numbers, or arrays by parameter name; got shape {np.shape(mask)}"
+        )
+    if not np.isin(flat, (0, 1)).all():
+        raise InputMismatch("mask: holds something other than 0 and 1")
+    if not flat.any():
+        raise InputMismatch("mask: is 0 everywhere, so nothing would train")
+    return flat
+
+
+def flat_factors(manifest: TrainManifest, what: str, factors: Factors) -> Array:
+    """float32 [segments]. Raises InputMismatch for a segment that is not there, another count, and a factor that is no number >= 0."""
+    names = [segment.name for segment in manifest.segments]
+    if isinstance(factors, Mapping):
+        _check_names(what, list(factors), names, "segment")
+        flat = np.asarray([factors.get(name, 1.0) for name in names], np.float32)
+    else:
+        flat = np.asarray(factors, np.float32)
+    if flat.shape != (len(names),):
+        raise InputMismatch(f"{what}: expected {len(names)} factors, one per segment, got shape {flat.shape}")
+    if not (np.isfinite(flat) & (flat >= 0)).all():
+        raise InputMismatch(f"{what}: a factor must be a finite number of at least 0, got {flat[~(np.isfinite(flat) & (flat >= 0))][0]}")
+    return flat
+
+
+def _check_names(what: str, given: list[str], known: list[str], kind: str) -> None:
+    for name in given:
+        if name not in known:
+            raise InputMismatch(f"{what}: no {kind} is called {name!r}{nearest(name, known)}")
