@@ -151,13 +151,11 @@ class _Meter:
         return Sized(tuple(value.shape[axis] for axis in axes), value.constant)
 
     def matmul(self, left: Sized, right: Sized) -> Sized:
-        """One operand is a matrix at least; a matrix on the right takes all rows of the left in one product."""
-        batch = right.shape[:-2] or left.shape[:-2]
+        """A matrix on the right has a matrix on its left, in all plans: a batch is always of the right operand."""
+        batch = right.shape[:-2]
         result = Sized((*batch, left.shape[-2], right.shape[-1]), left.constant and right.constant)
         if not result.constant:
-            rows = prod(left.shape[:-1]) if len(right.shape) == 2 else left.shape[-2]
-            many = 1 if len(right.shape) == 2 else prod(batch)
-            self._note(Product(many, rows, left.shape[-1], right.shape[-1], right.constant))
+            self._note(Product(prod(batch), left.shape[-2], left.shape[-1], right.shape[-1], right.constant))
         return result
 
     def _note(self, product: Product) -> None:
