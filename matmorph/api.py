@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 import torch
 
 from matmorph.errors import InputError
+from matmorph.exporters.prepare_training import Axes, TrainRequest, of_spec
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind
+from matmorph.ir.losses import LossFunction
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.trace import read_examples, trace
@@ -31,10 +33,12 @@ from matmorph.passes.explain import explain as explain_site
 from matmorph.passes.merging import Merged
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
+from matmorph.passes.trainables import selectors
 from matmorph.report.model import Report
 from matmorph.saving import Job, save
 from matmorph.specs.load import load_spec as read_spec
-from matmorph.specs.schema import Spec
+from matmorph.specs.optimizers import AnyOptimizer
+from matmorph.specs.schema import Spec, checked_optimizer
 
 __all__ = ["Compiled", "Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
 
@@ -206,13 +210,67 @@ class Compiled:
             raise InputError("nothing to unmerge: this model was not made by merge")
         return self._unmerged
 
-    def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
+    def save(self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None) -> Path:
         """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.
 
-        force: replace an existing artefact folder. Raises InputError (the folder exists, cannot be written, disk full), ExportError and
-        CheckError (parity).
+        force: replace an existing artefact folder. train: write training graphs too, as the spec's `train:` says; None = where it has one.
+        Raises InputError (the folder exists, cannot be written, disk full; no `train:`), ExportError and CheckError (parity), with training
+        graphs also SpecError (what trains).
         """
-        path = Path(folder)
-        report = save(path, self._job, force, self._progress)
+        asked = self.spec.train
+        if train and asked is None:
+            raise InputError("the spec says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
+        return self._save(Path(folder), force, None if asked is None or train is False else of_spec(asked))
+
+    def export_training(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        loss: str | LossFunction | None = None,
+        output: str | None = None,
+        ignore_index: int | None = None,
+        optimizer: AnyOptimizer | None = None,
+        trainable: Sequence[str] | None = None,
+        frozen: Sequence[str] | None = None,
+        labels: Mapping[str, torch.Tensor] | None = None,
+        label_shapes: Axes | None = None,
+        keep_outputs: Sequence[str] = (),
+        force: bool = False,
+    ) -> Path:
+        """Writes an artefact folder with training graphs, complete by itself: `Trainer(folder)` needs nothing else.
+
+        loss: cross_entropy, causal_lm, mse, cosine, or a function `f(outputs, labels) -> loss` of tensors by name, then with example
+        `labels` and the names of their dynamic axes ({"labels": {0: "batch"}}). output: the model output that the loss reads. optimizer:
+        its lr and weight_decay can be changed at each step, the rest is fixed. trainable, frozen: adapters, factors, all, or globs over
+        `module.named_parameters()`. labels: with a named loss an example for the check, else drawn. keep_outputs: model outputs that a
+        training step gives too. What is not given is as the spec's `train:` says, else AdamW at 1e-4 on the adapters.
+
+        Raises SpecError (what trains), InputError (folder, labels), ExportError (an operator without gradient) and CheckError (ONNX Runtime
+        and torch disagree); nothing is written then.
+        """
+        given: dict[str, Any] = {
+            "loss": loss,
+            "output": output,
+            "ignore_index": ignore_index,
+            "optimizer": None if optimizer is None else checked_optimizer(optimizer),
+            "trainable": None if trainable is None else selectors(_words(trainable, "trainable"), "trainable"),
+            "frozen": None if frozen is None else selectors(_words(frozen, "frozen"), "frozen"),
+        }
+        if loss is None and self.spec.train is None:
+            raise InputError("export_training needs a loss", ["export_training(folder, loss='cross_entropy'), or train: in the spec"])
+        asked = of_spec(self.spec.train) if self.spec.train is not None else TrainRequest(loss or "")
+        asked = replace(asked, **{name: value for name, value in given.items() if value is not None})
+        return self._save(Path(folder), force, replace(asked, labels=labels, label_shapes=label_shapes, keep=tuple(keep_outputs)))
+
+    def _save(self, folder: Path, force: bool, training: TrainRequest | None) -> Path:
+        report = save(folder, replace(self._job, training=training), force, self._progress)
         self._job = replace(self._job, report=report)
-        return path
+        return folder
+
+
+def _words(given: Sequence[str], name: str) -> Sequence[str]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable) or not all(isinstance(word, str) for word in given):
+        raise InputError(f"{name} is a list of words or globs, got {given!r:.80}")
+    return tuple(given)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ import torch
 import matmorph
 from matmorph.errors import CheckError
 from matmorph.exporters.artifact import SPEC, Artifact, Described, refuse_existing, write_artifact
+from matmorph.exporters.data_file import DataFile, FileInfo
+from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.exporters.onnx_model import OnnxInfo
+from matmorph.exporters.prepare_training import TrainRequest, prepare_training
+from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
+from matmorph.passes.adapters import describe_adapters
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.runtime.check import check
@@ -33,7 +38,10 @@ PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxr
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order."""
+    """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
+
+    `training`: what training files are asked for, None = none.
+    """
 
     spec: Spec
     source: Graph
@@ -42,12 +50,14 @@ class Job:
     examples: Sequence[torch.Tensor]
     onnx_lowerings: Mapping[Any, Callable[..., Any]]
     seconds: Mapping[str, float]
+    training: TrainRequest | None = None
 
 
 def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
     """Writes the folder, whole or not at all, and gives the report with its parity.
 
-    Raises InputError (folder exists, cannot be written, disk full), ExportError, and CheckError where ONNX Runtime and torch disagree.
+    Raises InputError (folder exists, cannot be written, disk full), ExportError, CheckError where ONNX Runtime and torch disagree, and what
+    `prepare_training` raises.
     """
     refuse_existing(folder, force)
     started = time.perf_counter()
@@ -56,6 +66,8 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     found = (*job.report.notes, *vectors.notes, *unchecked)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
+    graph = _relocated(job.graph, job.spec, spec)
+    training = _training(graph, job, progress)
     final: list[Report] = []
 
     def describe(staging: Path, info: OnnxInfo) -> Described:
@@ -66,13 +78,14 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         return Described(final[0].to_dict(), html_page(final[0], spec))
 
     artifact = Artifact(
-        graph=_relocated(job.graph, job.spec, spec),
+        graph=graph,
         export=job.spec.export,
         version=matmorph.__version__,
-        source_sha256=weights_sha256(job.source),
+        source_sha256=weights_sha256(job.source.state),
         spec=spec,
         describe=describe,
         cases=vectors.cases,
+        companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,
         onnx_lowerings=job.onnx_lowerings or None,
@@ -81,6 +94,19 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     written = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
     return final[0]
+
+
+def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None], None]) -> Training | None:
+    if job.training is None:
+        return None
+    progress("differentiating", 0, 1)
+    training = prepare_training(graph, job.training, job.examples, job.spec.seed)
+    progress("differentiating", 1, 1)
+    return replace(training, adapters=describe_adapters(job))
+
+
+def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileInfo]:
+    return write_training(folder, data, training, job.spec.export, matmorph.__version__, job.onnx_lowerings or None)
 
 
 def _relocated(graph: Graph, spec: Spec, text: str) -> Graph:
@@ -116,16 +142,6 @@ def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:
             [problem.replace(str(staging), "") for problem in result.problems],
         )
     return Parity(result.max_difference, info.tolerance, len(vectors.cases), result.provider or "")
-
-
-def weights_sha256(graph: Graph) -> str:
-    """Hash of the source's weights: name, type and bytes of each in state order, one in memory at a time."""
-    digest = hashlib.sha256()
-    for const in graph.state:
-        digest.update(f"{const.path} {const.type}\n".encode())
-        data = const.load().detach().cpu().contiguous()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -11,16 +11,16 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from matmorph.errors import InputError, VerifyError
-from matmorph.exporters.data_file import FileInfo, Progress
+from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
 from matmorph.exporters.lowering import Lowerings
-from matmorph.exporters.onnx_model import OnnxInfo, Port, export_onnx
+from matmorph.exporters.onnx_model import MODEL, OnnxInfo, Port, write_model
 from matmorph.exporters.vectors import Case
 from matmorph.ir.core import Graph
 
@@ -45,7 +45,8 @@ class Described:
 class Artifact:
     """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
-    run them, and what it raises leaves nothing behind; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest."""
+    run them, and what it raises leaves nothing behind; `companions`: writes further graphs on the open data file, and gives the hashes of
+    all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `adapters`: what it says of those that are inputs."""
 
     graph: Graph
     export: Export
@@ -54,8 +55,10 @@ class Artifact:
     spec: str
     describe: Callable[[Path, OnnxInfo], Described]
     cases: Sequence[Case]
+    companions: Callable[[Path, DataFile], Mapping[str, FileInfo]] | None = None
     run: Callable[[], Mapping[str, Any]] = dict
     notes: Sequence[str] = ()
+    adapters: Mapping[str, Any] | None = None
     onnx_lowerings: Lowerings | None = field(default=None)
 
 
@@ -67,10 +70,10 @@ def write_artifact(
 ) -> OnnxInfo:
     """Writes the folder, whole or not at all.
 
-    Raises InputError for a folder that exists or cannot be written (see `staged_folder`), and what `export_onnx` raises.
+    Raises InputError for a folder that exists or cannot be written (see `staged_folder`), and what `write_model` raises.
     """
     with staged_folder(folder, force) as staging:
-        info = export_onnx(artifact.graph, staging, artifact.export, artifact.onnx_lowerings, progress)
+        info = _written_graphs(staging, artifact, progress)
         files = {**info.files, **_written(staging, {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info))})}
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
         described = artifact.describe(staging, info)
@@ -78,6 +81,14 @@ def write_artifact(
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
         (staging / RUN).write_bytes(json_bytes(artifact.run()))
     return info
+
+
+def _written_graphs(folder: Path, artifact: Artifact, progress: Progress | None) -> OnnxInfo:
+    """model.onnx, what lies beside it, and the data file of them all."""
+    with data_file(folder) as data:
+        info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress)
+        beside = artifact.companions(folder, data) if artifact.companions is not None else {}
+    return replace(info, files={**info.files, **beside, DATA: data.info()})
 
 
 def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:
@@ -101,6 +112,7 @@ def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileInfo]) 
         "opset": info.opset,
         "target": list(artifact.export.target),
         "notes": list(artifact.notes),
+        **({"adapters": artifact.adapters} if artifact.adapters is not None else {}),
         "files": {name: files[name].to_dict() for name in sorted(files)},
     }
 

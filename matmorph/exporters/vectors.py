@@ -47,13 +47,13 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
     """
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
-    own = _own_sizes(graph, examples)
+    own = example_sizes(graph.inputs, examples)
     running = graph if precision == "keep" else widened(graph)
     examples = [tensor.float() if running is not graph and tensor.dtype in HALVES else tensor for tensor in examples]
     cases: list[Case] = []
     notes: list[str] = []
-    for sizes in _shapes(own, graph.ranges):
-        inputs = [_resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
+    for sizes in check_shapes(own, graph.ranges):
+        inputs = [resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
         try:
             with torch.no_grad():
                 results = evaluate(running, inputs)
@@ -69,9 +69,9 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
     return Vectors(tuple(cases), tuple(notes))
 
 
-def _own_sizes(graph: Graph, examples: Sequence[torch.Tensor]) -> dict[str, int]:
-    """Sizes of the example by symbol, in order of first use; none where they do not follow from the shapes."""
-    shapes = [(value.tensor.shape, tensor.shape) for value, tensor in zip(graph.inputs, examples, strict=True)]
+def example_sizes(values: Sequence[Value], examples: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Sizes of the examples of some inputs by symbol, in order of first use; none where they do not follow from the shapes."""
+    shapes = [(value.tensor.shape, tensor.shape) for value, tensor in zip(values, examples, strict=True)]
     pairs = [(dim, int(size)) for dims, given in shapes for dim, size in zip(dims, given, strict=True)]
     sizes: dict[str, int] = {}
     for dim, size in sorted(pairs, key=lambda pair: not isinstance(pair[0], sympy.Symbol)):  # "seq" before "2*seq"
@@ -83,7 +83,8 @@ def _own_sizes(graph: Graph, examples: Sequence[torch.Tensor]) -> dict[str, int]
     return sizes if all(dim_symbols([dim]) <= sizes.keys() for dim, _ in pairs) else {}
 
 
-def _shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[str, int]]:
+def check_shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[str, int]]:
+    """The example's sizes, smaller and larger ones within `ranges`; one empty dict where nothing is dynamic."""
     if not own:
         return [{}]
     limits = {name: ranges.get(name, Range()) for name in own}
@@ -93,15 +94,17 @@ def _shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[st
     return [dict(shape) for shape in dict.fromkeys(tuple(shape.items()) for shape in (dict(own), small, large))]
 
 
-def _resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+def resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+    """An input's example cropped or repeated to `sizes`."""
     for axis, dim in enumerate(value.tensor.shape if sizes else ()):
-        wanted = _size(dim, sizes)
+        wanted = concrete(dim, sizes)
         if wanted != tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
     return tensor
 
 
-def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
+def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """A dim at given sizes of the symbols."""
     return dim if isinstance(dim, int) else int(dim.subs({symbol(name): size for name, size in sizes.items()}))
 
 

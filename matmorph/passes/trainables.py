@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from matmorph.errors import SpecError
-from matmorph.ir.core import Const, Graph
+from matmorph.ir.core import Const, Graph, Value
 from matmorph.specs.globs import Glob, GlobError
 from matmorph.specs.schema import ParameterSelector
 
@@ -37,15 +37,15 @@ def resolve(
     graph: Graph,
     trainable: Sequence[ParameterSelector],
     frozen: Sequence[ParameterSelector] = (),
-    reached: Collection[Const] | None = None,
+    reached: Collection[Value] | None = None,
 ) -> tuple[Trainable, ...]:
     """The parameters that train, segment after segment, each in `state` order.
 
-    `reached`: parameters that the loss depends on, None = all that the graph reads; the others are left out, as their gradient is zero.
+    `reached`: values that the loss depends on, None = all that the graph reads; the others are left out, as their gradient is zero.
     SpecError for a selector that chooses nothing, a parameter that holds no floating-point numbers and one that both lists choose.
     """
     used = graph.used_state()
-    live = frozenset(used if reached is None else reached)
+    live = frozenset[Value](used if reached is None else reached)
     kept = {const: selector for selector in frozen for const in _chosen(graph.state, selector)}
     found: dict[Const, Trainable] = {}
     for selector in trainable:

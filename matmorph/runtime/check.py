@@ -1,7 +1,8 @@
 """Is this artefact whole, and does it compute here what it computed where it was made? `python -m matmorph.runtime.check DIR`.
 
 Files first: each one that the manifest lists must be there with its size and sha256, and nothing else may be. Then the outputs: each case
-of check.npz is run and compared. Exit code 0: all well; 1: something is not, and it is named; 2: no artefact folder, or wrong arguments.
+of check.npz is run and compared, and so is the gradient of each case of train_check.npz where training graphs lie in the folder. Exit code
+0: all well; 1: something is not, and it is named; 2: no artefact folder, or wrong arguments.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from matmorph.runtime.feeds import Array
 from matmorph.runtime.manifest import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest, artifact_folder, read_manifest
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session
+from matmorph.runtime.training_check import check_training, is_training_folder
 
 _CHUNK = 1 << 20
 
@@ -128,8 +130,12 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
             worst = max(worst, figure)
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
-    line = f"outputs: {len(cases)} cases on {session.provider}, largest difference {worst:.2e}, allowed {manifest.tolerance:.3g}"
-    return CheckResult((*log, line), tuple(problems), worst, session.provider)
+    log.append(f"outputs: {len(cases)} cases on {session.provider}, largest difference {worst:.2e}, allowed {manifest.tolerance:.3g}")
+    if is_training_folder(folder):
+        training = check_training(folder, session, manifest.tolerance, difference)
+        log += training.lines
+        problems += training.problems
+    return CheckResult(tuple(log), tuple(problems), worst, session.provider)
 
 
 def difference(actual: Array, expected: Array) -> float:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from matmorph.errors import Position
+from matmorph.errors import Position, SpecError
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.notations import Count, Rank, Size
-from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion, Optimizer
+from matmorph.specs.optimizers import OPTIMIZERS, SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, Optimizer, optimizer_name
 from matmorph.specs.selectors import Match
-from matmorph.specs.tree import Data, Tree
-from matmorph.specs.typed import Notation, read_dataclass
+from matmorph.specs.tree import Data, Tree, from_data
+from matmorph.specs.typed import Notation, read_dataclass, to_plain
 
 __all__ = [
     "SGD",
@@ -38,6 +38,7 @@ __all__ = [
     "Stage",
     "Tolerance",
     "Train",
+    "checked_optimizer",
     "read_dataclass",
 ]
 
@@ -111,6 +112,14 @@ class Budget:
     def __post_init__(self) -> None:
         if self.parameters is None and self.bytes is None and self.macs is None:
             raise ValueError("give parameters, bytes, macs or several of them")
+
+
+def checked_optimizer(optimizer: AnyOptimizer) -> AnyOptimizer:
+    """An optimizer made in Python, held to the limits that a spec's is held to. SpecError naming the setting, or for another object."""
+    if not isinstance(optimizer, tuple(OPTIMIZERS.values())):
+        names = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
+        raise SpecError(f"expected an optimizer ({names}), got {type(optimizer).__name__}", keypath="optimizer")
+    return read_dataclass(Optimizer, from_data({optimizer_name(optimizer): to_plain(optimizer)})).chosen
 
 
 @dataclass(frozen=True, slots=True)
