@@ -15,7 +15,18 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = ("sts", "low_rank", "loftq", "quantized", "resident", "compile_time", "plan_7b", "train_memory")
+SCRIPTS = (
+    "sts",
+    "low_rank",
+    "loftq",
+    "quantized",
+    "resident",
+    "compile_time",
+    "plan_7b",
+    "train_memory",
+    "tensor_train",
+    "tensor_train_plans",
+)
 Load = Callable[[str], ModuleType]
 
 
@@ -94,6 +105,24 @@ def test_plan_7b_plans_the_configurations_widths(load: Load, capsys: pytest.Capt
     assert 0 < row["peak_gib"] < 4, "two layers of real weights alone would take 2.5 GiB in float32"
 
 
+def test_tensor_train_plans_prints_the_worst_of_its_rows(
+    load: Load, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tltorch", None)
+    monkeypatch.setitem(sys.modules, "tltorch.factorized_layers", None)
+    script = load("tensor_train_plans")
+    script.main(["--tiny", "--json", "--threads", "1", "--plans"])
+    result = json.loads(capsys.readouterr().out)
+    main = [row for row in result["rows"] if row["best"]]
+    assert [(row["size"], row["rank"], row["tokens"]) for row in main] == [(12, 2, 1), (12, 2, 2)]
+    assert len(result["rows"]) == 2 * (1 + 13), "13 plans of three cores, each at two token counts"
+    assert all(row["tltorch"] is None for row in main)
+    assert result["notes"][1] == "tensorly-torch is not installed: no tltorch column"
+    for name in ("over_best", "over_dense"):
+        assert result["worst"][name] == max(row[name] for row in main)
+    assert all(row["over_best"] == pytest.approx(row["over_dense"] / row["best_over_dense"], rel=1e-12) for row in main)  # float64 rounding
+
+
 def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     [row] = tiny(load("resident"), capsys, "--specs", "toy")
     assert row["spec"] == "toy"
@@ -108,6 +137,23 @@ def test_train_memory_counts_over_dense_weights(load: Load, capsys: pytest.Captu
         assert row["parameters_m"] == 2 * 128 * 128 / 1e6
         assert row["run_over_fp32"] == pytest.approx(row["run_mb"] / row["parameters_m"] / 4, rel=1e-9)  # the same numbers, divided
     assert rows[0]["file_mb"] > 6 * rows[1]["file_mb"] > rows[2]["file_mb"], "4 bits and 2 bits of 32, with scales"
+
+
+def test_tensor_train_compares_errors_on_the_same_tensor(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("tensor_train"), capsys)
+    assert [(row["tensor"], row["peer"]) for row in rows] == [
+        (name, peer) for name in ("train", "matrix") for peer in ("truncated_svd", "randomized_svd")
+    ]
+    for row in rows:
+        assert row["error_ratio"] < 1.001, "the full SVD of each unfolding is the same algorithm, the randomised one is no better"
+        assert row["speed_up"] == pytest.approx(row["peer_s"] / row["ours_s"], rel=1e-12)  # float64 rounding
+
+
+def test_tensor_train_runs_without_tensorly(load: Load, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    rows = tiny(load("tensor_train"), capsys)
+    assert [(row["peer"], row["peer_s"], row["error_ratio"]) for row in rows] == [("none", None, None)] * 2
+    assert all(0 < row["ours_error"] < 1 for row in rows)
 
 
 def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +188,8 @@ def test_sts_reads_pairs_and_spreads_its_samples(load: Load, toy_data: Path) -> 
 
 def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain", "--forms", "loftq")
-    assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "quantize-u4"]
-    assert rows[3]["mb"] < rows[2]["mb"] < rows[1]["mb"] < rows[0]["mb"]
+    assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "mlp low_rank", "quantize-u4"]
+    assert rows[4]["mb"] < rows[2]["mb"] < rows[3]["mb"] < rows[1]["mb"] < rows[0]["mb"]
     assert all(-100 <= row["spearman"] <= 100 for row in rows)
     assert rows[1]["parameters"] < rows[0]["parameters"]
 
