@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
+from matmorph.cli_train import train_command
 from matmorph.errors import InputError, MatmorphError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True)
 app.add_typer(specs_app, name="specs")
+app.command(name="train")(train_command)
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face folder, package.module:factory or FILE.pt2.")]
 SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]
@@ -115,7 +117,9 @@ def compile_command(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help=".npz or .safetensors keyed by input name, first axis = samples.")
     ] = None,
-    train: Annotated[bool, typer.Option("--train", help="Write training graphs too (not supported yet).")] = False,
+    train: Annotated[
+        bool | None, typer.Option("--train/--no-train", help="Write training graphs too; by default where SPEC has train:.")
+    ] = None,
     pareto: Annotated[int | None, typer.Option("--pareto", metavar="N", help="Try N budgets (not supported yet).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
     every: Every = False,
@@ -124,20 +128,21 @@ def compile_command(
     """Rewrite MODEL by SPEC and write DIR.
 
     The result is checked against torch on ONNX Runtime first; where a check fails nothing is written."""
-    refused = [name for name, given in (("--train", train), ("--pareto", pareto is not None)) if given]
-    if refused:
-        raise InputError(f"{refused[0]}: not supported yet")
+    if pareto is not None:
+        raise InputError("--pareto: not supported yet")
     from matmorph import api
     from matmorph.exporters.artifact import refuse_existing
     from matmorph.report.table import print_plan
 
     refuse_existing(out, force)
     loaded = api.load_spec(spec)
+    if train and loaded.train is None:
+        raise InputError(f"--train: {spec} says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
     found = _resolve(model)
     batches = _calibration(found, calibration)
     with progress_bars(quiet=as_json) as show:
         compiled = api.compile(found.module, loaded, found.example_inputs, found.dynamic_shapes, calibration=batches, progress=show)
-        folder = compiled.save(out, force=force)
+        folder = compiled.save(out, force=force, train=train)
     _show(compiled.report, as_json, every, print_plan)
     if not as_json:
         _print_saved(folder, compiled.report)

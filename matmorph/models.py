@@ -139,19 +139,27 @@ def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _from_factory(name: str) -> Model:
+    model = call_named(name, "matmorph.Model", _forms())
+    return _checked(name, name.partition(":")[2], model)
+
+
+def call_named(name: str, gives: str, forms: Sequence[str] = ()) -> Any:
+    """What the callable `package.module:name` returns when it is called without arguments; the current folder is importable meanwhile.
+
+    gives: what it should return, `forms`: further lines, both for messages. Raises InputError for whatever goes wrong, with the line.
+    """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise InputError(f"{name}: not of the form package.module:factory", _forms())
+        raise InputError(f"{name}: not of the form package.module:factory", forms)
     with _current_folder_importable():
         module = _import_user_module(name, module_name)
         factory = _attribute(name, module, attribute)
         if not callable(factory):
-            raise InputError(f"{name}: {attribute} is a {type(factory).__name__}, not a callable that returns matmorph.Model")
+            raise InputError(f"{name}: {attribute} is a {type(factory).__name__}, not a callable that returns {gives}")
         try:
-            model = factory()
+            return factory()
         except Exception as error:
             raise InputError(f"{name}: {attribute}() raised {_one_line(error)}", _where(error)) from error
-    return _checked(name, attribute, model)
 
 
 @contextmanager
