@@ -33,7 +33,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], ab
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; a checkpoint is one file")
     partial = target.with_name(f".{target.name}.partial")  # always the same name: what a killed process left is overwritten
-    metadata = {_KEY: json.dumps({"format": FORMAT, **about}, sort_keys=True, allow_nan=False)}
+    metadata = {_KEY: json.dumps({"format": FORMAT, **about}, allow_nan=False)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)

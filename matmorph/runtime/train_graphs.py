@@ -131,7 +131,10 @@ class ApplyGraph:
             binding.bind_ortvalue_input(name, value)
         for name, value in vectors.next.items():
             binding.bind_ortvalue_output(f"{name}_next", value)
-        arrays = {"step": np.asarray(step, np.int64), **{name: np.asarray(numbers[name], np.float32) for name in _NUMBERS}}
+        arrays: dict[str, Array] = {
+            "step": np.asarray(step, np.int64),
+            **{name: np.asarray(numbers[name], np.float32) for name in _NUMBERS},
+        }
         norm, skipped = _run(self._session, binding, arrays, ("grad_norm", "skipped"))
         return float(norm), bool(skipped)
 

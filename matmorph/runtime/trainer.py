@@ -347,6 +347,8 @@ def _optional(manifest: TrainManifest, mask: Mask | None, segment_lr: Factors | 
 
 def _check_belongs(checkpoint: Path, about: Mapping[str, Any], folder: Path, manifest: TrainManifest) -> None:
     """Raises CheckpointError, naming what differs."""
+    if missing := {"settings", "counts", "loss_scale", "position"} - set(about):
+        raise CheckpointError(f"{checkpoint}: holds parameters, but no state to resume from ({', '.join(sorted(missing))} missing)")
     pairs = (
         ("base", "fingerprint", manifest.fingerprint),
         ("trainable parameters", "trainable_fingerprint", manifest.trainable_fingerprint),
@@ -361,8 +363,6 @@ def _check_belongs(checkpoint: Path, about: Mapping[str, Any], folder: Path, man
     wanted = {key: value for key, value in manifest.optimizer.items() if key not in _SETTINGS}
     if given != wanted:
         raise CheckpointError(f"{checkpoint}: was trained by another optimizer: {_table(given)}; {folder} has {_table(wanted)}")
-    if missing := {"settings", "counts", "loss_scale", "position"} - set(about):
-        raise CheckpointError(f"{checkpoint}: holds parameters, but no state to resume from ({', '.join(sorted(missing))} missing)")
 
 
 def _table(settings: Mapping[str, Any]) -> str:
