@@ -214,7 +214,8 @@ class TestFit:
         shown = capsys.readouterr().err
         assert shown.startswith("\repoch 1/2  update 1/4  loss ")
         assert "epoch 2/2  update 4/4" in shown
-        assert shown.endswith("left\n")
+        assert shown.endswith("\n")
+        assert shown.rstrip().endswith(" left")  # padded over a longer line before
 
     @pytest.mark.parametrize(
         ("how", "message"),
