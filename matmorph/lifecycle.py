@@ -17,6 +17,7 @@ from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow
 from matmorph.saving import Job
+from matmorph.specs.schema import Spec
 
 Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
@@ -64,7 +65,15 @@ def merged_job(job: Job, adapters: Sequence[Adapter], source: Values | None) -> 
     methods = {name: method() for name, method in method_table().items()}
     start = job if source is None else loaded_job(job, source)
     graph, found = merge(start.graph, adapters, methods)
-    return replace(start, graph=graph, report=merged_report(job, graph, found)), found
+    return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
+
+
+def _inline(spec: Spec) -> Spec:
+    """Without adapters there are none to be inputs."""
+    if spec.export.adapters == "inline":
+        return spec
+    export = {**spec.resolved["export"], "adapters": "inline"}
+    return replace(spec, export=replace(spec.export, adapters="inline"), resolved={**spec.resolved, "export": export})
 
 
 def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:

@@ -16,6 +16,7 @@ import torch
 
 import matmorph
 from matmorph.errors import CheckError
+from matmorph.exporters.adapters import Served, serve
 from matmorph.exporters.artifact import SPEC, Artifact, Described, refuse_existing, write_artifact
 from matmorph.exporters.data_file import DataFile, FileInfo
 from matmorph.exporters.fingerprint import weights_sha256
@@ -24,7 +25,7 @@ from matmorph.exporters.prepare_training import TrainRequest, prepare_training
 from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
-from matmorph.passes.adapters import describe_adapters
+from matmorph.passes.adapters import describe_adapters, find_adapters
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.runtime.check import check
@@ -61,7 +62,8 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     """
     refuse_existing(folder, force)
     started = time.perf_counter()
-    vectors = check_vectors(job.graph, job.examples, job.spec.export.precision)
+    served = _served(job)
+    vectors = check_vectors(job.graph if served is None else served.graph, job.examples, job.spec.export.precision)
     unchecked = _unchecked(job.spec)
     found = (*job.report.notes, *vectors.notes, *unchecked)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
@@ -78,7 +80,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         return Described(final[0].to_dict(), html_page(final[0], spec))
 
     artifact = Artifact(
-        graph=graph,
+        graph=graph if served is None else _relocated(served.graph, job.spec, spec),
         export=job.spec.export,
         version=matmorph.__version__,
         source_sha256=weights_sha256(job.source.state),
@@ -88,12 +90,19 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,
+        adapters=None if served is None else served.to_dict(),
         onnx_lowerings=job.onnx_lowerings or None,
     )
     total = len(job.graph.used_state())
     written = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
     return final[0]
+
+
+def _served(job: Job) -> Served | None:
+    """The graph with adapters as inputs, where the spec asks for that."""
+    export = job.spec.export
+    return serve(job.graph, find_adapters(job.spec, job.graph, job.report), export.precision) if export.adapters == "inputs" else None
 
 
 def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None], None]) -> Training | None:

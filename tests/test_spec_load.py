@@ -228,7 +228,6 @@ ERRORS = [
     (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is not supported yet"),
     (RULES + "calibration: {sensitivity: fish}\n",
      "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, fisher, got fish; did you mean fisher?"),
-    (RULES + "export: {adapters: inputs}\n", "specs/a.yaml:8:20: export.adapters: inputs is not supported yet"),
     (RULES + "export: {codebook: pack}\n",
      "specs/a.yaml:8:20: export.codebook: expected one of rebuild, packed, got pack; did you mean packed?"),
     (RULES + "export: {activations: int4}\n",

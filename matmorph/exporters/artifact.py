@@ -46,7 +46,8 @@ class Artifact:
     """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
     run them, and what it raises leaves nothing behind; `companions`: writes further graphs on the open data file, and gives the hashes of
-    all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `adapters`: what it says of those that are inputs."""
+    all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `adapters`: those that are inputs, for it
+    too."""
 
     graph: Graph
     export: Export

@@ -87,7 +87,8 @@ class DataFile:
                 continue
             place = self._place(const, dtype)
             seen[place] = None
-            shape = ir.Shape(value.shape if value.shape is not None else ())
+            fixed = value.shape is not None and value.shape.is_static()  # an input with a default may have a named size
+            shape = ir.Shape(value.shape or ()) if fixed else ir.Shape([int(d) for d in const.tensor.shape])
             value.const_value = ir.ExternalTensor(DATA, *place, dtype, shape=shape, name=str(value.name), base_dir="")
             if progress is not None:
                 progress(const.path, place[1])

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import sympy
 
 from matmorph.errors import ExportError, VerifyError
+from matmorph.exporters.adapters import expose_adapters
 from matmorph.exporters.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
 from matmorph.exporters.lowering import Lowerings, lower
@@ -120,6 +121,8 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
     model.graph.name = "main"
     if export.codebook == "packed" and not training:
         expose_codes(model, graph)
+    if export.adapters == "inputs" and not training:
+        expose_adapters(model, graph)
     return model
 
 

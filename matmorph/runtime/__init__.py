@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from matmorph.runtime.errors import (
+    AdapterError,
     ArtifactError,
     CheckpointError,
     ExecutionError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from matmorph.runtime.trainer import Trainer
 
 __all__ = [
+    "AdapterError",
     "ArtifactError",
     "Batches",
     "CheckpointError",

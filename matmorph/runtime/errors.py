@@ -26,6 +26,10 @@ class ExecutionError(SessionError, RuntimeError):
     """ONNX Runtime refused while it ran, for instance a token id outside the vocabulary."""
 
 
+class AdapterError(SessionError, ValueError):
+    """An adapter file cannot be written or read, or belongs to another base or another matmul."""
+
+
 class TrainingError(SessionError, RuntimeError):
     """Training cannot go on: a loss or gradient that is not finite. The state is that of the last good update."""
 

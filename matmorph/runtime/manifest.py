@@ -59,7 +59,8 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`tolerance` is the largest allowed difference of the check outputs, relative to max(1, max |expected|). `notes`: plain lines."""
+    """`tolerance` is the largest allowed difference of the check outputs, relative to max(1, max |expected|). `notes`: plain lines.
+    `adapters`: what `runtime.adapters` reads of inputs for adapters, None where the model takes none."""
 
     version: str
     inputs: tuple[TensorInfo, ...]
@@ -69,6 +70,7 @@ class Manifest:
     tolerance: float
     files: Mapping[str, FileRecord]
     notes: tuple[str, ...] = ()
+    adapters: Mapping[str, Any] | None = None
 
 
 def artifact_folder(folder: str | os.PathLike[str]) -> Path:
@@ -120,6 +122,7 @@ def _manifest(data: Any) -> Manifest:
         tolerance=float(entry(top, "tolerance", (int, float))),
         files={name: file_record(name, value) for name, value in entry(top, "files", dict).items()},
         notes=tuple(map(str, top.get("notes", ()))),
+        adapters=entry(top, "adapters", dict) if "adapters" in top else None,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import onnxruntime
 
-from matmorph.runtime.errors import ArtifactError, ExecutionError, ProviderError, first_line
+from matmorph.runtime.adapters import Adapter, load_adapter, read_slots
+from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.manifest import MODEL, Manifest, TensorInfo, read_manifest
 from matmorph.runtime.providers import CPU, CUDA, Provider, cuda_obstacle, name_of, requested
@@ -45,7 +46,12 @@ class Session:
         for info in self._manifest.inputs:
             check_dtype(info)
         path = Path(folder) / MODEL
-        self._session = load_session(path, providers, session_settings(threads, optimize, session_options), log)
+        self._folder = Path(folder)
+        self._adapter: Adapter | None = None
+        options = session_settings(threads, optimize, session_options)
+        if self._manifest.adapters is not None and session_options is None:
+            options.log_severity_level = 3  # a warning for each input that has a default
+        self._session = load_session(path, providers, options, log)
         _check_names(path, self._manifest, self._session)
 
     @property
@@ -68,18 +74,42 @@ class Session:
         """The execution provider that loaded and comes first, as ONNX Runtime calls it."""
         return str(self._session.get_providers()[0])
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
-        """Outputs by name, in the manifest's order, for numpy arrays by input name.
+    def load_adapter(self, path: str | os.PathLike[str]) -> Adapter:
+        """An `.onnx_adapter` file, checked against this model. Raises AdapterError: no adapter, another base, other sizes."""
+        return load_adapter(path, read_slots(self._manifest.adapters, str(self._folder)))
 
-        Raises InputMismatch before anything runs (see `feeds` for the rules), ExecutionError when ONNX Runtime refuses.
+    def switch(self, adapter: Adapter | None) -> None:
+        """What `run` computes with from now on; None = the model as it was exported."""
+        self._adapter = self._checked(adapter)
+
+    def run(self, feeds: Mapping[str, Any], *, adapter: Adapter | None = None) -> dict[str, Array]:
+        """Outputs by name, in the manifest's order, for numpy arrays by input name. `adapter`: for this run, in place of the one that
+        `switch` chose.
+
+        Raises InputMismatch before anything runs (see `feeds` for the rules), AdapterError for an adapter of another model,
+        ExecutionError when ONNX Runtime refuses.
         """
         arrays = check_feeds(self._manifest, feeds)
         names = [info.name for info in self._manifest.outputs]
+        chosen = self._adapter if adapter is None else self._checked(adapter)
         try:
-            results = self._session.run(names, arrays)
+            results = self._session.run(names, arrays, _run_options(chosen))
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise ExecutionError(f"{self.provider}: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+    def _checked(self, adapter: Adapter | None) -> Adapter | None:
+        if adapter is not None and adapter.model_version != read_slots(self._manifest.adapters, str(self._folder)).model_version:
+            raise AdapterError(f"{adapter.path}: made for another base; load it with load_adapter of this session")
+        return adapter
+
+
+def _run_options(adapter: Adapter | None) -> onnxruntime.RunOptions | None:
+    if adapter is None:
+        return None
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter.handle)
+    return options
 
 
 def load_session(

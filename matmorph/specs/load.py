@@ -22,7 +22,6 @@ from matmorph.specs.tree import DICT_FILE, MapTree, Scalar, SeqTree, Tree, from_
 
 _NOT_YET: Mapping[str, Mapping[str, str]] = {
     "calibration": {"sensitivity": "none"},
-    "export": {"adapters": "inline"},
 }
 """Keys of which only the default is supported so far."""
 

@@ -1,0 +1,300 @@
+"""`export.adapters: inputs`: two-factor adapters as optional inputs of the graph, so that one session serves many of them.
+
+y = base(x) + (x @ down) @ up, where `down` [in, rank] and `up` [rank, out] are initializers that are inputs too, each pair with a rank of
+its own. The scale is folded into `up`, so an adapter's file says all of it. The default is rank 0, the base alone, where the base is what
+the model was before training; where the factors start with a part of the weight (loftq, init: pissa | olora) it is these factors. A
+TT-LoRA adapter has an exact two-factor form at the border between its input and output modes. An input is no constant: ONNX Runtime
+neither folds nor prepacks it, and runs with IO binding ignore adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from matmorph.errors import ExportError, InputError
+from matmorph.exporters.fingerprint import weights_sha256
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Graph, Node, Value, map_values
+from matmorph.passes.adapters import Adapter, Join, consts_of, joins, swept
+from matmorph.passes.methods.tt_lora import two_factor_form
+from matmorph.passes.trainables import method_of
+
+PARTS = ("down", "up")
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+METHODS = ("lora", "loftq", "qlora", "tt_lora")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInput:
+    """One pair of inputs. `down`, `up`: their names. `rank`: that of the default, 0 = the base alone. `batch`: experts, None = no stack."""
+
+    site: str
+    method: str
+    down: str
+    up: str
+    in_features: int
+    out_features: int
+    batch: int | None
+    rank: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """A graph whose adapters can be inputs. `fingerprint`: of all weights but those of the adapters."""
+
+    graph: Graph
+    inputs: tuple[AdapterInput, ...]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `adapters` of a manifest."""
+        return {"fingerprint": self.fingerprint, "inputs": [asdict(entry) for entry in self.inputs]}
+
+
+def serve(graph: Graph, adapters: Sequence[Adapter], precision: str) -> Served:
+    """The graph with every adapter as two plain matmuls of weights `<site>.<method>.down` and `.up`, at their defaults. `precision`: of
+    the export.
+
+    ExportError for none at all, for an adapter that has no two-factor form, and for a type that numpy does not have.
+    """
+    if not adapters:
+        raise ExportError("export.adapters: inputs, and the model has no adapters (no rule put in lora, tt_lora, loftq or qlora)")
+    fingerprint = base_fingerprint(graph, adapters)
+    inputs: list[AdapterInput] = []
+    for adapter in adapters:
+        graph, entry = _served(graph, adapter, precision)
+        inputs.append(entry)
+    return Served(graph, tuple(inputs), fingerprint)
+
+
+def base_fingerprint(graph: Graph, adapters: Sequence[Adapter]) -> str:
+    """sha256 over names, types and bytes of the weights that the graph reads, the adapters' own left out."""
+    own = {name for adapter in adapters for name in adapter.consts.values()}
+    return weights_sha256(const for const in graph.used_state() if const.path not in own)
+
+
+def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the inputs are given: down [.., in, rank] and up [.., rank, out], float32, the scale folded in. `values`: torch or numpy arrays
+    by dotted name; they may have another rank than the compiled model. InputError where a factor is missing or its shape fits no site."""
+    found: dict[str, np.ndarray] = {}
+    for adapter in adapters:
+        missing = [name for name in adapter.consts.values() if name not in values]
+        if missing:
+            raise InputError(f"the values lack {missing[0]} of the adapter at {adapter.site}")
+        down, up = two_factors_of(adapter, {short: _tensor(values[name]) for short, name in adapter.consts.items()})
+        for part, tensor in zip(PARTS, (down, up), strict=True):
+            found[_name(adapter, part)] = tensor.float().contiguous().numpy()
+    return found
+
+
+def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(down [.., in, rank], up [.., rank, out]) with the scale in `up`, in the type of the factors."""
+    if adapter.method == "tt_lora":
+        cores = [tensors[f"core_{k}"] for k in range(len(tensors))]
+        try:
+            return two_factor_form(cores, adapter.in_features, adapter.scale)
+        except ValueError as error:
+            raise ExportError(f"{adapter.site}: its tensor train has no two-factor form: {error}") from error
+    down, up = (tensors[part] for part in PARTS)
+    lead = () if adapter.batch is None else (adapter.batch,)
+    rank = down.shape[-1] if down.dim() else 0
+    if tuple(down.shape) != (*lead, adapter.in_features, rank) or tuple(up.shape) != (*lead, rank, adapter.out_features):
+        raise InputError(
+            f"{adapter.site}: factors {list(down.shape)} and {list(up.shape)} do not fit a matmul of {adapter.in_features} inputs and "
+            f"{adapter.out_features} outputs"
+        )
+    return down, adapter.scale * up
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+
+
+def _name(adapter: Adapter, part: str) -> str:
+    return f"{next(iter(adapter.consts.values())).rpartition('.')[0]}.{part}"
+
+
+def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, AdapterInput]:
+    if adapter.method not in METHODS:
+        raise ExportError(f"{adapter.site}: adapters of {adapter.method} cannot be inputs; use export.adapters: inline")
+    factors = consts_of(graph, adapter.consts.values())
+    tensors = {short: const.load().detach() for short, const in zip(adapter.consts, factors, strict=True)}
+    down, up = two_factors_of(adapter, tensors)
+    if adapter.starts_at_zero:
+        down, up = down[..., :0], up[..., :0, :]
+    dtype = _DTYPES.get(precision, factors[0].tensor.dtype)
+    if dtype == "bfloat16":
+        raise ExportError("export.adapters: inputs needs float32 or float16 factors: numpy has no bfloat16 to give them in")
+    b = Builder(graph)
+    rule = factors[0].rule
+    pair = {
+        part: Const(
+            _name(adapter, part), const.type, const.load, (_name(adapter, part),), trainable=True, storage=_name(adapter, part), rule=rule
+        )
+        for part, tensor in zip(PARTS, (down, up), strict=True)
+        for const in (b.const(f"{_name(adapter, part)}.input", tensor.contiguous()),)
+    }
+    ends, tainted = joins(graph, factors)
+    write = _as_written if adapter.method != "tt_lora" else _from_rows
+    nodes = write(graph, adapter, ends, tainted, pair, b)
+    state: list[Const] = []
+    for const in graph.state:
+        state += list(pair.values()) if const is factors[0] else [] if const in factors else [const]
+    result = swept(replace(graph, nodes=nodes, state=tuple(state)), graph)
+    entry = AdapterInput(
+        adapter.site,
+        adapter.method,
+        pair["down"].path,
+        pair["up"].path,
+        adapter.in_features,
+        adapter.out_features,
+        adapter.batch,
+        int(down.shape[-1]),
+        dtype,
+    )
+    return result, entry
+
+
+def _as_written(
+    graph: Graph, adapter: Adapter, ends: Sequence[Join], tainted: frozenset[Value], pair: Mapping[str, Const], b: Builder
+) -> tuple[Node, ...]:
+    """The nodes as they are, over the new factors and without the scale."""
+    known: dict[Value, Value] = {const: pair[part] for part in PARTS for const in graph.state if const.path == adapter.consts[part]}
+
+    def swap(value: Value) -> Value:
+        return known.get(value, value)
+
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if not any(value in tainted for value in node.outputs):
+            nodes.append(_read(node, swap))
+        elif node.op == "aten.mul.Scalar":
+            known[node.output] = swap(node.args[0])
+        else:
+            nodes += _written(node, b, swap, known)
+    return tuple(nodes)
+
+
+def _read(node: Node, swap: Any) -> Node:
+    if not any(swap(value) is not value for value in node.inputs()):
+        return node
+    return replace(node, args=map_values(node.args, swap), attrs={name: map_values(arg, swap) for name, arg in node.attrs.items()})
+
+
+def _written(node: Node, b: Builder, swap: Any, known: dict[Value, Value]) -> list[Node]:
+    """The node again over other operands, its types inferred anew."""
+    mark, b.origin = len(b.nodes), node.origin
+    attrs = {name: map_values(arg, swap) for name, arg in node.attrs.items()}
+    outputs = b.many(node.op, *map_values(node.args, swap), name=node.name, **attrs)
+    known.update(zip(node.outputs, outputs, strict=True))
+    return b.nodes[mark:]
+
+
+def _from_rows(
+    graph: Graph, adapter: Adapter, ends: Sequence[Join], tainted: frozenset[Value], pair: Mapping[str, Const], b: Builder
+) -> tuple[Node, ...]:
+    """Two matmuls on the rows that the train was contracted with, in the place of its last node."""
+    producers = graph.producers()
+    places = {producers[join.update]: (join.update, _rows(adapter, join.update, producers, tainted)) for join in ends}
+    nodes: list[Node] = []
+    known: dict[Value, Value] = {}
+    for node in graph.nodes:
+        if node in places:
+            update, rows = places[node]
+            mark, b.origin = len(b.nodes), node.origin
+            narrow = b("aten.matmul.default", rows, pair["down"], name=f"{node.name}_down")
+            known[update] = b("aten.matmul.default", narrow, pair["up"], name=node.name)
+            nodes += b.nodes[mark:]
+        elif not any(value in tainted for value in node.outputs):
+            nodes.append(_read(node, lambda value: known.get(value, value)))
+    return tuple(nodes)
+
+
+def _rows(adapter: Adapter, update: Value, producers: Mapping[Value, Node], tainted: frozenset[Value]) -> Value:
+    """The activation [.., in] whose update [.., out] this is: what the train's nodes read, followed back through changes of shape."""
+    wanted = (*update.tensor.shape[:-1], adapter.in_features)
+    for value in _behind(update, producers, tainted):
+        if value.tensor.shape == wanted and not isinstance(value, Const):
+            return value
+    raise ExportError(
+        f"{adapter.site}: the tensor train of a matmul of this form ({adapter.form}) cannot be an input; use adapters: inline"
+    )
+
+
+def _behind(update: Value, producers: Mapping[Value, Node], tainted: frozenset[Value]) -> Iterator[Value]:
+    """Values that enter from outside, nearest first, each with what it was reshaped or padded from."""
+    waiting, seen = [update], {update}
+    while waiting:
+        node = producers.get(waiting.pop(0))
+        for value in node.inputs() if node is not None else ():
+            if value in seen or not hasattr(value.type, "shape"):
+                continue
+            seen.add(value)
+            if value in tainted:
+                waiting.append(value)
+                continue
+            while True:
+                yield value
+                maker = producers.get(value)
+                if maker is None or maker.op.split(".")[1] not in _SHAPES:
+                    break
+                value = maker.args[0]
+
+
+_SHAPES = frozenset(
+    "reshape view _unsafe_view permute transpose unsqueeze squeeze clone contiguous constant_pad_nd flatten unflatten".split()
+)
+
+
+# the ONNX graph
+
+
+def expose_adapters(model: ir.Model, graph: Graph) -> None:
+    """Makes the factors of `serve` inputs of the ONNX graph, each pair with a rank of its own; their initializers are the defaults."""
+    for down, up in _pairs(graph):
+        first, second = (model.graph.initializers[const.path] for const in (down, up))
+        rank = ir.SymbolicDim(f"{down.path.rpartition('.')[0]}.rank")
+        _set_dim(first, -1, rank)
+        _set_dim(second, -2, rank)
+        beyond = _spread(second, -2, rank, set())
+        _spread(first, -1, rank, beyond)
+        model.graph.inputs.extend([first, second])
+
+
+def _pairs(graph: Graph) -> Iterator[tuple[Const, Const]]:
+    known = {const.path: const for const in graph.used_state() if method_of(const) in METHODS and const.trainable}
+    for path, const in known.items():
+        stem, _, part = path.rpartition(".")
+        if part == "down" and f"{stem}.up" in known:
+            yield const, known[f"{stem}.up"]
+
+
+def _spread(value: ir.Value, axis: int, rank: ir.SymbolicDim, stop: set[ir.Node]) -> set[ir.Node]:
+    """Gives results that keep the rank as this axis a symbol for it, up to the matmul that sums over it; the matmuls that read it."""
+    products: set[ir.Node] = set()
+    for user, _ in list(value.uses()):
+        if user in stop:
+            continue
+        if user.op_type in ("MatMul", "Gemm"):
+            products.add(user)
+        if user.op_type in ("MatMul", "Gemm") and axis == -2:
+            continue
+        for output in user.outputs:
+            if output.shape is not None:
+                _set_dim(output, axis, rank)
+            products |= _spread(output, axis, rank, stop)
+    return products
+
+
+def _set_dim(value: ir.Value, axis: int, dim: ir.SymbolicDim) -> None:
+    dims = list(value.shape or ())
+    dims[axis] = dim
+    value.shape = ir.Shape(dims)
