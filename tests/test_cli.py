@@ -80,8 +80,8 @@ class StandIn:
             raise self.raises
         return SimpleNamespace(report=make_report(), save=self.save)
 
-    def save(self, folder: Path, force: bool = False) -> Path:
-        self.calls.append(("save", (folder,), {"force": force}))
+    def save(self, folder: Path, force: bool = False, train: bool | None = None) -> Path:
+        self.calls.append(("save", (folder,), {"force": force, "train": train}))
         return folder
 
     def given(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -174,7 +174,7 @@ def test_compile_prints_table_parity_and_folder(run: Run, api: StandIn, tmp_path
     assert f"wrote {out}/ (check it anywhere with: matmorph verify {out})" in done.out
     _, options = api.given("compile")
     assert options["calibration"] == ["own batch"]
-    assert api.given("save") == ((out,), {"force": False})
+    assert api.given("save") == ((out,), {"force": False, "train": None})
 
 
 def test_compile_json_is_the_report_alone(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -194,11 +194,27 @@ def test_calibration_file_replaces_the_models_own(run: Run, api: StandIn, tmp_pa
 # ---- refusals before any work
 
 
-@pytest.mark.parametrize("option", [["--train"], ["--pareto", "3"]])
-def test_options_of_later_versions(run: Run, api: StandIn, tmp_path: Path, option: list[str]) -> None:
-    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", *option)
-    assert done == Done(2, "", f"{option[0]}: not supported yet\n")
+def test_options_of_later_versions(run: Run, api: StandIn, tmp_path: Path) -> None:
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--pareto", "3")
+    assert done == Done(2, "", "--pareto: not supported yet\n")
     assert api.calls == []
+
+
+def test_training_graphs_need_the_specs_word(run: Run, api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "load_spec", lambda source: SimpleNamespace(train=None))
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--train")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("--train: s.yaml says nothing of training\n  add to it")
+    assert api.calls == []
+
+
+@pytest.mark.parametrize(("option", "given"), [((), None), (("--train",), True), (("--no-train",), False)])
+def test_whether_training_graphs_are_written(
+    run: Run, api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], given: bool | None
+) -> None:
+    monkeypatch.setattr(api, "load_spec", lambda source: SimpleNamespace(train="as the spec says"))
+    assert run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", *option).code == 0
+    assert api.given("save") == ((tmp_path / "out",), {"force": False, "train": given})
 
 
 def test_an_existing_folder_needs_force(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -208,7 +224,7 @@ def test_an_existing_folder_needs_force(run: Run, api: StandIn, tmp_path: Path) 
     assert "--force" in done.err
     assert api.calls == []
     assert run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path, "--force").code == 0
-    assert api.given("save")[1] == {"force": True}
+    assert api.given("save")[1] == {"force": True, "train": None}
 
 
 def test_a_file_in_the_way_is_never_replaced(run: Run, api: StandIn, tmp_path: Path) -> None:
