@@ -26,6 +26,7 @@ SCRIPTS = (
     "train_memory",
     "tensor_train",
     "tensor_train_plans",
+    "product_rates",
 )
 Load = Callable[[str], ModuleType]
 
@@ -121,6 +122,26 @@ def test_tensor_train_plans_prints_the_worst_of_its_rows(
     for name in ("over_best", "over_dense"):
         assert result["worst"][name] == max(row[name] for row in main)
     assert all(row["over_best"] == pytest.approx(row["over_dense"] / row["best_over_dense"], rel=1e-12) for row in main)  # float64 rounding
+
+
+def test_product_rates_fits_every_constant(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("product_rates"), capsys)
+    assert [row["constant"] for row in rows][:3] == ["node", "call", "work"]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_product_rates_finds_the_constants_that_times_were_made_with(load: Load) -> None:
+    script = load("product_rates")
+    base = script.RATES["cpu"]
+    items = script.nodes([4, 16], [1, 16, 256], script.MODES, 1e9)
+    names, table = script.features(items, base)
+    truth = script.constants_of(base)
+    assert len(names) == len(truth)
+    times = table @ truth
+    assert times == pytest.approx([base.product(item) for item in items], rel=1e-12)  # float64 sums of 11
+    found, errors = script.fit(table, times, 2 * truth)
+    assert abs(errors).max() < 1e-3  # an exact fit exists; the search stops near it
+    assert found[:3] == pytest.approx(truth[:3], rel=0.01)  # likewise
 
 
 def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,41 @@ def test_no_rows_can_be_planned_for() -> None:
     assert planned.predicted[0].seconds > 0, "nodes cost even without rows"
 
 
+# Microseconds of single MatMul nodes (the least of many runs, less the 2 us of a run of the session) on the machine of RATES["cpu"]:
+# batch, rows, inner, columns, whether the constant stands on the right.
+NODES = {
+    (1, 1, 1024, 1024, True): 51.5,
+    (1, 16, 1024, 1024, True): 322.2,
+    (1, 256, 1024, 1024, True): 5474.1,
+    (1, 1, 4096, 4096, True): 3213.6,
+    (1, 16, 4096, 4096, True): 8051.6,
+    (1, 1, 5, 768, True): 0.7,
+    (1, 16, 60, 768, True): 13.5,
+    (1, 256, 768, 5, True): 57.1,
+    (1, 64, 64, 16, True): 1.7,
+    (1, 1024, 64, 16, True): 18.9,
+    (1, 16384, 64, 16, True): 297.6,
+    (1, 16, 256, 4096, True): 293.7,
+    (1, 256, 64, 16, False): 5.2,
+    (1, 4096, 64, 16, False): 76.1,
+    (8, 32, 32, 16, False): 4.6,
+    (128, 32, 32, 16, False): 61.8,
+    (2048, 32, 32, 16, False): 1010.8,
+    (16, 256, 64, 16, False): 78.3,
+    (16, 256, 256, 16, False): 296.3,
+    (256, 1024, 64, 16, False): 5441.1,
+    (256, 32, 8, 128, False): 247.5,
+    (256, 128, 8, 128, False): 2313.4,
+    (256, 16, 1024, 1, False): 198.4,
+}
+
+
+@pytest.mark.parametrize("node", NODES, ids=str)
+def test_a_node_costs_what_was_measured(node: tuple[int, int, int, int, bool]) -> None:
+    """Nine tenths of the 1511 nodes of the fit lie within 24 %."""
+    assert RATES["cpu"].product(Product(*node)) * 1e6 == pytest.approx(NODES[node], rel=0.3)
+
+
 def test_the_rates_say_where_they_come_from() -> None:
     for name, rates in RATES.items():
         assert ("not measured" in rates.source) is not rates.measured, name

@@ -113,13 +113,23 @@ def choose(candidates: Sequence[Candidate], force: bool = False) -> Candidate:
 
 def estimate(plan: Plan, train: TrainShape, tokens: int, rates: Rates) -> Estimate:
     """Time, FLOPs and bytes of one run of the plan with `tokens` rows; what is computed at load costs nothing."""
-    meter = _Meter()
-    contract(plan, Sized((tokens, train.in_features)), [Sized(shape, constant=True) for shape in train.core_shapes], meter, (tokens,))
+    meter = _measured(plan, train, tokens)
     tensors = [size for item in meter.products for size in (item.constant, item.operand, item.result)]
     tensors += [size for size in meter.permuted for _ in ("read", "written")]
     seconds = rates.seconds(meter.products, meter.views, meter.permuted)
     outside = sum(size for size in tensors if size > rates.cache)
     return Estimate(tokens, seconds, meter.flops, 4 * sum(tensors), 4 * outside)
+
+
+def products(plan: Plan, train: TrainShape, tokens: int) -> tuple[Product, ...]:
+    """The products that are left when everything of cores alone is folded, in order."""
+    return tuple(_measured(plan, train, tokens).products)
+
+
+def _measured(plan: Plan, train: TrainShape, tokens: int) -> _Meter:
+    meter = _Meter()
+    contract(plan, Sized((tokens, train.in_features)), [Sized(shape, constant=True) for shape in train.core_shapes], meter, (tokens,))
+    return meter
 
 
 @dataclass(frozen=True, slots=True)

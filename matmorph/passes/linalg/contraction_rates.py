@@ -98,7 +98,8 @@ def _beyond(elements: int, tiers: Tiers) -> float:
 
 
 RATES: Mapping[str, Rates] = {
-    # Fitted to 1511 products, the nodes of all plans of 33 trains at 1, 16 and 256 rows: half of them within 7 %, nine in ten within 25 %.
+    # Fitted by benchmarks/product_rates.py to 1511 nodes, those of all plans of 29 trains at 1, 16 and 256 rows: half of them lie within
+    # 7 %, nine tenths within 24 %. On two threads the order of the plans is the same, as far as a busy machine could tell.
     "cpu": Rates(
         source="ONNX Runtime 1.31.1, CPU provider, one thread, AMD EPYC (Zen 4, AVX512, 1 MiB L2, 32 MiB L3)",
         measured=True,
