@@ -83,15 +83,22 @@ def base_fingerprint(graph: Graph, adapters: Sequence[Adapter]) -> str:
 
 def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the inputs are given: down [.., in, rank] and up [.., rank, out], float32, the scale folded in. `values`: torch or numpy arrays
-    by dotted name; they may have another rank than the compiled model. InputError where a factor is missing or its shape fits no site."""
+    by dotted name; they may have another rank than the compiled model, and leave adapters out.
+
+    InputError where only a part of one is there, its shape does not fit, or no adapter is there at all.
+    """
     found: dict[str, np.ndarray] = {}
     for adapter in adapters:
         missing = [name for name in adapter.consts.values() if name not in values]
+        if len(missing) == len(adapter.consts):
+            continue
         if missing:
             raise InputError(f"the values lack {missing[0]} of the adapter at {adapter.site}")
         down, up = two_factors_of(adapter, {short: _tensor(values[name]) for short, name in adapter.consts.items()})
         for part, tensor in zip(PARTS, (down, up), strict=True):
             found[_name(adapter, part)] = tensor.float().contiguous().numpy()
+    if not found:
+        raise InputError("the values hold no adapter of this model")
     return found
 
 

@@ -32,6 +32,7 @@ class Adapter:
     `consts`: dotted names by the method's short ones ("down", "up"; "core_0" ...). `scale`: of the factors' product. `base`: what they
     stand beside: "dense", "own" (a frozen weight that lacks what the factors start with), or the method that took the weight's place, with
     `quantizer` its settings where that is a quantised one. `applications`: how often the site's weight is used.
+    `rslora`: whether the scale is alpha / sqrt(rank).
     """
 
     site: str
@@ -47,6 +48,7 @@ class Adapter:
     quantizer: Mapping[str, Any] | None
     form: str = "linear"
     applications: int = 1
+    rslora: bool = False
 
     @property
     def starts_at_zero(self) -> bool:
@@ -106,6 +108,7 @@ def _of_site(row: SiteRow, uses: Sequence[MethodUse], state: Mapping[str, Const]
                 settings,
                 row.form,
                 row.applications,
+                bool(getattr(use.spec, "rslora", False)),
             )
 
 
