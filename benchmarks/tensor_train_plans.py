@@ -12,6 +12,7 @@ median over rounds. The plan of a row is made for the row's number of tokens alo
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,8 +30,8 @@ from matmorph.demo import medians
 from matmorph.passes.linalg.contraction import TrainShape, contract, matrix_train
 from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction
 
-TOO_SLOW = 30.0
-"""A form that takes longer than this many times dense in its first runs is not timed further."""
+TOO_SLOW = 10.0
+"""A form that takes longer than this many times dense in a run is not timed further."""
 Runs = dict[str, Callable[[], object]]
 
 
@@ -120,11 +121,17 @@ def sessions(train: TrainShape, planned: Planned, threads: int) -> dict[str, onn
 
 
 def timed(made: Mapping[str, onnxruntime.InferenceSession], x: np.ndarray, rounds: int) -> dict[str, float]:
-    """Seconds per form; infinite where the first runs took more than `TOO_SLOW` times dense."""
+    """Seconds per form; infinite where the faster of the first two runs took more than `TOO_SLOW` times dense and a millisecond."""
     runs: Runs = {name: partial(each.run, None, {each.get_inputs()[0].name: x}) for name, each in made.items()}
-    first = {name: medians({name: run}, 1)[name] for name, run in runs.items()}
-    kept = {name: run for name, run in runs.items() if first[name] <= TOO_SLOW * first["matmul"]}
+    limit = TOO_SLOW * medians({"matmul": runs["matmul"]}, 3)["matmul"] + 1e-3
+    kept = {name: run for name, run in runs.items() if _once(run) <= limit or _once(run) <= limit}
     return dict.fromkeys(runs, float("inf")) | medians(kept, rounds)
+
+
+def _once(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def measure(modes: Sequence[int], rank: int, tokens: Sequence[int], options: Any) -> list[dict[str, Any]]:
