@@ -19,8 +19,10 @@ from matmorph.ir.adjoints.table import RULES
 from matmorph.ir.adjoints.tape import Tape, is_float, substituted
 from matmorph.ir.build import Builder, unique_name
 from matmorph.ir.core import Const, Graph, Input, Node, Origin, Signature, Value, values_in
+from matmorph.ir.gradient_cleanup import simplify_gradient
 from matmorph.ir.infer import Inference
-from matmorph.ir.losses import Loss, Written, label_inputs, tensor_outputs, write_loss
+from matmorph.ir.losses import Loss, Written, judged, label_inputs, tensor_outputs, write_loss
+from matmorph.ir.narrowing import narrow
 from matmorph.ir.types import Dim, TensorType
 
 THETA, LOSS_SCALE = "theta", "loss_scale"
@@ -44,7 +46,8 @@ def gradient_graph(graph: Graph, trainables: Sequence[Const], loss: Loss, keep_o
             raise InputError(f"the model has no output {name} to keep; its outputs are {', '.join(outputs)}{did_you_mean(name, outputs)}")
     _check_outputs(keep_outputs)
     kept = {name: outputs[name] for name in keep_outputs}
-    return _Draft.of(graph, trainables, loss, scaled=True).with_gradient(kept)
+    read = outputs if loss.function is not None else (judged(loss, graph)[0], *keep_outputs)
+    return simplify_gradient(_Draft.of(narrow(graph, read), trainables, loss, scaled=True).with_gradient(kept))
 
 
 def loss_graph(graph: Graph, trainables: Sequence[Const], loss: Loss) -> Graph:
