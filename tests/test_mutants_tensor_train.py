@@ -47,9 +47,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "singular values not carried on": (STEP, "rest = u.T @ c\n    tail", "rest = torch.nn.functional.normalize(u.T @ c, dim=1)\n    tail"),
     "smallest singular vectors kept": (STEP, "top = vectors[:, -rank:]", "top = vectors[:, :rank]"),
-    "Gram matrix of the last block": (STEP, "lower[start:end, :end] += wide[start:end]", "lower[start:end, :end] = wide[start:end]"),
-    "Gram matrix of float32": (STEP, "wide = block.double()", "wide = block.float().double()"),
+    "Gram matrix of the last block": (STEP, "lower[start:end, :end] += part[start:end]", "lower[start:end, :end] = part[start:end]"),
+    "Gram matrix of float32": (STEP, "part = block.to(dtype)", "part = block.float().double()"),
     "Gram matrix not mirrored": (STEP, "lower.tril() + lower.tril(-1).T", "lower.tril() + lower.triu(1)"),
+    "rounding of the Gram matrix left out": (STEP, "optimum = sqrt(max(0.0, tail - slack))", "optimum = sqrt(tail)"),
     "tail off by one": (STEP, "tail = float(tails[rank])", "tail = float(tails[max(0, rank - 1)])"),
     "noise of the Gram matrix trusted": (STEP, "if error <= GUARD * optimum else None", "if True else None"),
     "rank chosen by noise": (STEP, "<= _NOISE * total and rank > 1:", "< 0:"),
@@ -202,9 +203,21 @@ def check_steps(m: dict[str, ModuleType]) -> None:
         assert step.error == pytest.approx(float(spectrum[9:].norm()), rel=1e-4)
         assert step.optimum == pytest.approx(step.error, rel=1e-2)
         assert m[STEP].left_step(c, lambda found: int((found <= 4e-20).int().argmax())).u.shape[1] == 10
+    assert m[STEP].left_step(normal(30, 400), 5).solver == "gram", "nothing here needs a more exact one"
+    seen = m[STEP].gram_matrix
+    types = []
+    m[STEP].gram_matrix = lambda c, dtype: types.append(dtype) or seen(c, dtype)
+    for shape in ((30, 400), (400, 30)):
+        types.clear()
+        m[STEP].left_step(normal(*shape).float(), 5)
+        assert types == [torch.float32]
+        types.clear()
+        m[STEP].left_step((normal(*shape)[:, :5] @ normal(shape[1], 5).T + 1e-3 * normal(*shape)).float(), 5)
+        assert types == [torch.float32, torch.float64]
+    m[STEP].gram_matrix = seen
     m[STEP]._BLOCK = 700
     c = normal(70, 50)
-    np.testing.assert_allclose(m[STEP].gram_matrix(c).numpy(), (c @ c.T).numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(m[STEP].gram_matrix(c, torch.float64).numpy(), (c @ c.T).numpy(), rtol=0, atol=1e-12)
 
 
 def check_modes(m: dict[str, ModuleType]) -> None:

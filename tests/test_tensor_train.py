@@ -428,7 +428,9 @@ def test_gram_matrices_are_summed_in_float64_in_blocks(monkeypatch: pytest.Monke
         expected = c.double().numpy() @ c.double().numpy().T
         for block in (side, 70 * side, 1 << 20):
             monkeypatch.setattr(unfolding, "_BLOCK", block)
-            np.testing.assert_allclose(unfolding.gram_matrix(c).numpy(), expected, rtol=0, atol=1e-11)  # float64 sums of a thousand
+            np.testing.assert_allclose(
+                unfolding.gram_matrix(c, torch.float64).numpy(), expected, rtol=0, atol=1e-11
+            )  # float64 sums of a thousand
 
 
 @pytest.mark.parametrize("shape", [(30, 400), (400, 30)], ids=str)
@@ -444,6 +446,27 @@ def test_what_a_gram_matrix_cannot_see_goes_to_the_exact_solver(shape: tuple[int
     assert float((c - step.u @ step.rest).norm()) == pytest.approx(step.error, rel=1e-5)
     assert left_step(c, 3).solver == "gram"
     assert left_step(c, lambda tails: int((tails <= (2e-10) ** 2).int().argmax())).u.shape == (shape[0], 10)
+
+
+@pytest.mark.parametrize("shape", [(30, 3000), (3000, 30)], ids=str)
+@pytest.mark.parametrize(("size", "types"), [(0.3, ["float32"]), (1e-3, ["float32", "float64"])], ids=["large", "small"])
+def test_float32_work_is_kept_only_where_it_is_proven_good(
+    shape: tuple[int, int], size: float, types: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tail of 1e-3 |C| is 1e-6 of the energy: the rounding of a float32 Gram matrix could hide all of it."""
+    used: list[str] = []
+    real = unfolding.gram_matrix
+    monkeypatch.setattr(unfolding, "gram_matrix", lambda c, dtype: used.append(str(dtype)[6:]) or real(c, dtype))
+    u, v = (torch.linalg.qr(normal(length, 30, seed=length)).Q for length in shape)
+    spectrum = torch.cat([torch.ones(4), size * torch.ones(26) / sqrt(26)]).double()
+    c = ((u * spectrum) @ v.T).float()
+    step = left_step(c, 4)
+    assert used == types
+    assert step.solver == "gram"
+    best = tail(c, 1, 4) if shape[0] < shape[1] else tail(c.T.contiguous(), 1, 4)
+    assert step.optimum <= best <= step.error * (1 + 1e-5)  # float32 norms
+    assert step.error <= GUARD * step.optimum
+    assert float((c.double() - step.u.double() @ step.rest.double()).norm()) == pytest.approx(step.error, rel=1e-3)  # 1e-7 / 1e-3, squared
 
 
 def test_a_wide_unfolding_of_small_rank_is_iterated_on() -> None:

@@ -1,13 +1,13 @@
 """One step of a tensor-train sweep: the leading left singular vectors of an unfolding, and the unfolding seen through them.
 
 An unfolding is much longer than wide (256 x 65536 for the first of 16^6), and only the vectors of one side are wanted. So, unlike
-`svd.truncated_svd`, no factor of the long side is formed, and the Gram matrix of the short side is summed in float64 whatever the input: in
-blocks, so that no float64 copy of the unfolding exists, and without rounding in the products of float32 entries. It resolves singular
-values down to 1e-8 of the largest, which is all that float32 weights hold.
+`svd.truncated_svd`, no factor of the long side is formed, and what there is to do is the Gram matrix of the short side, summed over blocks.
+For float32 unfoldings it is first multiplied in float32, and in float64 where rounding could hide 1 % of the error (`svd.GUARD`). Products
+of float32 entries are exact in float64: it resolves singular values down to 1e-8 of the largest, which is all that float32 weights hold.
 
 | solver       | what it does                                            | taken by "auto"                                   |
 |--------------|---------------------------------------------------------|---------------------------------------------------|
-| "gram"       | float64 Gram matrix of the short side, LAPACK syevd     | short side <= 512, or no faster one applies       |
+| "gram"       | Gram matrix of the short side, LAPACK syevd in float64  | short side <= 512, or no faster one applies       |
 | "randomized" | `svd.truncated_svd`, with its certificate               | beyond, for a fixed rank, where low_rank takes it |
 | "exact"      | LAPACK QR of the long side, then gesdd, in float64      | where the guard of the others fails               |
 
@@ -29,13 +29,14 @@ ROUNDING = 16.0
 """Errors below this many machine epsilons times |C|_F are rounding (as in `svd`)."""
 
 _GRAM_SIDE = 512
-_BLOCK = 1 << 20
+_BLOCK = 1 << 22
 """Entries of an unfolding that are widened to float64 at a time."""
+_COLUMNS = 1 << 14
+"""The longest sum in one product: its rounding grows with the root of the length."""
 _BAND = 32
 """Narrower products do not pay."""
 _RUN = 1 << 15
-_RESOLVED = 1e-6
-"""A sum of discarded eigenvalues below this share of the energy is not trusted: the error is then measured."""
+_WELL_APART = {torch.float32: 1e-2, torch.float64: 1e-6}
 _NOISE = 1e-12
 """Sums below this share of the energy decide no rank."""
 
@@ -66,8 +67,12 @@ def left_step(c: Tensor, rank: int | ChooseRank, *, solver: Solver = "auto", see
         raise ValueError(f"rank {rank} is outside 1..{min(c.shape)}")
     if not callable(rank) and _randomized_pays(c, rank, solver):
         return _randomized(c, rank, seed)
-    found = None if solver == "exact" else _gram(c, rank)
-    return found or _exact(c, rank)
+    if solver != "exact":
+        for dtype in (torch.float64,) if callable(rank) else dict.fromkeys((c.dtype, torch.float64)):
+            found = _gram(c, rank, dtype)
+            if found is not None:
+                return found
+    return _exact(c, rank)
 
 
 def _randomized_pays(c: Tensor, rank: int, solver: Solver) -> bool:
@@ -79,13 +84,16 @@ def _randomized_pays(c: Tensor, rank: int, solver: Solver) -> bool:
 def _randomized(c: Tensor, rank: int, seed: int) -> Step:
     found = truncated_svd(c, rank, solver="randomized", seed=seed)
     rest = found.u.T @ c
-    return Step(found.u, rest, _left_over(c, found.u, rest), found.optimum, found.solver)
+    return Step(found.u, rest, _error(c, found.u, rest, 0.0), found.optimum, found.solver)
 
 
-def _gram(c: Tensor, wanted: int | ChooseRank) -> Step | None:
-    """None where rounding of the Gram matrix could hide more than the guard allows."""
+def _gram(c: Tensor, wanted: int | ChooseRank, dtype: torch.dtype) -> Step | None:
+    """None where rounding of the Gram matrix, multiplied in `dtype`, could hide more than the guard allows.
+
+    Its rounding E has |E|_F <= sqrt(columns of a block) * eps * |C|_F^2 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019), and r eigenvalues
+    of a symmetric E sum up to at most sqrt(r) |E|_F."""
     wide = c.shape[0] <= c.shape[1]
-    gram = gram_matrix(c if wide else c.T)
+    gram = gram_matrix(c if wide else c.T, dtype)
     with one_thread():
         values, vectors = torch.linalg.eigh(gram)
     tails = _tails(values.flip(0).clamp_min(0))
@@ -97,13 +105,11 @@ def _gram(c: Tensor, wanted: int | ChooseRank) -> Step | None:
     u = top if wide else _orthonormal(c @ top)
     rest = u.T @ c
     tail = float(tails[rank])
-    # |E|_F <= sqrt(n) u |C|_F^2 for the rounding E of the Gram matrix (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); r eigenvalues of a
-    # symmetric E sum up to at most sqrt(r) |E|_F
-    slack = sqrt(rank * max(c.shape)) * torch.finfo(torch.float64).eps * total
-    error = sqrt(tail) if wide and tail > _RESOLVED * total else _left_over(c, u, rest)
+    slack = sqrt(rank * min(max(c.shape), _COLUMNS)) * torch.finfo(dtype).eps * total
+    optimum = sqrt(max(0.0, tail - slack))
+    error = _error(c, u, rest, tail / total if total > 0 else 0.0)
     if error <= ROUNDING * torch.finfo(c.dtype).eps * sqrt(total):
         return Step(u, rest, error, 0.0, "gram")
-    optimum = sqrt(max(0.0, tail - slack))
     return Step(u, rest, error, min(optimum, error), "gram") if error <= GUARD * optimum else None
 
 
@@ -129,29 +135,36 @@ def _exact(c: Tensor, wanted: int | ChooseRank) -> Step:
 
 def frobenius(a: Tensor) -> float:
     """|a|_F: sums of short runs in the type of `a`, added up in float64: ten times faster than a norm in float64."""
-    return sqrt(sum(float(torch.dot(run, run)) for run in torch.split(a.reshape(-1), _RUN)))
+    with one_thread():
+        return sqrt(sum(float(torch.dot(run, run)) for run in torch.split(a.reshape(-1), _RUN)))
 
 
-def gram_matrix(c: Tensor) -> Tensor:
-    """c c^T [m, m] in float64, summed over blocks of columns of `c` [m, n]; of each block only bands up to the diagonal are multiplied."""
+def gram_matrix(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """c c^T [m, m] in float64, summed over blocks of columns of `c` [m, n] that are multiplied in `dtype`, up to the diagonal only.
+
+    On one thread: the products are short, and two threads were slower than one on a busy machine."""
     side = len(c)
     band = max(_BAND, -(-side // 4))
     lower = torch.zeros(side, side, dtype=torch.float64, device=c.device)
-    for block in torch.split(c, max(1, _BLOCK // side), dim=1):
-        wide = block.double()
-        for start in range(0, side, band):
-            end = start + band
-            lower[start:end, :end] += wide[start:end] @ wide[:end].T
+    with one_thread():
+        for block in torch.split(c, max(1, min(_COLUMNS, _BLOCK // side)), dim=1):
+            part = block.to(dtype)
+            for start in range(0, side, band):
+                end = start + band
+                lower[start:end, :end] += part[start:end] @ part[:end].T
     return lower.tril() + lower.tril(-1).T
+
+
+def _error(c: Tensor, u: Tensor, rest: Tensor, share: float) -> float:
+    """|c - u rest|_F: by Pythagoras where enough is left over (about `share` of the energy) for the difference to keep its digits."""
+    if share > _WELL_APART[c.dtype]:
+        return sqrt(max(0.0, frobenius(c) ** 2 - frobenius(rest) ** 2))
+    return frobenius(torch.addmm(c, u, rest, alpha=-1))
 
 
 def _tails(squares: Tensor) -> Tensor:
     """[k + 1] sums of what follows, from descending squares [k]; the last is exactly zero."""
     return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
-
-
-def _left_over(c: Tensor, u: Tensor, rest: Tensor) -> float:
-    return frobenius(torch.addmm(c, u, rest, alpha=-1))
 
 
 def _orthonormal(a: Tensor) -> Tensor:
