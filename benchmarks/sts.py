@@ -2,10 +2,11 @@
 
 `low_rank`: the encoder's linears keep 80, 60 and 40 % of their parameters, by whitened SVD (calibrated on 512 training sentences) and by
 plain SVD. `quantized`: each quantizer on the same linears, alone, with LoftQ factors (rank 16, 5 iterations) and with whitened ones; u2 is
-uniform 2-bit without anything, u2-search has zero points and searched scales. `--specs` adds specs by name or path (quantize-u4 takes the
-embedding tables too). The rewritten model is written as an artefact and run by ONNX Runtime; `--torch` runs the compiled torch module.
+uniform 2-bit without anything, u2-search has zero points and searched scales. `trains`: the 12 MLP matmuls as tensor trains of 2 and 3
+cores (tt-mlp and its like), beside plain low_rank factors with as many parameters. `--specs` adds specs by name or path (quantize-u4 takes
+the embedding tables too). The rewritten model is written as an artefact and run by ONNX Runtime; `--torch` runs the compiled torch module.
 
-    python benchmarks/sts.py [--data DIR] [--sets low_rank quantized] [--specs quantize-u4] [--torch] [--json]
+    python benchmarks/sts.py [--data DIR] [--sets low_rank quantized trains] [--specs quantize-u4] [--torch] [--json]
         [--ratios 80 60 40] [--methods whitened plain] [--quantizers nf4 nf2 u2 u2-search] [--forms quantize loftq whitened]
 """
 
@@ -31,6 +32,7 @@ from matmorph.runtime import Session
 
 CALIBRATION = 512
 BATCH = 64
+SETS = ["low_rank", "quantized", "trains"]
 Array = np.ndarray[Any, Any]
 Encoder = Callable[[Mapping[str, Array]], Array]
 """Feeds -> last hidden state."""
@@ -111,6 +113,19 @@ def quantized_spec(quantizer: str, form: str) -> dict[str, Any]:
     return {"version": 1, "name": f"{quantizer} {form}", "rules": [rule], "calibration": {"samples": CALIBRATION}}
 
 
+TRAINS: Mapping[str, dict[str, Any]] = {
+    "mlp low_rank": {"low_rank": {"rank": {"ratio": 0.6}}},
+    "mlp tt 2 cores": {"tt": {"rank": {"ratio": 0.6}, "cores": 2}},
+    "mlp tt 3 cores": {"tt": {"rank": {"ratio": 0.6}, "cores": 3}},
+}
+"""On the same matmuls, 60 % of their parameters each."""
+
+
+def train_spec(name: str) -> dict[str, Any]:
+    """The library's tt-mlp with another rewrite."""
+    return {"version": 1, "name": name, "extends": ["tt-mlp"], "rules": [{"name": "mlp", "expect": 12, "rewrite": TRAINS[name]}]}
+
+
 def named_spec(name: str) -> dict[str, Any]:
     """A library spec, or one in a file, under its own name."""
     return {"version": 1, "name": Path(name).stem, "extends": [name]}
@@ -120,7 +135,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The specs to measure; of each set only the first with --tiny."""
     low = [spec(ratio, method) for method in options.methods for ratio in options.ratios]
     quantized = [quantized_spec(quantizer, form) for quantizer in options.quantizers for form in options.forms]
-    sets = {"low_rank": low, "quantized": quantized}
+    sets = {"low_rank": low, "quantized": quantized, "trains": [train_spec(name) for name in TRAINS]}
     few = 1 if options.tiny else None
     return [made for name in options.sets for made in sets[name][:few]] + [named_spec(name) for name in options.specs[:few]]
 
@@ -152,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--data", type=Path, help="folder that holds stsb/ (default: MATMORPH_DATA, else ../shared/data)")
     options_of.add_argument("--ratios", type=int, nargs="+", default=[80, 60, 40])
     options_of.add_argument("--methods", nargs="+", choices=["whitened", "plain"], default=["whitened", "plain"])
-    options_of.add_argument("--sets", nargs="*", choices=["low_rank", "quantized"], default=["low_rank", "quantized"])
+    options_of.add_argument("--sets", nargs="*", choices=SETS, default=SETS)
     options_of.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS))
     options_of.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     options_of.add_argument("--specs", nargs="*", default=["quantize-u4"], help="library names or paths")

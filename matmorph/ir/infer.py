@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx.experimental._config as shape_config
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
@@ -140,7 +141,7 @@ class Inference:
         if self._absent:
             args, attrs = self._present(args), {name: self._present(arg) for name, arg in attrs.items()}
         try:
-            with self._mode, torch.no_grad(), _quiet():
+            with self._mode, torch.no_grad(), enable_python_dispatcher(), _quiet():  # as torch.export runs them: pad needs it
                 result = function(*args, **attrs)
         except Exception as error:
             raise VerifyError(f"{op} refuses these operands: {self._reason(error)}", [f"({self._describe(args)})"]) from error

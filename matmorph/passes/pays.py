@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from matmorph.errors import SpecError
 from matmorph.ir.site import Reject
 from matmorph.passes.kernel_costs import predicted_times
-from matmorph.passes.rewrite import Outcome
+from matmorph.passes.linalg.contraction import vector_train
+from matmorph.passes.linalg.contraction_cost import plan_contraction, planning_target
+from matmorph.passes.rewrite import Outcome, Part
 from matmorph.specs.schema import Export
 
 SLOWER = 1.05
@@ -30,13 +32,24 @@ def _judged(outcome: Outcome, export: Export) -> Outcome:
     main = next((part for part in outcome.parts if part.kind == "replace"), None)
     if main is None:
         raise SpecError(f"rule {rule.name}: pays.time judges what replaces a matmul, and {_names(outcome)} only adds to it", at=rule.at)
-    times = main.cost.times or predicted_times(main.use.spec, export)
+    if main.choice.at_most:  # the weight decides: judged when it is compiled
+        return outcome
+    times = main.cost.times or _two_products(outcome, main, export) or predicted_times(main.use.spec, export)
     if not times:
         where = ", ".join(export.target)
         raise SpecError(f"rule {rule.name}: pays.time: the time of {main.use.method} is not predicted on {where}", at=main.use.at)
     if max(ratio for _, ratio in times) <= SLOWER:
         return outcome
     return Outcome(site, rule, Reject(f"predicted to be slower: {_said(times)} (pays: {{time: true}} refuses it)"))
+
+
+def _two_products(outcome: Outcome, part: Part, export: Export) -> tuple[tuple[int, float], ...]:
+    """Of low_rank, which is a train of two cores: x @ down @ up."""
+    if part.use.method != "low_rank" or outcome.site.batch is not None:
+        return ()
+    train = vector_train((outcome.site.in_features, outcome.site.out_features), 1, (1, part.choice.rank or 1, 1))
+    found = plan_contraction(train, export.tokens, planning_target(export.target), True)
+    return tuple(zip(export.tokens, found.ratios, strict=True))
 
 
 def _names(outcome: Outcome) -> str:

@@ -58,7 +58,7 @@ class ContractionSpec:
 def refuse_wrong_count(rank: Ranks, cores: int, of: str) -> None:
     """ValueError for a list of ranks that is not one shorter than there are cores."""
     if rank.each and len(rank.each) != cores - 1:
-        raise ValueError(f"{cores} cores ({of}) have {cores - 1} ranks between them, the list has {len(rank.each)}")
+        raise ValueError(f"{cores} cores ({of}) take a list of {cores - 1}, one rank between neighbours; this list has {len(rank.each)}")
 
 
 def refuse_site(site: Site, method: str) -> Reject | None:
