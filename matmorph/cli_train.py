@@ -128,14 +128,17 @@ def _trimming(mask: str | None) -> Any:
     return None if mask is None else trim_padding(mask)
 
 
-def schedule_of(name: str, warmup: float) -> Schedule:
-    """Raises InputError for a name that is none, InputMismatch for a warm-up that does not work."""
+def schedule_of(name: str, warmup: float) -> Schedule | None:
+    """None = the same rate throughout, which needs no number of updates. Raises InputError for a name that is none, InputMismatch for a
+    warm-up that does not work."""
     from matmorph.runtime.schedules import SCHEDULES
 
     if name not in SCHEDULES:
         raise InputError(f"--schedule {name}: there are {', '.join(SCHEDULES)}{did_you_mean(name, SCHEDULES)}")
-    if warmup >= 1 and not warmup.is_integer():
+    if warmup >= 1 and warmup != int(warmup):
         raise InputError(f"--warmup {warmup}: from 1 on it is a number of updates, and must be whole")
+    if name == "constant" and warmup == 0:
+        return None
     return SCHEDULES[name](int(warmup) if warmup >= 1 else warmup)
 
 
@@ -206,15 +209,12 @@ def _show(rows: list[EpochRow], out: Path, folder: Path, updates: int, seconds: 
         result = {"epochs": [asdict(row) for row in rows], "updates": updates, "seconds": round(seconds, 3), "parameters": str(out)}
         print(json.dumps(result, indent=2))
         return
-    from rich.table import Table
-
-    from matmorph.report.table import make_console
-
     names = list(dict.fromkeys(name for row in rows for name in row.validation))
-    table = Table("epoch", "loss", *(f"validation {name}" for name in names), box=None)
+    lines = [("epoch", "loss", *(f"validation {name}" for name in names))]
     for row in rows:
-        table.add_row(
-            str(row.epoch), f"{row.loss:.4f}", *(f"{row.validation[name]:.4f}" if name in row.validation else "" for name in names)
-        )
-    make_console().print(table)
+        figures = [f"{row.validation[name]:.4f}" if name in row.validation else "" for name in names]
+        lines.append((str(row.epoch), f"{row.loss:.4f}", *figures))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print(f"{updates} updates in {seconds:.1f} s; wrote {out} (put it into the model with: matmorph merge {folder} --trained {out})")
