@@ -18,6 +18,7 @@ from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.adapters import expose_adapters
 from matmorph.exporters.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
+from matmorph.exporters.gradient_ops import backward_lowerings
 from matmorph.exporters.lowering import Lowerings, lower
 from matmorph.exporters.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
@@ -104,7 +105,7 @@ def write_model(
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
     training = has_gradients(graph)
-    ours = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings()}
+    ours = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings(), **backward_lowerings()}
     lowerings = {**ours, **(onnx_lowerings or {})}
     model = lower(to_exported_program(graph), export.opset, lowerings)
     for value in model.graph.initializers.values():

@@ -55,7 +55,10 @@ def _expanded(t: Tape, dy: Value, node: Node) -> Value:
 def _sliced(t: Tape, dy: Value, node: Node) -> Value:
     x = node.args[0]
     dim, start, end, step = (argument(node, k, "", default) for k, default in enumerate((0, None, None, 1), 1))
-    return t.b("aten.slice_backward.default", dy, t.axes(x), dim, 0 if start is None else start, _END if end is None else end, step)
+    start, end = 0 if start is None else start, _END if end is None else end
+    if step == 1:
+        return t.b("aten.slice_backward.default", dy, t.axes(x), dim, start, end, step)
+    return t.b("aten.slice_scatter.default", t.b("aten.zeros_like.default", x), dy, dim, start, end, step)
 
 
 def _selected(t: Tape, dy: Value, node: Node) -> Value:

@@ -76,6 +76,34 @@ def _layer_norm(t: Tape, node: Node) -> Step:
     return Step((y,), pull)
 
 
+def _batch_norm(t: Tape, node: Node) -> Step:
+    """In eval mode: y = (x - mean) r w + b with r = 1 / sqrt(variance + eps), all per channel, mean and variance constants."""
+    x, weight, bias, mean, variance = node.args[:5]
+    eps = node.args[6]
+    outputs = t.keep(node)
+    column = [-1, *(1 for _ in x.tensor.shape[2:])]
+
+    def pull(found: Cotangents) -> None:
+        dy = found[0]
+        if dy is None:
+            return
+        r = t.b("aten.rsqrt.default", t.b("aten.add.Tensor", variance, eps))
+        rest = [axis for axis in range(len(x.tensor.shape)) if axis != 1]
+        if t.wants(bias):
+            t.give(bias, t.b("aten.sum.dim_IntList", dy, rest))
+        if t.wants(weight):
+            normal = _mul(t, t.b("aten.sub.Tensor", x, _column(t, mean, column)), _column(t, r, column))
+            t.give(weight, t.b("aten.sum.dim_IntList", _mul(t, dy, normal), rest))
+        if t.wants(x):
+            t.give(x, _mul(t, dy, _column(t, r if weight is None else _mul(t, r, weight), column)))
+
+    return Step(outputs, pull)
+
+
+def _column(t: Tape, channels: Value, column: list[int]) -> Value:
+    return t.b("aten.reshape.default", channels, column)
+
+
 def _attention(t: Tape, node: Node) -> Step:
     """o = p v with p = softmax(s q k' + mask), scaled once, on q.
 
@@ -142,7 +170,11 @@ def _bias(t: Tape, mask: Value, dtype: str) -> Value:
 
 def _alive(t: Tape, mask: Value, dtype: str) -> Value:
     """1 for rows with something allowed, else 0: [.., rows, 1]."""
-    return t.once(("alive", mask, dtype), lambda: t.cast(t.b("aten.any.dim", mask, -1, True), dtype))
+
+    def make() -> Value:
+        return t.b("aten.amax.default", t.b("aten._to_copy.default", mask, dtype=getattr(torch, dtype)), [-1], True)
+
+    return t.once(("alive", mask, dtype), make)
 
 
 def _triangle(t: Tape, q: Value, k: Value) -> Value:
@@ -175,6 +207,7 @@ NORMS: Mapping[str, Rule] = {
     "aten._softmax.default": in_float32(_softmax),
     "aten.log_softmax.int": in_float32(_log_softmax),
     "aten._log_softmax.default": in_float32(_log_softmax),
+    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
     "aten.layer_norm.default": in_float32(_layer_norm),
     "aten.scaled_dot_product_attention.default": _attention,
 }

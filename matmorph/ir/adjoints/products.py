@@ -22,32 +22,29 @@ def product(t: Tape, a: Value, b: Value) -> Value:
     return t.b("aten.mm.default" if plain else "aten.matmul.default", a, b)
 
 
-def give_bias(t: Tape, bias: Value | None, dy: Value) -> None:
-    if bias is not None:
-        t.give(bias, dy)
-
-
 def linear(t: Tape, node: Node) -> Step:
-    """y = x W' + bias; x [.., in], W [out, in]."""
+    """y = x W' + bias; x [.., in], W [out, in], in both directions over rows [n, in]: one product with the bias inside."""
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
+    if len(weight.tensor.shape) == 1:
+        return composite(t, t.call("aten.matmul.default", x, weight))
+    rows = t.rows(x)
+    flat = t.b("aten.linear.default", rows, weight, *(() if bias is None else (bias,)))
+    y = t.reshape(flat, node.output)
 
     def pull(found: Cotangents) -> None:
         (dy,) = found
         if dy is None:
             return
-        give_bias(t, bias, dy)
-        if t.wants(x):
-            t.give(x, product(t, dy, weight))
+        dy_rows = t.rows(dy)
+        if bias is not None:
+            t.give(bias, dy_rows)
         if t.wants(weight):
-            left, right = _as_rows(t, dy), _as_rows(t, x)
-            t.give(weight, t.b("aten.mm.default", t.b("aten.t.default", left), right))
+            t.give(weight, t.b("aten.mm.default", t.b("aten.t.default", dy_rows), rows))
+        if t.wants(x):
+            t.give_product(x, dy_rows, weight)
 
-    return Step(t.keep(node), pull)
-
-
-def _as_rows(t: Tape, value: Value) -> Value:
-    return t.b("aten.unsqueeze.default", value, 0) if len(value.tensor.shape) == 1 else t.rows(value)
+    return Step((y,), pull)
 
 
 def matmul(t: Tape, node: Node) -> Step:
@@ -115,7 +112,8 @@ def _quantised(name: str, bias_at: int) -> Rule:
             (dy,) = found
             if dy is None:
                 return
-            give_bias(t, bias, dy)
+            if bias is not None:
+                t.give(bias, dy)
             if t.wants(x):
                 t.give(x, t.b(f"matmorph.{name}_transposed.default", dy, *weight))
 

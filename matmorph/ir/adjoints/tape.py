@@ -133,6 +133,15 @@ class Tape:
         fitted = self._summed(cotangent, value.tensor.shape, tuple(over if over is not None else cotangent.tensor.shape))
         self.cotangents.setdefault(value, []).append(self.cast(fitted, value.tensor.dtype))
 
+    def give_product(self, value: Value, dy: Value, weight: Value) -> None:
+        """Gives dy weight, [n, out] times [out, in], as `value` [.., in]; what is there already is added within the product."""
+        known = self.take(value)
+        if known is None:
+            flat = self.b("aten.mm.default", dy, weight)
+        else:
+            flat = self.b("aten.addmm.default", self.rows(self.full(known, value)), dy, weight)
+        self.give(value, self.reshape(flat, value))
+
     def take(self, value: Value) -> Value | None:
         """The sum of what was given to a value, which then has none."""
         found = self.cotangents.pop(value, None)
@@ -216,7 +225,9 @@ class Tape:
     def rows(self, value: Value) -> Value:
         """[.., n] as [rows, n]."""
         shape = value.tensor.shape
-        return value if len(shape) == 2 else self.b("aten.reshape.default", value, [-1, self._axis(value, len(shape) - 1)])
+        if len(shape) == 2:
+            return value
+        return self.once(("rows", value), lambda: self.b("aten.reshape.default", value, [-1, self._axis(value, len(shape) - 1)]))
 
 
 def composite(t: Tape, *results: Value) -> Step:
