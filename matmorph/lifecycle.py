@@ -15,7 +15,7 @@ from matmorph.passes.merging import Merged, merge
 from matmorph.passes.methods import method_table
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
-from matmorph.report.model import Report, SiteRow
+from matmorph.report.model import Report, SiteRow, Totals
 from matmorph.saving import Job
 from matmorph.specs.schema import Spec
 
@@ -81,7 +81,10 @@ def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
     by_path = {merged.site: merged for merged in found}
     precision = job.spec.export.precision
     rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
-    figures = totals(job.source, graph, rows, (), precision)
+    before, after = job.report.totals, totals(job.source, graph, rows, (), precision)
+    figures = Totals(
+        (before.parameters[0], after.parameters[1]), (before.bytes[0], after.bytes[1]), (before.macs[0], after.macs[1]), after.trainable
+    )
     worst = max(found, key=lambda merged: merged.error)
     note = f"adapters merged at {len(found)} sites; largest error of a merged weight {worst.error:.2e} ({worst.site})"
     return replace(job.report, sites=rows, totals=figures, parity=None, notes=(*job.report.notes, note))

@@ -41,7 +41,7 @@ PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxr
 class Job:
     """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
 
-    `training`: what training files are asked for, None = none.
+    `training`: what training files are asked for, None = none. `source_sha256`: of the source's weights, None = those of `source`.
     """
 
     spec: Spec
@@ -52,6 +52,7 @@ class Job:
     onnx_lowerings: Mapping[Any, Callable[..., Any]]
     seconds: Mapping[str, float]
     training: TrainRequest | None = None
+    source_sha256: str | None = None
 
 
 def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
@@ -83,7 +84,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         graph=graph if served is None else _relocated(served.graph, job.spec, spec),
         export=job.spec.export,
         version=matmorph.__version__,
-        source_sha256=weights_sha256(job.source.state),
+        source_sha256=job.source_sha256 or weights_sha256(job.source.state),
         spec=spec,
         describe=describe,
         cases=vectors.cases,

@@ -31,8 +31,10 @@ LAYERS = (
     ("matmorph.models", "matmorph.hf_folder"),  # where models come from
     ("matmorph.saving",),
     ("matmorph.lifecycle",),
+    ("matmorph.reopening",),
+    ("matmorph.unmerging",),
     ("matmorph.api",),
-    ("matmorph.cli_train",),
+    ("matmorph.cli_train", "matmorph.cli_adapters"),
     ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
 )
 # Inside ir, for the modules that others build upon; the rest of ir only has to be free of cycles.
@@ -48,7 +50,16 @@ IR_LAYERS = (
 )
 RUNTIME = "matmorph.runtime"
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
-MAY_IMPORT_RUNTIME = ("matmorph.saving", "matmorph.api", "matmorph.cli_train", "matmorph.cli", "matmorph.demo", "matmorph.__main__")
+MAY_IMPORT_RUNTIME = (
+    "matmorph.saving",
+    "matmorph.reopening",
+    "matmorph.api",
+    "matmorph.cli_train",
+    "matmorph.cli_adapters",
+    "matmorph.cli",
+    "matmorph.demo",
+    "matmorph.__main__",
+)
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
