@@ -213,14 +213,16 @@ class Compiled:
     def save(self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None) -> Path:
         """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.
 
-        force: replace an existing artefact folder. train: write training graphs too, as the spec's `train:` says; None = where it has one.
+        force: replace an existing artefact folder. train: write training graphs too, as the spec's `train:` says; None = where it has one
+        and nothing was merged.
         Raises InputError (the folder exists, cannot be written, disk full; no `train:`), ExportError and CheckError (parity), with training
         graphs also SpecError (what trains).
         """
         asked = self.spec.train
         if train and asked is None:
             raise InputError("the spec says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
-        return self._save(Path(folder), force, None if asked is None or train is False else of_spec(asked))
+        wanted = not self.merged if train is None else train
+        return self._save(Path(folder), force, of_spec(asked) if asked is not None and wanted else None)
 
     def export_training(
         self,

@@ -129,7 +129,8 @@ def test_the_trained_model_is_the_merged_one(run: Run, folder: Path) -> None:
     assert run("train", "out", "--data", "train.npz", "--out", "m.safetensors", "--provider", "cpu", "--lr", "0.05").code == 0
     model = resolve("train_models:net")
     compiled = mm.compile(model.module, "./toy.yaml", model.example_inputs, model.dynamic_shapes)
-    merged = compiled.merge("m.safetensors").save("merged", train=False)
+    merged = compiled.merge("m.safetensors").save("merged")
+    assert not (merged / "train.json").exists()  # there is no adapter any more
     x = np.load("dev.npz")["x"]
     trainer = Trainer("out", "cpu", lr=0.05)
     trainer.fit(load_batches("train.npz", 16))
