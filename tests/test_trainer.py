@@ -430,6 +430,12 @@ class TestNotFinite:
         with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite \(norm inf\), 3 times in a row, max_skips is 2"):
             trainer.fit([huge(1e15)] * 5)
 
+    def test_skips_in_a_row_are_counted(self, folder: Path) -> None:
+        write_json(folder, precision="fp16")
+        trainer = Trainer(folder, "cpu", max_skips=1)
+        trainer.fit([huge(1e15), batch(3), huge(1e15), batch(3, 1)])
+        assert trainer.updates == 2
+
     def test_scale(self) -> None:
         scale = LossScale(8.0, dynamic=True)
         assert scale.after(True) == LossScale(4.0, True)

@@ -42,7 +42,7 @@ METHODS: Mapping[str, Any] = {
 }
 TRAINABLE = {"low_rank": "factors", "full": "all"}
 # The bias of keys has no gradient (softmax does not see it): what rounding leaves of it is all that Adam would divide by its own size.
-NO_GRADIENT = ("**.key.bias", "**.k_proj.bias")
+NO_GRADIENT = (".key.bias", ".k_proj.bias")
 MODELS: Mapping[str, str] = {
     "mlp": "mse",
     "bert-classifier": "cross_entropy",
@@ -105,9 +105,11 @@ def build(model: str, method: str, folder: Path) -> Case:
         rule["force"] = True
     compiled = mm.compile(module, {"version": 1, "rules": [rule]}, inputs, dynamic_shapes=dynamic)
     optimizer = mm.AdamW(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
-    parameters = [name for name, _ in compiled.module.named_parameters()]
-    frozen = [glob for glob in NO_GRADIENT if method == "full" and any(name.endswith(glob[2:]) for name in parameters)]
-    compiled.export_training(folder, loss=MODELS[model], optimizer=optimizer, trainable=[TRAINABLE.get(method, "adapters")], frozen=frozen)
+    trainable = [TRAINABLE.get(method, "adapters")]
+    without = [name for name, _ in compiled.module.named_parameters() if name.endswith(NO_GRADIENT)]
+    if method == "full" and without:
+        trainable = [name for name, _ in compiled.module.named_parameters() if name not in without]
+    compiled.export_training(folder, loss=MODELS[model], optimizer=optimizer, trainable=trainable)
     return Case(model, method, compiled, folder)
 
 

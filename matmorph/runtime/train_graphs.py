@@ -34,12 +34,14 @@ class Sessions:
     threads: int | None
     log: Callable[[str], None]
 
-    def load(self, name: str, quiet: bool = False) -> onnxruntime.InferenceSession:
-        """Raises ArtifactError and ProviderError. Idle workers of one session must not spin on the cores of the next: no spinning."""
+    def load(self, name: str, beside: bool = False) -> onnxruntime.InferenceSession:
+        """Raises ArtifactError and ProviderError. `beside`: a short run between the long ones of another session, on whose cores its idle
+        workers must not spin.
+        """
         options = session_settings(self.threads, True)
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if quiet:
+        if beside:
             options.log_severity_level = _ERRORS_ONLY
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return load_session(self.folder / name, self.providers, options, self.log)
 
 
@@ -119,7 +121,7 @@ class ApplyGraph:
     """apply.onnx. `optional`: values of mask, segment_lr and segment_decay where they are not all ones."""
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest, optional: Mapping[str, Array]) -> None:
-        self._session = sessions.load(APPLY, quiet=True)
+        self._session = sessions.load(APPLY, beside=True)
         _check_inputs(sessions.folder / APPLY, self._session, ("theta", *manifest.states, "grad", "step", *_NUMBERS))
         device = Device.of(self._session)
         self._optional = {name: device.value(optional[name]) for name in _OPTIONAL if name in optional}
