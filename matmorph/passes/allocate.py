@@ -1,0 +1,275 @@
+"""Allocation: of what each site offers, the choices with the smallest total error under several limits at once. No graph, no tensors.
+
+The multiple-choice knapsack, minimise sum_s e[s, c(s)] with sum_s r[s, c(s)] <= limit_r for every limited resource r, as a mixed integer
+program that HiGHS solves exactly (`scipy.optimize.milp`; branch and bound with cuts). Its proven gap comes back with the answer. Limits are
+held in exact integer arithmetic, whatever the solver's tolerances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import gcd, isfinite
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from matmorph.errors import VerifyError
+
+Resource = Literal["parameters", "bytes", "macs"]
+RESOURCES: tuple[Resource, ...] = ("parameters", "bytes", "macs")
+
+_UNITS = 1e6
+"""The largest error in the solver's units. HiGHS ends at an absolute gap of 1e-6 in whatever units it is given: here a share of 1e-12."""
+_REPAIRS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to treat a site (or a block). `error`: what it adds to the objective, in the same units for all; the rest: what it takes.
+
+    Sites that must choose alike choose by equal labels."""
+
+    label: str
+    error: float
+    parameters: int = 0
+    bytes: int = 0
+    macs: int = 0
+
+    def takes(self, resource: Resource) -> int:
+        return int(getattr(self, resource))
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """`chosen[s]`: index of the candidate of offer s. `gap`: proven, relative: no other choice within the limits has an objective below
+    (1 - gap) times this one. `binding`: the limits without which a smaller error would be possible."""
+
+    chosen: tuple[int, ...]
+    objective: float
+    gap: float
+    totals: Mapping[Resource, int]
+    binding: tuple[Resource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """No choice holds all limits. `smallest`: of each limited resource, the least that any choice takes in total. `limiting`: resources
+    whose limit lies below that; all of them where each could be held alone and only their combination cannot, and then `smallest` is what
+    the choice takes that exceeds its limits by the smallest factor."""
+
+    smallest: Mapping[Resource, int]
+    limiting: tuple[Resource, ...]
+
+
+Offer = Sequence[Candidate]
+
+
+def allocate(offers: Sequence[Offer], limits: Mapping[Resource, int], together: Sequence[Sequence[int]] = ()) -> Allocation | Unreachable:
+    """One candidate of each offer. `together`: sets of offers that must take candidates of one label (those of every other are left out).
+
+    Deterministic; of candidates that differ in nothing that counts, the first. Raises ValueError for an empty offer, an error that is
+    negative or not finite, labels that come twice in one offer, and sets that overlap or have no label in common.
+    """
+    for index, offer in enumerate(offers):
+        _check(index, offer)
+    groups = _groups(len(offers), together)
+    merged = [_merged([offers[index] for index in group]) for group in groups]
+    short = _too_small(merged, limits)
+    if short is not None:
+        return short
+    kept = [_undominated(offer, tuple(limits)) for offer in merged]
+    found = _solve([[merged[s][index] for index in few] for s, few in enumerate(kept)], limits)
+    if found is None:
+        return Unreachable(_nearest(merged, limits), tuple(limits))
+    picks = [kept[s][index] for s, index in enumerate(found.chosen)]
+    labels = {index: merged[s][picks[s]].label for s, group in enumerate(groups) for index in group}
+    chosen = tuple(next(k for k, one in enumerate(offer) if one.label == labels[s]) for s, offer in enumerate(offers))
+    taken = [offer[index] for offer, index in zip(offers, chosen, strict=True)]
+    objective = sum(one.error for one in taken)
+    result = Allocation(chosen, objective, found.gap, {name: sum(one.takes(name) for one in taken) for name in RESOURCES}, ())
+    return replace(result, binding=_binding(merged, limits, objective))
+
+
+def smallest(offers: Sequence[Offer], resource: Resource) -> int:
+    """The least of a resource that any choice takes."""
+    return sum(min(one.takes(resource) for one in offer) for offer in offers)
+
+
+def _check(index: int, offer: Offer) -> None:
+    if not offer:
+        raise ValueError(f"offer {index} has no candidates")
+    if len({one.label for one in offer}) < len(offer):
+        raise ValueError(f"offer {index} has a label twice")
+    if any(not isfinite(one.error) or one.error < 0 for one in offer):
+        raise ValueError(f"offer {index} has an error that is negative or not finite")
+
+
+def _groups(count: int, together: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Every offer in one group; a lone one is a group by itself."""
+    bound = [index for group in together for index in group]
+    if len(set(bound)) < len(bound):
+        raise ValueError("an offer is tied to others twice")
+    return [*(tuple(group) for group in together if group), *((index,) for index in range(count) if index not in set(bound))]
+
+
+def _merged(offers: Sequence[Offer]) -> list[Candidate]:
+    """What several offers add up to under each label that all of them have."""
+    if len(offers) == 1:
+        return list(offers[0])
+    named = [{one.label: one for one in offer} for offer in offers]
+    common = [one.label for one in offers[0] if all(one.label in names for names in named)]
+    if not common:
+        raise ValueError("offers that are tied together have no label in common")
+
+    def total(label: str) -> Candidate:
+        parts = [names[label] for names in named]
+        return Candidate(label, sum(one.error for one in parts), *(sum(one.takes(name) for one in parts) for name in RESOURCES))
+
+    return [total(label) for label in common]
+
+
+def _too_small(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> Unreachable | None:
+    least = {name: smallest(offers, name) for name in limits}
+    limiting = tuple(name for name in limits if least[name] > limits[name])
+    return Unreachable(least, limiting) if limiting else None
+
+
+def _undominated(offer: Offer, resources: Sequence[Resource]) -> list[int]:
+    """Candidates that no other one beats or equals in everything that counts; of equals the first."""
+    keys = [(one.error, *(one.takes(name) for name in resources)) for one in offer]
+    order = sorted(range(len(offer)), key=lambda index: (keys[index], index))
+    kept: list[int] = []
+    for index in order:
+        if not any(all(a <= b for a, b in zip(keys[other], keys[index], strict=True)) for other in kept):
+            kept.append(index)
+    return sorted(kept)
+
+
+# the program
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    chosen: tuple[int, ...]
+    gap: float
+
+
+def _solve(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved | None:
+    """None where nothing holds the limits. A solution is integral only up to the solver's tolerance, and so are its limits: one that lies
+    above a limit once rounded is solved again with that much less, and its gap is still that to the first, looser program."""
+    free = tuple(min(range(len(offer)), key=lambda index: (offer[index].error, index)) for offer in offers)
+    if _excess(offers, free, limits) is None:
+        return _Solved(free, 0.0)
+    bound: float | None = None
+    tightened = dict(limits)
+    for _ in range(_REPAIRS):
+        answer = _highs(offers, tightened)
+        if answer is None:
+            return None
+        chosen, dual = answer
+        bound = dual if bound is None else bound
+        over = _excess(offers, chosen, limits)
+        if over is None:
+            objective = sum(offer[index].error for offer, index in zip(offers, chosen, strict=True))
+            return _Solved(chosen, _gap(objective, bound))
+        tightened = {name: limit - over.get(name, 0) for name, limit in tightened.items()}
+    raise VerifyError(f"the solver's answer lies above a limit after {_REPAIRS} repairs")
+
+
+def _gap(objective: float, bound: float) -> float:
+    """(objective - bound) / objective; 0 within the rounding of float64 sums."""
+    share = (objective - bound) / objective if objective > 0 else 0.0
+    return share if share > 1e-9 else 0.0
+
+
+def _excess(offers: Sequence[Offer], chosen: Sequence[int], limits: Mapping[Resource, int]) -> dict[Resource, int] | None:
+    """By how much each limit is exceeded, None where all hold."""
+    taken = [offer[index] for offer, index in zip(offers, chosen, strict=True)]
+    over = {name: sum(one.takes(name) for one in taken) - limit for name, limit in limits.items()}
+    return {name: more for name, more in over.items() if more > 0} or None
+
+
+def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tuple[int, ...], float] | None:
+    """(choice, proven lower bound of the objective), None where the program has no solution."""
+    errors = np.array([one.error for offer in offers for one in offer])
+    scale = _UNITS / errors.max() if errors.max() > 0 else 1.0
+    ends = np.cumsum([0, *(len(offer) for offer in offers)])
+    solution = milp(
+        errors * scale,
+        integrality=np.ones(len(errors), dtype=np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[_one_each(ends), *_rows(offers, limits)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if solution.status == 2:
+        return None
+    if solution.status != 0 or solution.x is None:
+        raise VerifyError(f"HiGHS did not solve the allocation: {solution.message}")
+    chosen = tuple(int(np.argmax(solution.x[start:end])) for start, end in pairwise(ends))
+    return chosen, float(solution.mip_dual_bound) / scale
+
+
+def _one_each(ends: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LinearConstraint:
+    """Exactly one candidate of each offer."""
+    owners = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    ones = csr_array((np.ones(ends[-1]), (owners, np.arange(ends[-1]))))
+    return LinearConstraint(ones, 1, 1)
+
+
+def _rows(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> list[LinearConstraint]:
+    """sum of (what a candidate takes beyond the least of its offer) <= what the limit leaves beyond the least of all. In multiples of the
+    greatest common divisor: the smaller the numbers, the less the solver's tolerance is worth."""
+    found: list[LinearConstraint] = []
+    for name, limit in limits.items():
+        least = [min(one.takes(name) for one in offer) for offer in offers]
+        more = [one.takes(name) - low for offer, low in zip(offers, least, strict=True) for one in offer]
+        left = limit - sum(least)
+        unit = gcd(*more)
+        if unit == 0 or sum(more) <= left:
+            continue
+        found.append(LinearConstraint(np.array([more], dtype=np.float64) / unit, -np.inf, left // unit))
+    return found
+
+
+def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Resource, int]:
+    """What the choice takes whose largest (total / limit) is smallest: the program of least t with total_r <= t limit_r."""
+    count = sum(len(offer) for offer in offers)
+    ends = np.cumsum([0, *(len(offer) for offer in offers)])
+    usage = np.array([[one.takes(name) / limits[name] for offer in offers for one in offer] for name in limits])
+    within = LinearConstraint(np.hstack([usage, -np.ones((len(limits), 1))]), -np.inf, 0)
+    owners = np.repeat(np.arange(len(offers)), np.diff(ends))
+    one_each = csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(offers), count + 1))
+    solution = milp(
+        np.array([0.0] * count + [1.0]),
+        integrality=np.array([1] * count + [0]),
+        bounds=Bounds(0, np.array([1.0] * count + [np.inf])),
+        constraints=[LinearConstraint(one_each, 1, 1), within],
+    )
+    if solution.x is None:
+        raise VerifyError(f"HiGHS did not solve the allocation: {solution.message}")
+    chosen = [int(np.argmax(solution.x[start:end])) for start, end in pairwise(ends)]
+    return {name: sum(offer[index].takes(name) for offer, index in zip(offers, chosen, strict=True)) for name in limits}
+
+
+def _binding(offers: Sequence[Offer], limits: Mapping[Resource, int], objective: float) -> tuple[Resource, ...]:
+    """The limits that cost something: without any one of several the error would be smaller; where none alone is to blame, all of them."""
+    least = sum(min(one.error for one in offer) for offer in offers)
+    if not objective > least * (1 + 1e-9):
+        return ()
+    if len(limits) == 1:
+        return tuple(limits)
+    found = [name for name in limits if _without(offers, limits, name) < objective * (1 - 1e-9)]
+    return tuple(found or limits)
+
+
+def _without(offers: Sequence[Offer], limits: Mapping[Resource, int], name: Resource) -> float:
+    fewer = {other: limit for other, limit in limits.items() if other != name}
+    kept = [[offer[index] for index in _undominated(offer, tuple(fewer))] for offer in offers]
+    found = _solve(kept, fewer)
+    if found is None:
+        raise VerifyError("an allocation that holds all limits holds fewer")
+    return sum(offer[index].error for offer, index in zip(kept, found.chosen, strict=True))
