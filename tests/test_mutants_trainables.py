@@ -1,0 +1,133 @@
+"""Mutants of the choice of what trains: each plants one plausible mistake, and the checks below must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+from mutating import mutated
+
+from matmorph.errors import SpecError
+from matmorph.ir.text import parse_graph
+
+GRAPH = parse_graph("""graph device=cpu
+range batch 1..
+input %x: float32[batch, 4] "x"
+parameter %a.weight: float32[4, 4] "a.weight" "tied.weight" trainable
+parameter %a.lora.down: float32[4, 2] "a.lora.down" trainable rule="r"
+parameter %a.lora.up: float32[2, 4] "a.lora.up" trainable rule="r"
+parameter %a.lora.base: float32[4, 4] "a.lora.base" rule="r"
+buffer %a.steps: int64[4] "a.steps"
+parameter %a.tt_lora_1.core_0: float32[4] "a.tt_lora_1.core_0" trainable rule="r"
+parameter %b.low_rank.down: float32[4] "b.low_rank.down" trainable rule="r"
+parameter %b.table: int64[4] "b.table"
+parameter %lora.bias: float32[4] "lora.bias" trainable
+parameter %idle: float32[4] "idle" trainable
+%1: float32[batch, 4] = aten.matmul.default(%x, %a.weight)
+%2: float32[batch, 2] = aten.matmul.default(%1, %a.lora.down)
+%3: float32[batch, 4] = aten.matmul.default(%2, %a.lora.up)
+%4: float32[batch, 4] = aten.matmul.default(%3, %a.lora.base)
+%5: float32[batch, 4] = aten.add.Tensor(%4, %a.steps)
+%6: float32[batch, 4] = aten.add.Tensor(%5, %a.tt_lora_1.core_0)
+%7: float32[batch, 4] = aten.add.Tensor(%6, %b.low_rank.down)
+%8: float32[batch, 4] = aten.add.Tensor(%7, %b.table)
+%9: float32[batch, 4] = aten.add.Tensor(%8, %lora.bias)
+output %9 "y"
+""")
+
+
+def chosen(module: ModuleType, *words: str, frozen: tuple[str, ...] = (), reached: Any = None) -> list[tuple[str, str]]:
+    found = module.resolve(GRAPH, module.selectors(words, "t"), module.selectors(frozen, "f"), reached)
+    return [(item.const.path, item.segment) for item in found]
+
+
+def refused(module: ModuleType, message: str, *words: str, **more: Any) -> None:
+    with pytest.raises(SpecError) as caught:
+        chosen(module, *words, **more)
+    assert message in str(caught.value)
+
+
+def groups(module: ModuleType) -> None:
+    adapters = ["a.lora.down", "a.lora.up", "a.tt_lora_1.core_0"]
+    assert chosen(module, "adapters") == [(name, "adapters") for name in adapters]
+    assert chosen(module, "factors") == [("b.low_rank.down", "factors")]
+
+
+def everything(module: ModuleType) -> None:
+    names = ["a.weight", "a.lora.down", "a.lora.up", "a.tt_lora_1.core_0", "b.low_rank.down", "lora.bias"]
+    assert chosen(module, "all") == [(name, "all") for name in names]  # not the frozen base, the integers, what nothing reads
+
+
+def segments(module: ModuleType) -> None:
+    assert chosen(module, "factors", "a.lora.*", "a.**") == [
+        ("b.low_rank.down", "factors"),
+        ("a.lora.down", "a.lora.*"),
+        ("a.lora.up", "a.lora.*"),
+        ("a.lora.base", "a.lora.*"),
+        ("a.weight", "a.**"),
+        ("a.tt_lora_1.core_0", "a.**"),
+    ]
+
+
+def names(module: ModuleType) -> None:
+    assert chosen(module, "tied.weight") == [("a.weight", "tied.weight")]
+
+
+def reach(module: ModuleType) -> None:
+    live = [const for const in GRAPH.used_state() if const.path != "a.lora.up"]
+    assert [name for name, _ in chosen(module, "adapters", reached=live)] == ["a.lora.down", "a.tt_lora_1.core_0"]
+    refused(module, "t[0]: the loss does not depend on what a.lora.up chooses", "a.lora.up", reached=live)
+
+
+def refusals(module: ModuleType) -> None:
+    refused(module, "t[1]: a.lora.down is matched by both train.trainable (adapters) and train.frozen (*.lora.down)",
+            "factors", "adapters", frozen=("*.lora.down",))  # fmt: skip
+    refused(module, "f[0]: no parameter is called nothing", "all", frozen=("nothing",))
+    refused(module, "t[0]: b.table holds int64, which does not train", "b.**")
+    refused(module, "t[0]: a.steps is a buffer (int64), not a parameter", "a.steps")
+    refused(module, "t[0]: no parameter is called idle", "idle")
+    refused(module, "train.trainable is empty")
+    refused(module, "a.weight is matched by both", "all", frozen=("a.weight",))
+
+
+CHECKS: tuple[Callable[[ModuleType], None], ...] = (groups, everything, segments, names, reach, refusals)
+
+MUTANTS = {
+    "an adapter counts as a factor": ('"factors": ("low_rank", "tt"),', '"factors": ("low_rank", "tt", "lora"),'),
+    "tensor-train adapters forgotten": ('("lora", "tt_lora", "loftq",', '("lora", "loftq",'),
+    "a repeated method is another one": ('re.sub(r"_\\d+$", "", parts[-2])', "parts[-2]"),
+    "the source's own names count": ("if const.rule is not None and len(parts) > 1 else None", "if len(parts) > 1 else None"),
+    "a frozen base trains with the adapters": ("if const.trainable and method_of(const) in methods", "if method_of(const) in methods"),
+    "all takes what a method froze": ("and (const.rule is None or const.trainable)", ""),
+    "all takes integers": ("const.tensor.torch_dtype.is_floating_point and (const.rule", "True and (const.rule"),
+    "all takes buffers": ('[const for const in consts if const.kind == "parameter"]', "list(consts)"),
+    "what nothing reads trains": ("chosen = _chosen(used, selector)", "chosen = _chosen(graph.state, selector)"),
+    "what the loss does not reach trains": ("alive = [const for const in chosen if const in live]", "alive = chosen"),
+    "the last to name a parameter has it": ("found.setdefault(const, Trainable(", "found.__setitem__(const, Trainable("),
+    "a tied parameter has one name": ("found = [const for const in parameters if any(map(glob.matches, const.names))]",
+                                      "found = [const for const in parameters if glob.matches(const.path)]"),
+    "both lists are fine": ("if const in kept:", "if False:"),
+    "a dead guard is fine": ("kept = {const: selector for selector in frozen for const in _chosen(graph.state, selector)}", "kept = {}"),
+    "integers are let through": ("    if integers:\n", "    if False:\n"),
+    "nothing is something": ('    if not found:\n        raise SpecError("train', '    if False:\n        raise SpecError("train'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_killed(name: str) -> None:
+    old, new = MUTANTS[name]
+    # pytest's own failure is what a refusal that does not come raises
+    with mutated(["trainables"], "trainables", old, new) as modules, pytest.raises((AssertionError, SpecError, pytest.fail.Exception)):
+        passes_all(modules["trainables"])
+
+
+def passes_all(module: ModuleType) -> None:
+    for check in CHECKS:
+        check(module)
+
+
+def test_the_code_itself_passes() -> None:
+    with mutated(["trainables"], "trainables", "NEAREST = 5", "NEAREST = 5 ") as modules:
+        passes_all(modules["trainables"])
