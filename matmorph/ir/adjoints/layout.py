@@ -82,7 +82,7 @@ def _gathered(t: Tape, dy: Value, node: Node) -> Value:
 
 
 def _spread(t: Tape, dy: Value, axes: Sequence[int], kept: bool) -> Value:
-    """A reduced cotangent with its axes of size 1 back in place; the rules that get it broadcast it."""
+    """A reduced cotangent with its axes of size 1 back in place, smaller than the operand; pointwise rules broadcast it."""
     if kept:
         return dy
     for axis in sorted(axes):
@@ -204,6 +204,3 @@ LAYOUT: Mapping[str, Rule] = {
     **dict.fromkeys(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int"), _split),
     "aten.embedding.default": _looked_up,
 }
-
-SPREADING = ("aten.sum.dim_IntList", "aten.sum.default", "aten.mean.dim", "aten.mean.default")
-"""Rules whose cotangent may be smaller than the operand, on top of those of pointwise operators."""

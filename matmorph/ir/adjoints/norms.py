@@ -100,6 +100,23 @@ def _batch_norm(t: Tape, node: Node) -> Step:
     return Step(outputs, pull)
 
 
+def _group_norm(t: Tape, node: Node) -> Step:
+    """Each group of channels of an example gets mean 0 and variance 1, then weight and bias per channel."""
+    x, groups = node.args[:2]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    eps = argument(node, 4, "eps", 1e-5)
+    flat = t.call("aten.reshape.default", x, [t.axes(x)[0], groups, -1])
+    centred = t.call("aten.sub.Tensor", flat, t.call("aten.mean.dim", flat, [-1], True))
+    variance = t.call("aten.mean.dim", t.call("aten.mul.Tensor", centred, centred), [-1], True)
+    normal = t.call("aten.mul.Tensor", centred, t.call("aten.rsqrt.default", t.call("aten.add.Tensor", variance, eps)))
+    y = t.call("aten.reshape.default", normal, t.axes(x))
+    column = [-1, *(1 for _ in x.tensor.shape[2:])]
+    for op, channels in (("aten.mul.Tensor", weight), ("aten.add.Tensor", bias)):
+        if channels is not None:
+            y = t.call(op, y, t.call("aten.reshape.default", channels, column))
+    return composite(t, y)
+
+
 def _column(t: Tape, channels: Value, column: list[int]) -> Value:
     return t.b("aten.reshape.default", channels, column)
 
@@ -208,6 +225,7 @@ NORMS: Mapping[str, Rule] = {
     "aten.log_softmax.int": in_float32(_log_softmax),
     "aten._log_softmax.default": in_float32(_log_softmax),
     "aten._native_batch_norm_legit_no_training.default": _batch_norm,
+    "aten.group_norm.default": in_float32(_group_norm),
     "aten.layer_norm.default": in_float32(_layer_norm),
     "aten.scaled_dot_product_attention.default": _attention,
 }
