@@ -24,6 +24,7 @@ SCRIPTS = (
     "compile_time",
     "plan_7b",
     "train_memory",
+    "train_step",
     "tensor_train",
     "tensor_train_plans",
     "product_rates",
@@ -175,6 +176,15 @@ def test_tensor_train_runs_without_tensorly(load: Load, capsys: pytest.CaptureFi
     rows = tiny(load("tensor_train"), capsys)
     assert [(row["peer"], row["peer_s"], row["error_ratio"]) for row in rows] == [("none", None, None)] * 2
     assert all(0 < row["ours_error"] < 1 for row in rows)
+
+
+def test_train_step_runs_beside_torch(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    rows = tiny(load("train_step"), capsys, "--peers", "--methods", "lora", "loftq", "--heads", "first")
+    assert [(row["method"], row["peer"]) for row in rows] == [("lora", "peft"), ("loftq", "module")]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ort_ms"] / row["eager_ms"], rel=1e-12)  # float64 rounding
+        assert row["ort_peak_mb"] > row["ort_growth_mb"] > 0
 
 
 def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
