@@ -266,10 +266,17 @@ def _show(report: Report, as_json: bool, every: bool, draw: Callable[..., None])
 
 def _print_saved(folder: Path, report: Report) -> None:
     from matmorph.report.table import parity_line
+    from matmorph.runtime.train_manifest import TRAIN_MANIFEST, read_train_manifest
 
     if report.parity is not None:
         print(parity_line(report.parity))
     print(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
+    if (folder / TRAIN_MANIFEST).is_file():
+        training = read_train_manifest(folder)
+        names = (
+            f"{training.length:,} numbers of {len(training.parameters)} parameters train ({training.loss}, {training.optimizer['name']})"
+        )
+        print(f"{names}: matmorph train {folder} --data FILE --out FILE.safetensors")
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +82,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         safetensors.numpy.save_file(arrays, place / f"{name}.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as caught, redirect_stdout(StringIO()) as said:
             main(["compile", "train_models:net", "--spec", "toy.yaml", "--out", "out", "--train"])
         assert not caught.value.code
+        numbers = 2 * (12 + 16) + 16 * 3 + 3
+        assert said.getvalue().splitlines()[-1] == (
+            f"{numbers} numbers of 4 parameters train (cross_entropy, adamw): matmorph train out --data FILE --out FILE.safetensors"
+        )
         yield place
     sys.modules.pop("train_models", None)
 

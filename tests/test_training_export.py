@@ -302,6 +302,34 @@ def test_a_quantised_base_stays_packed_and_theta_is_float32(precision: str, tmp_
     assert all(one["dtype"] == "float32" for one in described(out)["inputs"])
 
 
+BOTH = {"name": "both", "match": {"path": "{first,second}"}, "force": True}
+FACTORS = {"loss": "cross_entropy", "output": "logits", "trainable": ["factors"], "optimizer": {"adam_atan2": {"lr": 1e-3}}}
+FORMS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "a model in half precision": ({"export": {"precision": "keep"}}, torch.float16),
+    "products in int8": (
+        {"rules": [{**BOTH, "rewrite": {"loftq": {"quantizer": "uniform", "bits": 8, "block_size": 32, "rank": 2}}}],
+         "export": {"activations": "int8"}}, torch.float32,
+    ),
+    "packed tables": (
+        {"rules": [{**BOTH, "rewrite": {"loftq": {"quantizer": "nf3", "block_size": 32, "rank": 2}}}],
+         "export": {"codebook": "packed"}}, torch.float32,
+    ),
+    "adapters as inputs": ({"export": {"adapters": "inputs"}}, torch.float32),
+    "low-rank factors": ({"rules": [{**BOTH, "rewrite": {"low_rank": {"rank": 8}}}], "train": FACTORS}, torch.float32),
+    "pissa": ({"rules": [{**BOTH, "rewrite": {"lora": {"rank": 4, "alpha": 4, "init": "pissa"}}}]}, torch.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_model_has_checked_training_graphs(name: str, tmp_path: Path) -> None:
+    changes, dtype = FORMS[name]
+    out = compiled({**SPEC, **changes}, dtype).save(tmp_path / "out")
+    result = check(out)
+    assert result.ok, result.problems
+    assert any(line.startswith("training: 3 cases") for line in result.lines)
+    assert described(out)["length"] == sum(int(np.prod(one["shape"])) for one in described(out)["parameters"])
+
+
 # ---- the check before the folder takes its name
 
 
