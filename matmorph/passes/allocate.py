@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd, isfinite
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from matmorph.errors import VerifyError
@@ -25,6 +25,10 @@ RESOURCES: tuple[Resource, ...] = ("parameters", "bytes", "macs")
 _UNITS = 1e6
 """The largest error in the solver's units. HiGHS ends at an absolute gap of 1e-6 in whatever units it is given: here a share of 1e-12."""
 _REPAIRS = 20
+_CORE = 2
+"""Candidates per offer in the first core, on average."""
+
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Allocation:
     """`chosen[s]`: index of the candidate of offer s. `gap`: proven, relative: no other choice within the limits has an objective below
-    (1 - gap) times this one. `binding`: the limits without which a smaller error would be possible."""
+    (1 - gap) times this one. `binding`: the limits that cost something, those with a price in the linear relaxation."""
 
     chosen: tuple[int, ...]
     objective: float
@@ -90,8 +94,9 @@ def allocate(offers: Sequence[Offer], limits: Mapping[Resource, int], together: 
     chosen = tuple(next(k for k, one in enumerate(offer) if one.label == labels[s]) for s, offer in enumerate(offers))
     taken = [offer[index] for offer, index in zip(offers, chosen, strict=True)]
     objective = sum(one.error for one in taken)
-    result = Allocation(chosen, objective, found.gap, {name: sum(one.takes(name) for one in taken) for name in RESOURCES}, ())
-    return replace(result, binding=_binding(merged, limits, objective))
+    free = sum(min(one.error for one in offer) for offer in merged)
+    binding = (found.priced or tuple(limits)) if objective > free else ()
+    return Allocation(chosen, objective, found.gap, {name: sum(one.takes(name) for one in taken) for name in RESOURCES}, binding)
 
 
 def smallest(offers: Sequence[Offer], resource: Resource) -> int:
@@ -156,14 +161,51 @@ def _undominated(offer: Offer, resources: Sequence[Resource]) -> list[int]:
 class _Solved:
     chosen: tuple[int, ...]
     gap: float
+    priced: tuple[Resource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Relaxed:
+    """The linear relaxation: its `bound`, what taking candidate k of offer s adds to it at least (`extra[s][k]`), and the limits that have
+    a price."""
+
+    bound: float
+    extra: tuple[Floats, ...]
+    priced: tuple[Resource, ...]
 
 
 def _solve(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved | None:
-    """None where nothing holds the limits. A solution is integral only up to the solver's tolerance, and so are its limits: one that lies
-    above a limit once rounded is solved again with that much less, and its gap is still that to the first, looser program."""
+    """None where nothing holds the limits.
+
+    A core of candidates first, those that the relaxation says add little; whatever better answer exists has only candidates whose extra is
+    within the distance of the core's answer from the relaxation's bound, so a second core of all of those is proof."""
     free = tuple(min(range(len(offer)), key=lambda index: (offer[index].error, index)) for offer in offers)
     if _excess(offers, free, limits) is None:
         return _Solved(free, 0.0)
+    relaxed = _relaxed(offers, limits)
+    if relaxed is None:
+        return None
+    reach = float(np.sort(np.concatenate(relaxed.extra))[min(_CORE * len(offers), sum(map(len, offers))) - 1])
+    first = _core(offers, limits, relaxed, reach)
+    distance = np.inf if first is None else _objective(offers, first.chosen) - relaxed.bound
+    exact = first if first is not None and distance <= reach else _core(offers, limits, relaxed, distance)
+    return None if exact is None else replace(exact, priced=relaxed.priced)
+
+
+def _objective(offers: Sequence[Offer], chosen: Sequence[int]) -> float:
+    return sum(offer[index].error for offer, index in zip(offers, chosen, strict=True))
+
+
+def _core(offers: Sequence[Offer], limits: Mapping[Resource, int], relaxed: _Relaxed, reach: float) -> _Solved | None:
+    """The best answer of candidates whose extra is at most `reach` (a little more, for rounding)."""
+    kept = [[int(index) for index in np.flatnonzero(extra <= reach * (1 + 1e-6) + 1e-12 * relaxed.bound)] for extra in relaxed.extra]
+    found = _exact([[offer[index] for index in few] for offer, few in zip(offers, kept, strict=True)], limits)
+    return None if found is None else replace(found, chosen=tuple(few[index] for few, index in zip(kept, found.chosen, strict=True)))
+
+
+def _exact(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved | None:
+    """A solution is integral only up to the solver's tolerance, and so are its limits: one that lies above a limit once rounded is solved
+    again with that much less, and its gap is still that to the first, looser program."""
     bound: float | None = None
     tightened = dict(limits)
     for _ in range(_REPAIRS):
@@ -174,8 +216,7 @@ def _solve(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved |
         bound = dual if bound is None else bound
         over = _excess(offers, chosen, limits)
         if over is None:
-            objective = sum(offer[index].error for offer, index in zip(offers, chosen, strict=True))
-            return _Solved(chosen, _gap(objective, bound))
+            return _Solved(chosen, _gap(_objective(offers, chosen), bound))
         tightened = {name: limit - over.get(name, 0) for name, limit in tightened.items()}
     raise VerifyError(f"the solver's answer lies above a limit after {_REPAIRS} repairs")
 
@@ -193,46 +234,77 @@ def _excess(offers: Sequence[Offer], chosen: Sequence[int], limits: Mapping[Reso
     return {name: more for name, more in over.items() if more > 0} or None
 
 
-def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tuple[int, ...], float] | None:
-    """(choice, proven lower bound of the objective), None where the program has no solution."""
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """minimise costs . x with one x of each offer (`ends`: where offers begin and end) and use @ x <= left."""
+
+    costs: Floats
+    scale: float
+    ends: Floats
+    use: Floats
+    left: Floats
+    names: tuple[Resource, ...]
+
+    @property
+    def one_each(self) -> Any:
+        owners = np.repeat(np.arange(len(self.ends) - 1), np.diff(self.ends))
+        return csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
+
+
+def _program(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Program:
+    """What a candidate takes beyond the least of its offer, and what the limit leaves beyond the least of all, in multiples of the greatest
+    common divisor: the smaller the numbers, the less the solver's tolerance is worth."""
     errors = np.array([one.error for offer in offers for one in offer])
     scale = _UNITS / errors.max() if errors.max() > 0 else 1.0
+    rows, left, names = [], [], []
+    for name, limit in limits.items():
+        least = [min(one.takes(name) for one in offer) for offer in offers]
+        more = [one.takes(name) - low for offer, low in zip(offers, least, strict=True) for one in offer]
+        unit = gcd(*more)
+        if unit and sum(more) > limit - sum(least):
+            rows.append(np.array(more) / unit)
+            left.append((limit - sum(least)) // unit)
+            names.append(name)
     ends = np.cumsum([0, *(len(offer) for offer in offers)])
+    use = np.array(rows) if rows else np.zeros((0, len(errors)))
+    return _Program(errors * scale, scale, ends, use, np.array(left, dtype=np.float64), tuple(names))
+
+
+def _relaxed(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Relaxed | None:
+    """By Lagrangian duality: at the prices p >= 0 that the linear program ends with, no answer is below
+    sum_s min_k (e + p r)[s, k] - p . limit, and one that takes k at s not below that plus (e + p r)[s, k] less that minimum. So the bounds
+    hold whatever the solver's tolerances."""
+    program = _program(offers, limits)
+    solution = linprog(program.costs, program.use, program.left, program.one_each, np.ones(len(offers)), bounds=(0, None), method="highs")
+    if solution.status == 2:
+        return None
+    if solution.status != 0:
+        raise VerifyError(f"HiGHS did not solve the relaxed allocation: {solution.message}")
+    prices = np.maximum(0.0, -solution.ineqlin.marginals)
+    full = (program.costs + prices @ program.use) / program.scale
+    parts = [full[start:end] for start, end in pairwise(program.ends)]
+    bound = sum(float(part.min()) for part in parts) - float(prices @ program.left) / program.scale
+    priced = tuple(name for name, price in zip(program.names, prices, strict=True) if price > 0)
+    return _Relaxed(bound, tuple(part - part.min() for part in parts), priced)
+
+
+def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tuple[int, ...], float] | None:
+    """(choice, proven lower bound of the objective), None where the program has no solution."""
+    program = _program(offers, limits)
+    rows = [LinearConstraint(program.use, -np.inf, program.left)] if len(program.left) else []
     solution = milp(
-        errors * scale,
-        integrality=np.ones(len(errors), dtype=np.int64),
+        program.costs,
+        integrality=np.ones(len(program.costs), dtype=np.int64),
         bounds=Bounds(0, 1),
-        constraints=[_one_each(ends), *_rows(offers, limits)],
+        constraints=[LinearConstraint(program.one_each, 1, 1), *rows],
         options={"mip_rel_gap": 0.0},
     )
     if solution.status == 2:
         return None
     if solution.status != 0 or solution.x is None:
         raise VerifyError(f"HiGHS did not solve the allocation: {solution.message}")
-    chosen = tuple(int(np.argmax(solution.x[start:end])) for start, end in pairwise(ends))
-    return chosen, float(solution.mip_dual_bound) / scale
-
-
-def _one_each(ends: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LinearConstraint:
-    """Exactly one candidate of each offer."""
-    owners = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
-    ones = csr_array((np.ones(ends[-1]), (owners, np.arange(ends[-1]))))
-    return LinearConstraint(ones, 1, 1)
-
-
-def _rows(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> list[LinearConstraint]:
-    """sum of (what a candidate takes beyond the least of its offer) <= what the limit leaves beyond the least of all. In multiples of the
-    greatest common divisor: the smaller the numbers, the less the solver's tolerance is worth."""
-    found: list[LinearConstraint] = []
-    for name, limit in limits.items():
-        least = [min(one.takes(name) for one in offer) for offer in offers]
-        more = [one.takes(name) - low for offer, low in zip(offers, least, strict=True) for one in offer]
-        left = limit - sum(least)
-        unit = gcd(*more)
-        if unit == 0 or sum(more) <= left:
-            continue
-        found.append(LinearConstraint(np.array([more], dtype=np.float64) / unit, -np.inf, left // unit))
-    return found
+    chosen = tuple(int(np.argmax(solution.x[start:end])) for start, end in pairwise(program.ends))
+    return chosen, float(solution.mip_dual_bound) / program.scale
 
 
 def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Resource, int]:
@@ -253,23 +325,3 @@ def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Re
         raise VerifyError(f"HiGHS did not solve the allocation: {solution.message}")
     chosen = [int(np.argmax(solution.x[start:end])) for start, end in pairwise(ends)]
     return {name: sum(offer[index].takes(name) for offer, index in zip(offers, chosen, strict=True)) for name in limits}
-
-
-def _binding(offers: Sequence[Offer], limits: Mapping[Resource, int], objective: float) -> tuple[Resource, ...]:
-    """The limits that cost something: without any one of several the error would be smaller; where none alone is to blame, all of them."""
-    least = sum(min(one.error for one in offer) for offer in offers)
-    if not objective > least * (1 + 1e-9):
-        return ()
-    if len(limits) == 1:
-        return tuple(limits)
-    found = [name for name in limits if _without(offers, limits, name) < objective * (1 - 1e-9)]
-    return tuple(found or limits)
-
-
-def _without(offers: Sequence[Offer], limits: Mapping[Resource, int], name: Resource) -> float:
-    fewer = {other: limit for other, limit in limits.items() if other != name}
-    kept = [[offer[index] for index in _undominated(offer, tuple(fewer))] for offer in offers]
-    found = _solve(kept, fewer)
-    if found is None:
-        raise VerifyError("an allocation that holds all limits holds fewer")
-    return sum(offer[index].error for offer, index in zip(kept, found.chosen, strict=True))
