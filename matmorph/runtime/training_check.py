@@ -60,8 +60,9 @@ def check_training(folder: Path, model: Session, tolerance: float, difference: D
         shared, cases = _vectors(folder / CHECK)
         moved = theta + np.resize(shared["nudge"], len(theta))
         worst, problems = _gradients(_open(folder / GRAD, model), cases, moved, shared)
-        problems += _losses(_open(folder / EVAL, model), cases, moved, float(shared["tolerance"]))
-        problems += _outputs(_open(folder / EVAL, model), model, cases, theta, tolerance, difference)
+        evaluation = _open(folder / EVAL, model)
+        problems += _losses(evaluation, cases, moved, float(shared["tolerance"]))
+        problems += _outputs(evaluation, model, cases, theta, tolerance, difference)
         problems += _applied(_open(folder / APPLY, model), theta, manifest.states)
     except SessionError as error:
         return TrainingResult((), (str(error),))
