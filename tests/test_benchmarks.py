@@ -178,6 +178,7 @@ def test_tensor_train_runs_without_tensorly(load: Load, capsys: pytest.CaptureFi
     assert all(0 < row["ours_error"] < 1 for row in rows)
 
 
+@pytest.mark.full  # three processes that import torch and transformers
 def test_train_step_runs_beside_torch(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     rows = tiny(load("train_step"), capsys, "--peers", "--methods", "lora", "loftq", "--heads", "first")
