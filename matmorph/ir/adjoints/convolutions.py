@@ -15,6 +15,7 @@ from typing import Any
 
 from matmorph.errors import ExportError
 from matmorph.ir.adjoints.tape import Cotangents, Rule, Step, Tape, argument
+from matmorph.ir.adjoints.traced import traced
 from matmorph.ir.core import Node, Value
 from matmorph.ir.types import Dim
 
@@ -173,6 +174,32 @@ def _by_group(t: Tape, value: Value, batch: Any, groups: int, channels: int, ran
     return t.b("aten.reshape.default", turned, [groups, channels, -1])
 
 
+def _average_pool(t: Tape, node: Node) -> Step:
+    """A convolution of every channel with a constant kernel, where each window is whole; other windows ask torch."""
+    x, kernel = node.args[:2]
+    window = _each(kernel, 2)
+    stride = _each(argument(node, 2, "stride", ()) or window, 2)
+    padding, ceil, padded, divisor = (argument(node, at, name, default) for at, name, default in _POOLING)
+    if ceil or divisor or (not padded and any(_each(padding, 2))):
+        return traced(t, node)
+    channels = int(x.tensor.shape[-3])
+    shape = _Geometry(stride, _each(padding, 2), (1, 1), channels)
+
+    def pull(found: Cotangents) -> None:
+        (dy,) = found
+        if dy is not None:
+            dtype = x.tensor.torch_dtype
+            part = t.b("aten.full.default", [channels, 1, *window], 1.0 / math.prod(window), dtype=dtype, device=t.device)
+            t.give(x, _input_gradient(t, dy, x, part, shape))
+
+    return Step(t.keep(node), pull)
+
+
+_POOLING = ((3, "padding", 0), (4, "ceil_mode", False), (5, "count_include_pad", True), (6, "divisor_override", None))
+
 _NAMES = ("conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding", "conv2d.padding", "conv3d.padding", "convolution.default")
 
-CONVOLUTIONS: Mapping[str, Rule] = {f"aten.{name}": _convolution for name in _NAMES}
+CONVOLUTIONS: Mapping[str, Rule] = {
+    **{f"aten.{name}": _convolution for name in _NAMES},
+    "aten.avg_pool2d.default": _average_pool,
+}
