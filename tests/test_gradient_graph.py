@@ -228,6 +228,23 @@ def test_half_precision_trains_float32(dtype: torch.dtype) -> None:
     assert distance(results["grad"] / 256, gradient) <= HALF * (1 if dtype is torch.float16 else 8)
 
 
+@pytest.mark.parametrize(
+    ("stored", "precision"),
+    [(torch.float16, "keep"), *(pytest.param(d, "fp16", marks=pytest.mark.full) for d in (torch.float16, torch.float32))],
+)
+def test_half_precision_in_onnx_runtime(stored: torch.dtype, precision: str, tmp_path: Path) -> None:
+    module, sample, axes = ZOO["bert-classifier"].build()
+    source, loss = trace(module.to(stored), sample, axes), TASKS["bert-classifier"]
+    consts = parameters_of(source, lambda path: "layer" not in path or "query" in path)  # tables too
+    export_onnx(gradient_graph(source, consts, loss), tmp_path, Export(precision=precision, target=("cpu",)))
+    labels = labels_for(loss, source, ordered(source, sample))
+    feeds = feeds_of(source, consts, ordered(source, sample), labels)
+    results = run(tmp_path, {**feeds, "theta": feeds["theta"].float(), "loss_scale": torch.tensor(64.0)})
+    _, gradient = autograd(module.double(), sample, loss, labels, consts)
+    assert {results[name].dtype.name for name in ("loss", "count", "grad")} == {"float32"}
+    assert distance(torch.from_numpy(results["grad"]) / 64, gradient) <= HALF
+
+
 class Base(nn.Module):
     """A quantised layer between two that train."""
 

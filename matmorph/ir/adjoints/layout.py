@@ -73,7 +73,8 @@ def _gathered(t: Tape, dy: Value, node: Node) -> Value:
     others = [a for a in range(len(x.tensor.shape)) if a != axis]
     rows = all(index.tensor.shape[a] == x.tensor.shape[a] for a in others)
     if not (rows and index.tensor.shape[axis] == 1 and isinstance(size, int)):
-        zeros = t.b("aten.zeros_like.default", x)
+        dy = t.wide(dy)
+        zeros = t.b("aten.zeros_like.default", x, dtype=dy.tensor.torch_dtype)
         return t.b("aten.scatter_add.default", zeros, axis, index, dy)
     places = t.b("aten.arange.default", size, device=t.device)
     if axis != len(x.tensor.shape) - 1:
@@ -179,7 +180,7 @@ def _looked_up(t: Tape, node: Node) -> Step:
         (dy,) = found
         if dy is not None and t.wants(weight):
             count = weight.tensor.shape[0]
-            t.give(weight, t.b("aten.embedding_dense_backward.default", dy, indices, count, padding, False))
+            t.give(weight, t.b("aten.embedding_dense_backward.default", t.wide(dy), indices, count, padding, False))
 
     return Step(t.keep(node), pull)
 

@@ -178,6 +178,10 @@ class Tape:
     def cast(self, value: Value, dtype: str) -> Value:
         return value if value.tensor.dtype == dtype else self.b("aten._to_copy.default", value, dtype=TensorType(dtype, ()).torch_dtype)
 
+    def wide(self, value: Value) -> Value:
+        """In float32 or better: sums of any number of rows leave half precision, and no kernel of ONNX Runtime's CPU adds them there."""
+        return self.cast(value, "float32") if value.tensor.dtype in _HALVES else value
+
     def size(self, dim: Dim) -> int | Value:
         """A number, or a node's output for a dim over named axes."""
         if isinstance(dim, int):
