@@ -39,6 +39,8 @@ class Sessions:
         workers must not spin.
         """
         options = session_settings(self.threads, True)
+        # A memory pattern is one more block as large as all activations, for each shape of a batch.
+        options.enable_mem_pattern = False
         if beside:
             options.log_severity_level = _ERRORS_ONLY
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
