@@ -24,6 +24,7 @@ LAYERS = (
     ("matmorph.report.model",),  # data that passes fill in; the rest of report shows it
     ("matmorph.specs",),
     ("matmorph.passes.linalg",),
+    ("matmorph.passes.axes", "matmorph.passes.axis_walk", "matmorph.passes.axis_rules", "matmorph.passes.blocks", "matmorph.passes.patch"),
     ("matmorph.passes.methods",),
     ("matmorph.passes",),
     ("matmorph.exporters",),

@@ -17,10 +17,12 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
+from matmorph.passes.blocks import Block
 from matmorph.passes.fragment import SiteScope
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Method, SiteStats, dense_cost, refuse_larger
+from matmorph.passes.patch import Patch
 from matmorph.passes.rows import unreadable
 from matmorph.specs.schema import Rank
 
@@ -48,7 +50,8 @@ class Outcome:
 
     `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
     afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
-    `keeps_dense`: the dense weight stays beside them.
+    `keeps_dense`: the dense weight stays beside them. `block`: the block that is pruned as a whole, `patch` what it becomes (with the
+    outcome of its last matmul alone).
     """
 
     site: Site
@@ -62,6 +65,8 @@ class Outcome:
     nodes: Mapping[Node, tuple[Node, ...]] | None = None
     consts: tuple[Const, ...] = ()
     keeps_dense: bool = False
+    block: Block | None = None
+    patch: Patch | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -283,7 +288,7 @@ def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     taken = [outcome for outcome in outcomes if outcome.nodes is not None]
     exchanged = {node: new for outcome in taken for node, new in (outcome.nodes or {}).items()}
     nodes = [new for node in graph.nodes for new in exchanged.get(node, (node,))]
-    nodes = _without_orphans(nodes, {value for node in exchanged for value in node.inputs()}, graph)
+    nodes = without_orphans(nodes, {value for node in exchanged for value in node.inputs()}, graph)
     read = {value for node in nodes for value in node.inputs()} | set(values_in(graph.outputs))
     was_read = set(graph.used_state())
     added: dict[Const, list[Const]] = {}
@@ -297,7 +302,7 @@ def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     return replace(graph, nodes=tuple(nodes), state=tuple(state))
 
 
-def _without_orphans(nodes: Sequence[Node], dropped: set[Value], graph: Graph) -> list[Node]:
+def without_orphans(nodes: Sequence[Node], dropped: set[Value], graph: Graph) -> list[Node]:
     """Nodes whose results only exchanged nodes read, and in turn what only those read. Nodes that nobody read before stay."""
     uses: dict[Value, int] = {}
     for value in (*(value for node in nodes for value in node.inputs()), *values_in(graph.outputs)):

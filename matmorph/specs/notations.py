@@ -1,4 +1,4 @@
-"""Values with a notation of their own: `rank:` of a method, and the limits of a budget (`40%`, `120MB`, `3M`)."""
+"""Values with a notation of their own: `rank:` and `width:` of a method, and the limits of a budget (`40%`, `120MB`, `3M`)."""
 
 from __future__ import annotations
 
@@ -149,3 +149,34 @@ class Size(Amount):
 
     EXPECTED = "a percentage such as 40%, or a size such as 120MB, 64KiB or 250_000"
     UNITS = types.MappingProxyType({"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30})
+
+
+class _Features(Amount):
+    EXPECTED = 'a number of features, a percentage such as "50%", or auto'
+
+
+@dataclass(frozen=True, slots=True)
+class Width(Notation):
+    """What a `width:` key says: an integer ("fixed"), a percentage of the width there is ("ratio", `value` in (0, 1]), or `auto`."""
+
+    kind: Literal["fixed", "ratio", "auto"]
+    value: int | float | None = None
+
+    @classmethod
+    def from_tree(cls, tree: Tree, beside: Mapping[str, Tree]) -> Self:
+        if isinstance(tree, Scalar) and tree.text == "auto":
+            return cls("auto")
+        amount = _Features.from_tree(tree, beside)
+        return cls("ratio", amount.value / 100) if amount.percent else cls("fixed", int(amount.value))
+
+    @classmethod
+    def schema(cls) -> JsonSchema:
+        return {"oneOf": [*_Features.schema()["oneOf"], {"const": "auto"}]}
+
+    def plain(self) -> Data:
+        if self.kind == "auto":
+            return "auto"
+        return Amount(float(self.value or 0) * 100, percent=True).plain() if self.kind == "ratio" else int(self.value or 0)
+
+    def __str__(self) -> str:
+        return str(self.plain())
