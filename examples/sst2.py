@@ -5,9 +5,9 @@ numbers and see the same batches in the same order; no dropout on either. Then t
 
     python examples/sst2.py --data FOLDER [--method lora | loftq-u4 | tt-lora] [--samples N] [--dev N] [--lr X] [--threads N] [--no-peer]
 
-lora: LoRA r8 on queries and values, beside PEFT's. loftq-u4: every matmul of the encoder in 4 bits with LoftQ factors of rank 8, beside
-PEFT's LoRA on the same base made dense again. tt-lora: tensor-train updates of queries and values, which PEFT does not have, beside the
-compiled module under torch's autograd.
+lora: LoRA r8 on the six matmuls of each layer, beside PEFT's. loftq-u4: the same matmuls in 4 bits with LoftQ factors of rank 8, beside
+PEFT's LoRA on that base made dense again. tt-lora: tensor-train updates of them, which PEFT does not have, beside the compiled module under
+torch's autograd.
 """
 
 from __future__ import annotations
@@ -32,14 +32,11 @@ from matmorph.runtime.check import check
 
 Batch = dict[str, np.ndarray]
 BATCH, LENGTH, WARMUP, CLIP, WEIGHT_DECAY = 32, 64, 0.06, 1.0, 0.01
-ATTENTION = {"role": ["attention.q", "attention.v"]}
-RULES: Mapping[str, dict[str, Any]] = {
-    "lora": {"match": ATTENTION, "rewrite": {"lora": {"rank": 8, "alpha": 16}}},
-    "loftq-u4": {
-        "match": {"op": "matmul", "path": "encoder.**"},
-        "rewrite": {"loftq": {"quantizer": "uniform", "bits": 4, "block_size": 32, "rank": 8}},
-    },
-    "tt-lora": {"match": ATTENTION, "rewrite": {"tt_lora": {"rank": 8, "alpha": 16}}},
+LAYERS = {"op": "matmul", "path": "encoder.encoder.**"}  # the six matmuls of each layer
+REWRITES: Mapping[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 8, "alpha": 16}},
+    "loftq-u4": {"loftq": {"quantizer": "uniform", "bits": 4, "block_size": 32, "rank": 8, "alpha": 16}},
+    "tt-lora": {"tt_lora": {"rank": 8, "alpha": 16}},
 }
 
 
@@ -77,11 +74,17 @@ def chosen(sentences: Sequence[str], labels: np.ndarray, samples: int, seed: int
 
 def batches(sentences: Sequence[str], labels: np.ndarray, seed: int | None = 0, size: int = BATCH) -> list[Batch]:
     """Batches of sentences of like length, padded to their longest; in random order, or by length where there is no seed."""
-    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index].split()))
+    tokens = tokenize(sentences, LENGTH)
+    lengths = tokens["attention_mask"].sum(axis=1)
+    order = np.argsort(lengths, kind="stable")
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     if seed is not None:
         np.random.default_rng(seed).shuffle(groups)
-    return [{**tokenize([sentences[index] for index in group], LENGTH), "labels": labels[group].astype(np.int64)} for group in groups]
+    arrays = {**tokens, "labels": labels.astype(np.int64)}
+    return [
+        {name: array[group][..., : lengths[group].max()] if array.ndim > 1 else array[group] for name, array in arrays.items()}
+        for group in groups
+    ]
 
 
 # ---- the two sides
@@ -115,12 +118,10 @@ def peer(method: str, compiled: mm.Compiled) -> tuple[str, nn.Module]:
     from peft import LoraConfig, get_peft_model
 
     ours = compiled.module.state_dict()
-    word = RULES[method]["rewrite"].keys() & {"lora", "loftq"}
-    label = next(iter(word))
+    label = next(iter(REWRITES[method]))
     sites = [name.removesuffix(f".{label}.down") for name in ours if name.endswith(f".{label}.down")]
     module = Classifier().eval()
-    scale = 16 if method == "lora" else 8  # loftq's factors have no alpha: alpha / r = 1
-    config = LoraConfig(r=8, lora_alpha=scale, lora_dropout=0.0, target_modules=[site.removeprefix("encoder.") for site in sites])
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=[site.removeprefix("encoder.") for site in sites])
     module.encoder = get_peft_model(module.encoder, config)
     layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     dense = dense_bases(compiled) if method == "loftq-u4" else {}
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     example = tensors(train[0])
     axes = {0: "batch", 1: "seq"}
-    spec = {"version": 1, "name": options.method, "rules": [{"name": "adapters", **RULES[options.method]}]}
+    spec = {"version": 1, "name": options.method, "rules": [{"name": "adapters", "match": LAYERS, "rewrite": REWRITES[options.method]}]}
     compiled = mm.compile(Classifier().eval(), spec, example, {"input_ids": axes, "attention_mask": axes})
     with tempfile.TemporaryDirectory() as place:
         compiled.export_training(
@@ -234,10 +235,10 @@ def finish(compiled: mm.Compiled, trainer: Trainer, dev: Sequence[Batch], predic
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--method", choices=list(RULES), default="lora")
-    parser.add_argument("--samples", type=int, default=40_000, metavar="N", help="sentences to learn from, at random")
+    parser.add_argument("--method", choices=list(REWRITES), default="lora")
+    parser.add_argument("--samples", type=int, default=1_000_000, metavar="N", help="sentences to learn from, at random")
     parser.add_argument("--dev", type=int, default=1_000_000, metavar="N", help="sentences to judge by")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
     return parser.parse_args(arguments)
