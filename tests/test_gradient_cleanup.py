@@ -76,6 +76,14 @@ RULES = {
         f"%a: {X} = aten.neg.default(%x)\n%e: {X} = aten.exp.default(%x)\n%y: {X} = aten.add.Tensor(%a, %e)",
         f"%e: {X} = aten.exp.default(%x)\n%sub: {X} = aten.sub.Tensor(%e, %x)",
     ),
+    "a sign on the right": (
+        f"%a: {X} = aten.neg.default(%x)\n%e: {X} = aten.exp.default(%x)\n%y: {X} = aten.add.Tensor(%e, %a)",
+        f"%e: {X} = aten.exp.default(%x)\n%sub: {X} = aten.sub.Tensor(%e, %x)",
+    ),
+    "minus minus": (
+        f"%a: {X} = aten.neg.default(%x)\n%e: {X} = aten.exp.default(%x)\n%y: {X} = aten.sub.Tensor(%e, %a)",
+        f"%e: {X} = aten.exp.default(%x)\n%add: {X} = aten.add.Tensor(%e, %x)",
+    ),
     "sum over one": (
         "%a: float32[1, 1, 8] = aten.sum.dim_IntList(%row, [0, 1], True)\n%y: float32[8] = aten.sum.dim_IntList(%a, [0, 1])",
         "%squeeze: float32[8] = aten.squeeze.dims(%row, [0, 1])",
