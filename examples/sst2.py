@@ -80,11 +80,12 @@ def batches(sentences: Sequence[str], labels: np.ndarray, seed: int | None = 0, 
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     if seed is not None:
         np.random.default_rng(seed).shuffle(groups)
-    arrays = {**tokens, "labels": labels.astype(np.int64)}
-    return [
-        {name: array[group][..., : lengths[group].max()] if array.ndim > 1 else array[group] for name, array in arrays.items()}
-        for group in groups
-    ]
+    return [_batch(tokens, labels, group, int(lengths[group].max())) for group in groups]
+
+
+def _batch(tokens: Batch, labels: np.ndarray, group: np.ndarray, longest: int) -> Batch:
+    cut = {name: np.ascontiguousarray(array[group, :longest]) for name, array in tokens.items()}
+    return {**cut, "labels": labels[group].astype(np.int64)}
 
 
 # ---- the two sides
