@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.no_cover
+"""What runs here is covered by the tests of its parts; the tracer of the coverage would take two fifths of the time."""
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = (
     "sts",

@@ -40,6 +40,7 @@ RUNTIME_DEPENDENCIES = {
     "onnxscript",
     "onnx-ir",
     "networkx",
+    "opt-einsum",
     "pyyaml",
     "numpy",
     "scipy",

@@ -25,6 +25,9 @@ from zoo import SEQ, ZOO
 import matmorph as mm
 from matmorph.runtime import Trainer, TrainingError
 
+pytestmark = pytest.mark.no_cover
+"""What runs here is covered by the tests of its parts; the tracer of the coverage would take two fifths of the time."""
+
 LR, DECAY, EPS, BETAS = 1e-3, 0.01, 1e-8, (0.9, 0.999)
 STEPS = 20
 TOLERANCE = 1e-5

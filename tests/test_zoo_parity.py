@@ -23,6 +23,9 @@ from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph
 from matmorph.specs.schema import Export
 
+pytestmark = pytest.mark.no_cover
+"""What runs here is covered by the tests of its parts; the tracer of the coverage would take two fifths of the time."""
+
 FULL_RANK = {"match": {"op": "matmul"}, "rewrite": {"low_rank": {"rank": {"energy": 1.0}}}, "force": True, "untie": True}
 HALF = {"match": {"not": {"layer": 1}, "op": "matmul"}, "rewrite": {"low_rank": {"rank": {"ratio": 0.5}}}}
 

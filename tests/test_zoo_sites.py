@@ -14,6 +14,9 @@ from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site
 from matmorph.ir.trace import trace
 
+pytestmark = pytest.mark.no_cover
+"""What runs here is covered by the tests of its parts; the tracer of the coverage would take two fifths of the time."""
+
 LAYERED = {"mlp": {0, 2, 4}, "cnn": set(), "mha": set(), "mha-weights": set(), "mha-cross": set(), "mha-cross-apart": set(), "albert": {0}}
 """Layer numbers of the models that do not have the zoo's two layers: nn.Sequential is numbered, ALBERT has one group."""
 
