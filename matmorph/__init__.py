@@ -1,7 +1,7 @@
 """matmorph: a compiler for the matrix multiplications of trained torch models.
 
-The public names come from `matmorph.api` and `matmorph.specs.optimizers` and are imported on first use, so that `import matmorph` and
-`import matmorph.runtime` work on a machine without torch.
+The public names come from `matmorph.api`, `matmorph.specs.optimizers` and `matmorph.passes.linalg.widths` and are imported on first use, so
+that `import matmorph` and `import matmorph.runtime` work on a machine without torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from matmorph.api import Compiled, Model, compile, inspect_model, load_spec, plan, trace
+    from matmorph.passes.linalg.widths import prune_schedule
     from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion
 
 _API = ("Compiled", "Model", "compile", "inspect_model", "load_spec", "plan", "trace")
 _OPTIMIZERS = ("SGD", "AdamAtan2", "AdamW", "Lion")
-_HOMES = {**dict.fromkeys(_API, "matmorph.api"), **dict.fromkeys(_OPTIMIZERS, "matmorph.specs.optimizers")}
+_HOMES = {
+    **dict.fromkeys(_API, "matmorph.api"),
+    **dict.fromkeys(_OPTIMIZERS, "matmorph.specs.optimizers"),
+    "prune_schedule": "matmorph.passes.linalg.widths",
+}
 
 __all__ = [
     "SGD",
@@ -31,6 +36,7 @@ __all__ = [
     "inspect_model",
     "load_spec",
     "plan",
+    "prune_schedule",
     "trace",
 ]
 

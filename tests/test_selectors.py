@@ -361,7 +361,7 @@ ERRORS = [
         "match: {op: xyz}",
         "s.yaml:1:13: match.op: unknown op 'xyz'; known: matmul, linear, addmm, mm, einsum, conv1x1, expert, embedding",
     ),
-    ("match: {block: attention}", "s.yaml:1:16: match.block: match: {block: attention} is not supported yet"),
+    ("match: {block: {mlp: 1}}", "s.yaml:1:16: match.block: expected a block (attention, mlp), got a mapping with mlp"),
     ("match: {block: atention}", "s.yaml:1:16: match.block: unknown block 'atention'; did you mean attention?"),
     (
         'match: {params: "=> 3"}',

@@ -236,7 +236,8 @@ ERRORS = [
     (rewrite("{any_of: [{low_rank: {rank: 1}}, [{lora: {}}], keep]}"), "specs/a.yaml:4:15: rules[0].rewrite.any_of: not supported yet"),
     (rewrite("{any_of: [{low_rank: {rank: 0}}, keep]}"),
      "specs/a.yaml:4:42: rules[0].rewrite.any_of[0].low_rank.rank: expected an integer >= 1, got 0"),
-    (RULES.replace('role: "mlp.*"', "block: mlp"), "specs/a.yaml:4:20: rules[0].match.block: match: {block: mlp} is not supported yet"),
+    (RULES.replace('role: "mlp.*"', "block: mpl"),
+     "specs/a.yaml:4:20: rules[0].match.block: unknown block 'mpl'; did you mean mlp?"),
     (RULES.replace("rank: 4", "rank: auto") + "seed: x\n", "specs/a.yaml:8:7: seed: expected an integer >= 0, got x"),  # errors go first
 ]  # fmt: skip
 
@@ -333,7 +334,7 @@ def test_library_specs() -> None:
     quantized = ("lora-r8", "loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4")
     llama = ("llama2-7b", "llama3.1-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
     trains = ("tt-lora", "tt-mlp", "tt-lora-roberta", *(f"tt-lora-{name}" for name in llama))
-    assert library_names() == tuple(sorted((*names, *quantized, *trains)))
+    assert library_names() == tuple(sorted((*names, *quantized, "transact-50", *trains)))
     for name in names:
         spec = load_spec(name, METHODS)
         assert (spec.name, spec.file, len(spec.rules)) == (name, name, 1)
@@ -350,7 +351,7 @@ def test_unknown_library_spec() -> None:
     assert str(caught.value) == (
         "no library spec is called 'low-rnk-60'; did you mean low-rank-60?\n"
         "  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, "
-        "qlora-nf4, quantize-u4, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, tt-lora-llama3.2-1b, "
+        "qlora-nf4, quantize-u4, transact-50, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, tt-lora-llama3.2-1b, "
         "tt-lora-llama3.2-3b, tt-lora-roberta, tt-mlp\n"
         "  a file ends in .yaml, or is given with its folder (./NAME)"
     )
@@ -501,8 +502,8 @@ EXTENDS_ERRORS = [
     ({"a": "version: 1\nextends: [b.yaml]\n"}, "specs/a.yaml:2:11: extends[0]: specs/b.yaml: no such file"),
     ({"a": "version: 1\nextends: low-rank-61\n"}, "specs/a.yaml:2:10: extends: no library spec is called 'low-rank-61'; did you mean "
      "low-rank-60?\n  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, "
-     "mixed-4-2, qlora-nf4, quantize-u4, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, tt-lora-llama3.2-1b, "
-     "tt-lora-llama3.2-3b, tt-lora-roberta, tt-mlp\n"
+     "mixed-4-2, qlora-nf4, quantize-u4, transact-50, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, "
+     "tt-lora-llama3.2-1b, tt-lora-llama3.2-3b, tt-lora-roberta, tt-mlp\n"
      "  a file ends in .yaml, or is given with its folder (./NAME)"),
     ({"a": "version: 1\nextends: [low-rank-60, low-rank-60]\n"}, "specs/a.yaml:2:24: extends[1]: low-rank-60 is listed twice"),
     ({"a": "version: 1\nextends: {b: c}\n"}, "specs/a.yaml:2:10: extends: expected a list (each text), got a mapping with b"),

@@ -18,14 +18,17 @@ from matmorph.ir.core import Const, Graph, Node, Origin, Value, map_values
 from matmorph.ir.infer import Inference
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.ir.verify import retype
+from matmorph.passes.axes import HEADS, QK, Counts, V, resized, size_of
 from matmorph.passes.blocks import Block, find_blocks
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Error, Method, SiteStats
 from matmorph.passes.patch import Patch
 from matmorph.passes.rewrite import Outcome, Part, without_orphans
+from matmorph.passes.sizes import exported_sizes
 from matmorph.specs.schema import MethodUse, Rule, Stage
 
 KIND = "block"
+_INDEX_BYTES = 8
 
 
 class BlockMethod(Protocol):
@@ -37,6 +40,7 @@ class BlockMethod(Protocol):
     def impossible(self, blocks: Sequence[Block], spec: Any) -> str | None: ...
     def choices(self, block: Block, spec: Any) -> Iterable[Choice]: ...
     def schedule(self, block: Block, spec: Any) -> tuple[Choice, ...]: ...
+    def counts(self, block: Block, spec: Any, choice: Choice) -> Counts: ...
     def costs(self, block: Block, spec: Any, choice: Choice) -> Mapping[Site, Cost]: ...
     def errors(self, block: Block, spec: Any, choices: Sequence[Choice], stats: Mapping[Site, SiteStats]) -> Sequence[Error]: ...
     def build(self, block: Block, spec: Any, choice: Choice, stats: Mapping[Site, SiteStats], b: Builder) -> Patch: ...
@@ -140,20 +144,6 @@ def block_needs(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> list
     return list(found)
 
 
-def planned_blocks(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> list[Outcome]:
-    """What would become of the blocks, from shapes alone."""
-    found: list[Outcome] = []
-    for job in jobs:
-        method = _method(methods, job.use)
-        reject = method.check(job.block, job.use.spec)
-        if reject is not None:
-            found += rejected(job, reject)
-        else:
-            [choice, *_] = method.choices(job.block, job.use.spec)
-            found += _outcomes(job, method, choice, choice.notes)
-    return found
-
-
 def rejected(job: BlockJob, reject: Reject) -> list[Outcome]:
     return [Outcome(site, job.rule, reject) for site in job.block.sites]
 
@@ -179,22 +169,67 @@ class _Past:
 
 
 class BlockPass:
-    """Blocks over the stages and shots of one compilation. It remembers how wide each block was to become after each shot, and what its
-    last matmul was in the source."""
+    """Blocks over the stages and shots of one run. It remembers how wide each block was to become after each shot, what its last matmul was
+    in the source, and how many keys and values there are. `aside`: parameters and bytes that a plan changes outside the sites' weights."""
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
+        self.aside = (0, 0)
         self._methods = methods
         self._schedules: dict[tuple[str, str], list[Choice]] = {}
         self._past: dict[str, _Past] = {}
+        self._cache: dict[str, tuple[int, int]] = {}
 
-    def build(self, graph: Graph, jobs: Sequence[BlockJob], stats: Mapping[Site, SiteStats]) -> list[Outcome]:
+    def plan(self, graph: Graph, divided: Divided, precision: str) -> list[Outcome]:
+        """What would become of the blocks, from shapes alone."""
+        self._see(divided.blocks)
+        sizes = exported_sizes(graph, precision) if divided.jobs else {}
+        found = [*divided.refused]
+        for job in divided.jobs:
+            method, spec = _method(self._methods, job.use), job.use.spec
+            reject = method.check(job.block, spec)
+            if reject is not None:
+                found += rejected(job, reject)
+                continue
+            [choice, *_] = method.choices(job.block, spec)
+            counts = method.counts(job.block, spec, choice)
+            self._shrink(job.block, counts)
+            self.aside = tuple(a + b for a, b in zip(self.aside, _aside(job.block, counts, sizes), strict=True))  # type: ignore[assignment]
+            found += _outcomes(job, method, choice, choice.notes)
+        return found
+
+    def build(self, graph: Graph, divided: Divided, stats: Mapping[Site, SiteStats]) -> list[Outcome]:
         """Outcomes with patches for one shot. SpecError: a method that needs calibration data where there is none."""
-        inference = Inference(graph.ranges, graph.device)
-        builder = Builder(graph, inference=inference)
-        found: list[Outcome] = []
-        for job in jobs:
+        self._see(divided.blocks)
+        builder = Builder(graph, inference=Inference(graph.ranges, graph.device))
+        found = [*divided.refused]
+        for job in divided.jobs:
             found += self._built(job, stats, builder)
         return found
+
+    def notes(self) -> tuple[str, ...]:
+        """Elements of keys and values per token over all attentions whose heads are known, where pruning has changed them."""
+        before, after = (sum(pair[k] for pair in self._cache.values()) for k in (0, 1))
+        share = f"{after / before:.2%}" if before else ""
+        return (f"keys and values (KV cache): {before:,} -> {after:,} elements per token ({share})",) if before != after else ()
+
+    def keep(self, outcomes: Iterable[Outcome]) -> None:
+        """Notes what came of a shot in the end: a block that was taken back is as large as before."""
+        for outcome in outcomes:
+            if outcome.patch is not None and outcome.reject is None:
+                method = _method(self._methods, outcome.parts[0].use)
+                block = outcome.patch.block
+                self._shrink(block, method.counts(block, outcome.parts[0].use.spec, outcome.patch.choice))
+
+    def _see(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            if block.heads is not None:
+                elements = _elements(block, {})
+                self._cache.setdefault(block.consumer.path, (elements, elements))
+
+    def _shrink(self, block: Block, counts: Counts) -> None:
+        if block.heads is not None:
+            before = self._cache.get(block.consumer.path, (_elements(block, {}), 0))[0]
+            self._cache[block.consumer.path] = (before, _elements(block, counts))
 
     def _built(self, job: BlockJob, stats: Mapping[Site, SiteStats], b: Builder) -> list[Outcome]:
         method, spec, block = _method(self._methods, job.use), job.use.spec, job.block
@@ -235,6 +270,28 @@ class BlockPass:
         plain, own = (relative_output_error(w, matrix, past.moment) for matrix in (sliced, narrow))
         note = f"output error of {path}: {plain:.3g} sliced, {own:.3g} as it is stored"
         return (note,), (weight_error, own)
+
+
+def _elements(block: Block, counts: Counts) -> int:
+    """Elements of keys and values per token, over all applications."""
+    heads = block.heads
+    if heads is None:
+        return 0
+    dim = counts[QK] * (2 if heads.pairs else 1) if QK in counts else heads.dim
+    return counts.get(HEADS, heads.groups) * (dim + counts.get(V, heads.value_dim)) * len(block.consumer.applications)
+
+
+def _aside(block: Block, counts: Counts, sizes: Mapping[Const, int]) -> tuple[int, int]:
+    """(parameters, bytes) that go from the producers' biases, and that indices of what meets the block from outside bring."""
+    parameters = size = 0
+    for producer in block.producers:
+        bias = producer.site.bias
+        if bias is not None:
+            change = int(resized(producer.axis, counts)) - producer.site.out_features
+            parameters += change
+            size += change * (sizes[bias] // bias.numel)
+    axes = {side.axis for side in block.sides if resized(side.axis, counts) != size_of(side.axis)}
+    return parameters, size + sum(_INDEX_BYTES * int(resized(axis, counts)) for axis in axes)
 
 
 def refuse_without_data(job: BlockJob, methods: Mapping[str, Method], stats: Mapping[Site, SiteStats]) -> None:
@@ -300,35 +357,3 @@ def _refuse_changed_borders(before: Graph, after: Graph, patches: Sequence[Patch
             value = application.output
             if value.name in types and str(types[value.name]) != str(value.type):
                 raise VerifyError(f"{patch.block.name}: pruning changed %{value.name} from {value.type} to {types[value.name]}")
-
-
-def cache_note(before: Sequence[Block], after: Sequence[Block]) -> str | None:
-    """Elements of keys and values per token, before and after, over all blocks whose heads are known; None where there is none."""
-    one, other = (sum(block.cache or 0 for block in blocks) for blocks in (before, after))
-    return f"keys and values (KV cache): {one:,} -> {other:,} elements per token ({other / one:.2%})" if one else None
-
-
-def planned_cache(blocks: Sequence[Block], outcomes: Iterable[Outcome], methods: Mapping[str, Method]) -> int:
-    """Elements of keys and values per token once the outcomes hold, from shapes alone."""
-    chosen = {outcome.block: outcome for outcome in outcomes if outcome.block is not None and outcome.reject is None}
-    total = 0
-    for block in blocks:
-        outcome = chosen.get(block)
-        if outcome is None or block.heads is None:
-            total += block.cache or 0
-            continue
-        part = outcome.parts[0]
-        counts = methods[part.use.method].counts(block, part.use.spec, part.choice)  # type: ignore[attr-defined]
-        total += narrow_cache(block, counts)
-    return total
-
-
-def narrow_cache(block: Block, counts: Mapping[str, int]) -> int:
-    """Elements of keys and values per token that are left of an attention block."""
-    from matmorph.passes.axes import HEADS, QK, V
-
-    heads = block.heads
-    if heads is None:
-        return 0
-    dim = counts[QK] * (2 if heads.pairs else 1) if QK in counts else heads.dim
-    return counts.get(HEADS, heads.groups) * (dim + counts.get(V, heads.value_dim)) * len(block.consumer.applications)

@@ -80,13 +80,6 @@ class Block:
     def name(self) -> str:
         return f"the {self.kind} block of {self.consumer.path}"
 
-    @property
-    def cache(self) -> int | None:
-        """Elements of keys and values per token, over all applications; None where the heads are not known."""
-        if self.heads is None:
-            return None
-        return self.heads.groups * (self.heads.dim + self.heads.value_dim) * len(self.consumer.applications)
-
     def shared(self, unit: str) -> bool:
         """Whether all heads keep the same dimensions: rotary pairs do, and what meets a value from outside."""
         paired = unit == QK and self.heads is not None and self.heads.pairs != ""

@@ -17,6 +17,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
+from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
 from matmorph.passes.calibrate import calibrate
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
@@ -66,19 +67,28 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
     rows: dict[str, SiteRow] = {}
     left: Sequence[Site] = sites
     notes: list[str] = []
+    blocks = BlockPass(methods)
     for number, stage in enumerate(_for_export(stage, spec.export) for stage in spec.stages):
         planned, later = (stage, ()) if number == 0 else _without_inserted(stage)
         notes += [f"rule {rule.name} works on what an earlier stage inserts: planned only by compiling" for rule in later]
         selection = select(planned, graph, left, layer_count(sites))
-        outcomes = refuse_slow(_planned(selection, methods), spec.export)
+        divided = _divided(graph, left, selection, methods)
+        pruned = blocks.plan(graph, divided, spec.export.precision)
+        outcomes = (*refuse_slow(_planned(divided.claims, methods), spec.export), *pruned)
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
         by_site = {outcome.site: outcome for outcome in outcomes}
         notes += kernel_summary(outcomes, spec.export)
         _enter(rows, site_rows(selection.claims, by_site, graph, spec.export))
-        left = [site for site in left if rows[site.path].status != "rewritten"]
+        narrow = {outcome.site.path for outcome in pruned if outcome.reject is None}
+        left = [site for site in left if rows[site.path].status != "rewritten" or site.path in narrow]
     found = tuple(rows.values())
-    return Report(name, spec.name, found, planned_totals(graph, found, spec.export.precision), (*graph.notes, *notes), is_plan=True)
+    sums = planned_totals(graph, found, spec.export.precision, blocks.aside)
+    return Report(name, spec.name, found, sums, (*graph.notes, *notes, *blocks.notes()), is_plan=True)
+
+
+def _divided(graph: Graph, sites: Sequence[Site], selection: Selection, methods: Methods) -> Divided:
+    return divide(graph, sites, {claim.site: claim.rule for claim in selection.claims}, methods)
 
 
 def _for_export(stage: Stage, export: Export) -> Stage:
@@ -97,8 +107,24 @@ def _enter(rows: dict[str, SiteRow], found: Iterable[SiteRow]) -> None:
     """A stage's rows over those of the stages before it: a rewrite stays, else the last rule that claimed the site has its say."""
     for row in found:
         old = rows.get(row.path)
-        if old is None or row.status == "rewritten" or (row.rule is not None and old.status != "rewritten"):
+        if old is not None and old.status == row.status == "rewritten":
+            rows[row.path] = _over(old, row)
+        elif old is None or row.status == "rewritten" or (row.rule is not None and old.status != "rewritten"):
             rows[row.path] = row
+
+
+def _over(old: SiteRow, row: SiteRow) -> SiteRow:
+    """A site that was pruned, and then pruned or replaced again: what it was in the source, what it is now."""
+    again = old.method == row.method
+    return replace(
+        row,
+        shape=old.shape,
+        method=row.method if again else f"{old.method}, then {row.method}",
+        notes=row.notes if again else (*old.notes, *row.notes, f"errors are those of {row.method} on what {old.method} left"),
+        parameters=(old.parameters[0], row.parameters[1]),
+        bytes=(old.bytes[0], row.bytes[1]),
+        macs=(old.macs[0], row.macs[1]),
+    )
 
 
 def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
@@ -107,8 +133,7 @@ def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
     return replace(stage, rules=tuple(rule for rule in stage.rules if rule not in later)), later
 
 
-def _planned(selection: Selection, methods: Methods) -> list[Outcome]:
-    claims = _claimed(selection)
+def _planned(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:
     refuse_impossible(claims, methods)
     found = []
     for site, rule in claims:
@@ -146,22 +171,27 @@ def compile_graph(
             refuse_unmeasured(stage.tolerance)
     _refuse_not_finite(graph)
     current = graph
+    blocks = BlockPass(methods)
     rows: dict[str, SiteRow] = {}
     notes = list(graph.notes)
-    for stage in (_for_export(stage, spec.export) for stage in spec.stages):
+    shots = [shot for stage in spec.stages for shot in shots_of(_for_export(stage, spec.export), methods)]
+    for stage in shots:
         sites = find_sites(current)
         selection = select(stage, current, sites)
-        claims = _claimed(selection)
-        stats = _statistics(current, stage, claims, methods, batches, progress)
+        divided = _divided(current, sites, selection, methods)
+        claims = list(divided.claims)
+        stats = _statistics(current, stage, claims, methods, batches, progress, block_needs(divided.jobs, methods))
         outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
-        outcomes = refuse_slow(outcomes, spec.export)
+        outcomes = (*refuse_slow(outcomes, spec.export), *blocks.build(current, divided, stats))
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
-        read, current = current, _checked(splice(current, outcomes))
+        blocks.keep(outcomes)
+        read, current = current, _checked(narrowed(splice(current, outcomes), outcomes))
         notes += [*selection.notes, *rolled_back, *kernel_summary(outcomes, spec.export)]
         _enter(rows, site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export))
     own, inserted = _of_source(tuple(rows.values()), graph)
-    report = Report(name, spec.name, (*own, *inserted), totals(graph, current, own, inserted, spec.export.precision), tuple(notes))
+    sums = totals(graph, current, own, inserted, spec.export.precision)
+    report = Report(name, spec.name, (*own, *inserted), sums, (*notes, *blocks.notes()))
     return Compilation(graph, current, report)
 
 
@@ -205,14 +235,20 @@ class _Replayed:
 
 
 def _statistics(
-    graph: Graph, stage: Stage, claims: Sequence[tuple[Site, Rule]], methods: Methods, batches: Iterable[Any] | None, progress: Progress
+    graph: Graph,
+    stage: Stage,
+    claims: Sequence[tuple[Site, Rule]],
+    methods: Methods,
+    batches: Iterable[Any] | None,
+    progress: Progress,
+    more: Sequence[Site],
 ) -> Mapping[Site, SiteStats]:
-    """Second moments of all sites that will be rewritten; SpecError where a method needs them and there is no data."""
+    """Second moments of all sites that will be rewritten, and of `more`; SpecError where a method needs them and there is no data."""
     working = [(site, rule) for site, rule in claims if not isinstance(appraise(site, rule, methods), Reject)]
     if batches is None:
         _refuse_without_data(working, methods)
         return {}
-    needs = [(site, SECOND_MOMENT) for site, _ in working if site.applications]
+    needs = [(site, SECOND_MOMENT) for site in (*(site for site, _ in working), *more) if site.applications]
     return calibrate(graph, needs, batches, stage.calibration.samples, lambda done, total: progress("calibrating", done, total))
 
 

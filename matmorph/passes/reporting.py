@@ -13,7 +13,7 @@ from matmorph.passes.methods import dense_cost
 from matmorph.passes.rewrite import Outcome
 from matmorph.passes.select import Claim
 from matmorph.passes.sizes import exported_sizes, item_size
-from matmorph.report.model import PartRow, SiteRow, Totals
+from matmorph.report.model import Pair, PartRow, SiteRow, Totals
 from matmorph.specs.schema import Export, Rank
 
 
@@ -77,6 +77,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
         else sum(part.cost.parameters - part.cost.coded for part in outcome.parts)
     )
     main = outcome.parts[0]
+    trains = 0 if main.kind == "block" else trains  # what is left of the model's own weights is none of the method's
     return replace(
         row,
         status="rewritten",
@@ -101,12 +102,12 @@ def _requested(spec: Any) -> str | None:
     return str(rank) if isinstance(rank, Rank) else None
 
 
-def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str) -> Totals:
-    """Over the whole model, each weight once: the rows say what changes."""
+def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str, aside: Pair = (0, 0)) -> Totals:
+    """Over the whole model, each weight once: the rows say what changes, `aside` what else does (parameters and bytes of biases)."""
     parameters, size = _weights(source, precision)
     return Totals(
-        parameters=(parameters, parameters + _change(row.parameters for row in rows)),
-        bytes=(size, size + _change(row.bytes for row in rows)),
+        parameters=(parameters, parameters + _change(row.parameters for row in rows) + aside[0]),
+        bytes=(size, size + _change(row.bytes for row in rows) + aside[1]),
         macs=(sum(row.macs[0] for row in rows), sum(row.macs[1] for row in rows)),
         trainable=sum(row.trainable for row in rows),
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from matmorph.errors import SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Site
+from matmorph.passes.blocks import find_blocks
 from matmorph.passes.dead_rules import dead_rule, wrong_count
 from matmorph.specs.conditions import Facts, PathCondition, path_matches, read_statistic, site_names
 from matmorph.specs.globs import Glob
@@ -59,8 +60,12 @@ def facts_of(graph: Graph, sites: Sequence[Site], layers: int | None = None) -> 
     def occurrences(pattern: Pattern) -> tuple[Occurrence, ...]:
         return find(pattern, graph, sites)
 
+    @cache
+    def kinds() -> Mapping[Site, str]:
+        return {site: block.kind for block in find_blocks(graph, sites) for site in block.sites}
+
     statistic = cache(read_statistic)
-    return {site: Facts(site, layers, occurrences, statistic) for site in sites}
+    return {site: Facts(site, layers, occurrences, statistic, lambda part: kinds().get(part)) for site in sites}
 
 
 def select(stage: Stage, graph: Graph, sites: Sequence[Site], layers: int | None = None) -> Selection:

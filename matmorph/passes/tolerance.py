@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matmorph.errors import CheckError, SpecError
 from matmorph.ir.site import Reject
+from matmorph.passes.blocks import Block
 from matmorph.passes.rewrite import Outcome
 from matmorph.specs.schema import Tolerance
 
@@ -32,15 +33,24 @@ def hold(outcomes: Sequence[Outcome], tolerance: Tolerance | None) -> tuple[tupl
         return tuple(outcomes), ()
     excess = {outcome: found for outcome in outcomes if outcome.reject is None and (found := _excess(outcome, tolerance)) is not None}
     ranked = sorted(excess, key=lambda outcome: -excess[outcome][0])
+    whole = {outcome.block: outcome for outcome in ranked if outcome.block is not None}  # it stays or goes as a whole
     if ranked and tolerance.on_exceed == "fail":
         others = [f"{outcome.site.path}: {excess[outcome][1]}" for outcome in ranked[1:6]]
         more = [f"and {len(ranked) - 6} more"] if len(ranked) > 6 else []
         raise CheckError(f"{ranked[0].site.path}: {excess[ranked[0]][1]}", [*others, *more, *_where(tolerance)])
     kept = tuple(
-        Outcome(outcome.site, outcome.rule, Reject(f"rolled back: {excess[outcome][1]}")) if outcome in excess else outcome
+        outcome if (worst := _rolled_back(outcome, excess, whole)) is None else Outcome(outcome.site, outcome.rule, worst)
         for outcome in outcomes
     )
     return kept, tuple(f"{outcome.site.path} rolled back: {excess[outcome][1]}" for outcome in ranked)
+
+
+def _rolled_back(outcome: Outcome, excess: Mapping[Outcome, tuple[float, str]], whole: Mapping[Block, Outcome]) -> Reject | None:
+    """Why an outcome is taken back, None where it stays."""
+    cause = outcome if outcome in excess or outcome.block is None else whole.get(outcome.block)
+    if cause is None or cause not in excess:
+        return None
+    return Reject(f"rolled back: {'' if cause is outcome else f'{cause.site.path}: '}{excess[cause][1]}")
 
 
 def _excess(outcome: Outcome, tolerance: Tolerance) -> tuple[float, str] | None:
@@ -49,6 +59,8 @@ def _excess(outcome: Outcome, tolerance: Tolerance) -> tuple[float, str] | None:
     for kind in KINDS:
         limit, error = getattr(tolerance, kind), getattr(outcome, kind)
         if limit is None or (error is None and not outcome.site.applications):  # what a table looks up is no output of a matmul
+            continue
+        if error is None and outcome.block is not None and outcome.patch is None:  # a block is judged by its last matmul
             continue
         if error is None:
             raise SpecError(f"{kind} of {outcome.site.path} was not measured", at=tolerance.at, keypath=f"tolerance.{kind}")

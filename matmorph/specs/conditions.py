@@ -76,15 +76,20 @@ def _no_occurrences(_: Pattern) -> tuple[Occurrence, ...]:
     return ()
 
 
+def _no_block(_: Site) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What conditions may ask about a site. `layers`: number of layers of the model (largest layer index + 1); `occurrences` finds a
-    pattern in the whole graph; `statistic(name, site)` reads the weight."""
+    pattern in the whole graph; `statistic(name, site)` reads the weight; `block` gives the kind of block that a site is part of."""
 
     site: Site
     layers: int = 0
     occurrences: Callable[[Pattern], tuple[Occurrence, ...]] = _no_occurrences
     statistic: Callable[[str, Site], float | None] = read_statistic
+    block: Callable[[Site], str | None] = _no_block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,6 +249,19 @@ class InsertedByCondition(Condition):
 
     def value(self, facts: Facts) -> str:
         return f"inserted by {facts.site.const.rule}" if facts.site.const.rule else "of the source model"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockCondition(Condition):
+    """The site is part of an attention or MLP block, whether or not that can be pruned."""
+
+    kinds: tuple[str, ...]
+
+    def holds(self, facts: Facts) -> bool:
+        return facts.block(facts.site) in self.kinds
+
+    def value(self, facts: Facts) -> str:
+        return facts.block(facts.site) or "in no block"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

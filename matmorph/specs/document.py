@@ -8,7 +8,7 @@ from typing import Any
 
 from matmorph.errors import SpecError, VerifyError, did_you_mean
 from matmorph.specs.kinds import Integer, JsonSchema, Kind, ListOf, Name, plain_text, wrong
-from matmorph.specs.notations import Rank
+from matmorph.specs.notations import Rank, Width
 from matmorph.specs.schema import Budget, Calibration, Export, Match, MethodUse, Rule, Stage, Tolerance, Train
 from matmorph.specs.selectors import parse_match
 from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree
@@ -127,7 +127,7 @@ class RewriteKind:
     def refuse_auto(self, record: Record, spec: Any, settings: MapTree) -> None:
         for entry in record.fields():
             value = getattr(spec, entry.name)
-            if isinstance(value, Rank) and value.kind == "auto" and entry.key in settings.items:
+            if isinstance(value, Rank | Width) and value.kind == "auto" and entry.key in settings.items:
                 self.refused.append(settings.items[entry.key].error("auto is not supported yet"))
 
     def any_of(self, tree: MapTree) -> tuple[MethodUse, ...]:

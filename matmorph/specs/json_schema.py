@@ -35,7 +35,7 @@ _CONDITIONS: Mapping[str, tuple[JsonSchema, str]] = {
     "path": (_one_or_more(_TEXT), 'dotted path of the weight: a glob (** crosses dots) or "re:..."'),
     "layer": (_one_or_more({"oneOf": [{"type": "integer", "minimum": 0}, _TEXT]}), f"index of the layer: {LAYER_FORMS}"),
     "op": (_one_or_more({"enum": list(OPS)}), "form of the matmul; matmul is any of them; embedding is a table"),
-    "block": ({"enum": list(BLOCKS)}, "all matmuls of one block (not supported yet)"),
+    "block": (_one_or_more({"enum": list(BLOCKS)}), "q, k, v, o of an attention; gate, up, down of an MLP; or their fusions"),
     "in_features": (_COMPARISON, f"input width: {FORMS}"),
     "out_features": (_COMPARISON, f"output width: {FORMS}"),
     "params": (_COMPARISON, f"elements of the matrix: {FORMS}"),

@@ -11,6 +11,7 @@ from matmorph.specs.conditions import (
     OPS,
     ROLES,
     STATISTICS,
+    BlockCondition,
     Condition,
     Facts,
     GroupCondition,
@@ -51,7 +52,7 @@ def parse_match(tree: MapTree, named: Mapping[str, MapTree]) -> Match:
     """Reads a match. `named`: the spec's named selections (`select:`), read when a `use` names them.
 
     SpecError with position and keypath: no condition, unknown key, role, op or selection (nearest word named), a selection that uses
-    itself, wrong types, globs, regular expressions, numbers and patterns that cannot be read, and `block`, which is not supported yet.
+    itself, wrong types, globs, regular expressions, numbers and patterns that cannot be read.
     """
     root = _group(tree, named, ())
     keys = {leaf.key for leaf, positive in leaves(root) if positive}
@@ -194,10 +195,10 @@ def _op(key: str, tree: Tree) -> Condition:
 
 
 def _block(key: str, tree: Tree) -> Condition:
-    if not isinstance(tree, Scalar):
-        raise tree.error(f"expected a block ({', '.join(BLOCKS)}), got {describe(tree)}")
-    _member(tree, "block", BLOCKS)
-    raise tree.error(f"match: {{block: {tree.text}}} is not supported yet")
+    items = _texts(tree, f"a block ({', '.join(BLOCKS)})")
+    for item in items:
+        _member(item, "block", BLOCKS)
+    return BlockCondition(tree.at, tree.keypath, key, _text(key, tree), tuple(item.text for item in items))
 
 
 def _number(key: str, tree: Tree) -> Condition:

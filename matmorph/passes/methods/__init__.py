@@ -14,8 +14,9 @@ from matmorph.errors import InputError
 from matmorph.ir.core import Const, ConstKind, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 
-Kind = Literal["replace", "update"]
-"""replace: takes the place of the dense matmul; update: is added to what stays (its kinds for blocks and training plans come later)."""
+Kind = Literal["replace", "update", "block"]
+"""replace: takes the place of the dense matmul; update: is added to what stays; block: prunes a whole block (its steps are those of
+`passes.block_pass.BlockMethod`; the kind for training plans comes later)."""
 
 ENTRY_POINT_GROUP = "matmorph.methods"
 
@@ -27,6 +28,7 @@ _BUILT_IN: Mapping[str, str] = {
     "tt": "matmorph.passes.methods.tt:TT",
     "tt_lora": "matmorph.passes.methods.tt_lora:TTLora",
     "lora": "matmorph.passes.methods.lora:Lora",
+    "transact": "matmorph.passes.methods.transact:Transact",
 }
 
 
