@@ -96,8 +96,9 @@ class Reject:
 class Choice:
     """One way for a method to treat one site. `rank`: factors' inner size; `at_most`: the data decides and `rank` is the upper limit.
 
-    `ranks`: of each pair of neighbouring cores, where there are several; `rank` is the largest. `clamped`: which part of the request the
-    shapes do not allow and what was taken instead (an error under `strict`). `notes`: what else shapes alone have to say of it.
+    `ranks`: of each pair of neighbouring cores, where there are several; `rank` is the largest. `bits`: of a code, where that is a choice.
+    `clamped`: which part of the request the shapes do not allow and what was taken instead (an error under `strict`). `notes`: what else
+    shapes alone have to say of it.
     """
 
     rank: int | None = None
@@ -105,6 +106,7 @@ class Choice:
     ranks: tuple[int, ...] = ()
     clamped: str | None = None
     notes: tuple[str, ...] = ()
+    bits: Literal[2, 4, 8] | None = None
 
 
 @dataclass(frozen=True, slots=True)

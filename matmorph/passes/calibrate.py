@@ -133,7 +133,7 @@ def _stream(
     total = _total(batches, samples)
     done = 0
     for number, batch in enumerate(batches):
-        inputs, count = _cut(graph, _bound(graph, batch, number), samples - done)
+        inputs, count = cut_batch(graph, bound_batch(graph, batch, number), samples - done)
         if count:
             _observe(graph, sums, inputs)
         done += count
@@ -159,7 +159,7 @@ def _leaves(batch: Any) -> Iterable[Any]:
     return batch if isinstance(batch, tuple | list) else (batch,)
 
 
-def _bound(graph: Graph, batch: Any, number: int) -> list[Tensor]:
+def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
     """The tensors of a batch in `graph.inputs` order, on the graph's device."""
     args = () if isinstance(batch, Mapping) else tuple(_tensor(leaf, graph.device) for leaf in _leaves(batch))
     kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in batch.items()} if isinstance(batch, Mapping) else {}
@@ -177,7 +177,7 @@ def _tensor(leaf: Any, device: str) -> Any:
     return tensor.to(device) if isinstance(tensor, Tensor) else tensor
 
 
-def _cut(graph: Graph, inputs: list[Tensor], left: int) -> tuple[list[Tensor], int]:
+def cut_batch(graph: Graph, inputs: list[Tensor], left: int) -> tuple[list[Tensor], int]:
     """At most `left` samples, and how many they are. An axis that is fixed or must be longer is not cut."""
     if not inputs or not inputs[0].dim():
         return inputs, 1

@@ -17,19 +17,22 @@ from matmorph.ir.core import Graph
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
-from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
+from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, of_block, shots_of
+from matmorph.passes.budget import Account, Decided, account, decide, offers_of, open_claims, plan_notes, refuse_unreachable, verdict
 from matmorph.passes.calibrate import calibrate
+from matmorph.passes.candidates import Offer, energy, measured
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.pays import refuse_slow
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
+from matmorph.passes.sensitivity import Unlabelled, fisher, label_names
 from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves
-from matmorph.specs.schema import Export, MethodUse, Rule, Spec, Stage
+from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
 
 Progress = Callable[[str, int, int | None], None]
 """(what is going on, how much of it is done, of how much or None)."""
@@ -77,6 +80,9 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         outcomes = (*refuse_slow(_planned(divided.claims, methods), spec.export), *pruned)
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
+        if open_claims(selection):
+            job = _Open(graph, graph, planned, selection)
+            notes += plan_notes(job.account(methods, spec.export), offers_of(graph, selection, methods, spec.export))
         by_site = {outcome.site: outcome for outcome in outcomes}
         notes += kernel_summary(outcomes, spec.export)
         _enter(rows, site_rows(selection.claims, by_site, graph, spec.export))
@@ -93,11 +99,17 @@ def _divided(graph: Graph, sites: Sequence[Site], selection: Selection, methods:
 
 def _for_export(stage: Stage, export: Export) -> Stage:
     """The stage's rules as they hold for this export: methods that plan for numbers of rows and devices are told which."""
-    rules = (replace(rule, rewrite=tuple(_use_for_export(use, export) for use in rule.rewrite)) for rule in stage.rules)
+    rules = (replace(rule, rewrite=_uses_for_export(rule.rewrite, export)) for rule in stage.rules)
     return replace(stage, rules=tuple(rules))
 
 
+def _uses_for_export(uses: tuple[MethodUse, ...], export: Export) -> tuple[MethodUse, ...]:
+    return tuple(_use_for_export(use, export) for use in uses)
+
+
 def _use_for_export(use: MethodUse, export: Export) -> MethodUse:
+    if isinstance(use.spec, AnyOf):
+        return replace(use, spec=AnyOf(tuple(_uses_for_export(uses, export) for uses in use.spec.alternatives)))
     names = {field.name for field in fields(use.spec)} if is_dataclass(use.spec) else set()
     open_ = {name: getattr(export, name) for name in _EXPORT_FIELDS if name in names and getattr(use.spec, name) is None}
     return replace(use, spec=replace(use.spec, **open_)) if open_ else use
@@ -133,7 +145,8 @@ def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
     return replace(stage, rules=tuple(rule for rule in stage.rules if rule not in later)), later
 
 
-def _planned(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:
+def _planned(claimed: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:
+    claims = [(site, rule) for site, rule in claimed if not rule.is_open]
     refuse_impossible(claims, methods)
     found = []
     for site, rule in claims:
@@ -148,6 +161,57 @@ def _planned(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outc
 def _claimed(selection: Selection) -> list[tuple[Site, Rule]]:
     """Sites that a rule rewrites; `keep` owns sites and leaves them."""
     return [(claim.site, claim.rule) for claim in selection.claims if claim.rule is not None and claim.rule.rewrite]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Open:
+    """A stage with open rules: the graph it works on, the source, what is selected, and parameters that are codes already."""
+
+    graph: Graph
+    source: Graph
+    stage: Stage
+    selection: Selection
+    coded: int = 0
+
+    def account(self, methods: Methods, export: Export) -> Account:
+        return account(self.graph, self.source, self.stage, self.selection, methods, export, self.coded)
+
+
+def _decided(
+    job: _Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
+) -> Decided:
+    """One concrete choice for every open site."""
+    held = job.account(methods, spec.export)
+    offers = offers_of(job.graph, job.selection, methods, spec.export)
+    refuse_unreachable(held, offers)
+    weights = _weights(job, spec, [one.site for one in offers], stats, batches, progress)
+    found: list[Offer] = []
+    for one in measured(offers, methods, stats, job.stage.tolerance):
+        found.append(one)
+        progress("decomposing", len(found), len(offers))
+    return decide(tuple(found), held, job.selection, stats, weights)
+
+
+def _weights(
+    job: _Open, spec: Spec, sites: Sequence[Site], stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
+) -> list[float]:
+    """What a squared relative error of each site counts."""
+    calibration = job.stage.calibration
+    if calibration.sensitivity == "none":
+        return [1.0] * len(sites)
+    if batches is None or spec.train is None:
+        raise SpecError("fisher needs calibration data with labels and none was given", keypath="calibration.sensitivity")
+    show: Callable[[int, int | None], None] = lambda done, total: progress("differentiating", done, total)  # noqa: E731
+    found = fisher(job.graph, sites, batches, calibration.samples, spec.train, show)
+    return [found[site] * energy(site, stats.get(site)) for site in sites]
+
+
+def _without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph) -> Iterable[Any] | None:
+    """What the model itself reads: with labels among the batches where gradients are asked for."""
+    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages)
+    if batches is None or spec.train is None or not asked:
+        return batches
+    return Unlabelled(batches, label_names(graph, spec.train))
 
 
 def compile_graph(
@@ -170,6 +234,7 @@ def compile_graph(
         for stage in spec.stages:
             refuse_unmeasured(stage.tolerance)
     _refuse_not_finite(graph)
+    inputs = _without_labels(batches, spec, graph)
     current = graph
     blocks = BlockPass(methods)
     rows: dict[str, SiteRow] = {}
@@ -180,15 +245,24 @@ def compile_graph(
         selection = select(stage, current, sites)
         divided = _divided(current, sites, selection, methods)
         claims = list(divided.claims)
-        stats = _statistics(current, stage, claims, methods, batches, progress, block_needs(divided.jobs, methods))
+        stats = _statistics(current, stage, claims, methods, inputs, progress, block_needs(divided.jobs, methods))
+        decided = None
+        if any(rule.is_open for _, rule in claims):
+            coded = sum(row.coded for row in rows.values())
+            decided = _decided(_Open(current, graph, stage, selection, coded), spec, methods, stats, batches, progress)
+            selection = decided.selection
+            claims = [(site, rule) for site, rule in _claimed(selection) if not rule.is_open and of_block(rule, methods) is None]
         outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
-        outcomes = (*refuse_slow(outcomes, spec.export), *blocks.build(current, divided, stats))
+        outcomes = (*refuse_slow(outcomes, spec.export), *(decided.refused if decided is not None else ()))
+        outcomes = (*outcomes, *blocks.build(current, divided, stats))
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
         blocks.keep(outcomes)
         read, current = current, _checked(narrowed(splice(current, outcomes), outcomes))
-        notes += [*selection.notes, *rolled_back, *kernel_summary(outcomes, spec.export)]
-        _enter(rows, site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export))
+        found = site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export)
+        notes += [*selection.notes, *(decided.notes if decided is not None else ()), *rolled_back, *kernel_summary(outcomes, spec.export)]
+        notes += verdict(decided, found) if decided is not None else ()
+        _enter(rows, found)
     own, inserted = _of_source(tuple(rows.values()), graph)
     sums = totals(graph, current, own, inserted, spec.export.precision)
     report = Report(name, spec.name, (*own, *inserted), sums, (*notes, *blocks.notes()))
@@ -244,7 +318,7 @@ def _statistics(
     more: Sequence[Site],
 ) -> Mapping[Site, SiteStats]:
     """Second moments of all sites that will be rewritten, and of `more`; SpecError where a method needs them and there is no data."""
-    working = [(site, rule) for site, rule in claims if not isinstance(appraise(site, rule, methods), Reject)]
+    working = [(site, rule) for site, rule in claims if _works(site, rule, methods)]
     if batches is None:
         _refuse_without_data(working, methods)
         return {}
@@ -252,9 +326,16 @@ def _statistics(
     return calibrate(graph, needs, batches, stage.calibration.samples, lambda done, total: progress("calibrating", done, total))
 
 
+def _works(site: Site, rule: Rule, methods: Methods) -> bool:
+    """Whether anything may become of the site."""
+    if not rule.is_open:
+        return not isinstance(appraise(site, rule, methods), Reject)
+    return site.blocked is None and any(uses and methods[uses[0].method].check(site, uses[0].spec) is None for uses in rule.alternatives)
+
+
 def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> None:
     for _, rule in claims:
-        for use in rule.rewrite:
+        for use in (use for uses in rule.alternatives for use in uses):
             wanted = methods[use.method].needs(use.spec)
             if wanted:
                 statistics = ", ".join(sorted(statistic.value for statistic in wanted))

@@ -55,6 +55,8 @@ def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], expo
         return replace(row, reason=claim.why)
     uses = claim.rule.rewrite
     row = replace(row, rule=claim.rule.name, method=" + ".join(use.method for use in uses) or "keep")
+    if outcome is None and claim.rule.is_open:
+        return replace(row, reason="left to the budget: decided when compiled")
     if outcome is None:
         return replace(row, reason=f"kept dense by rule {claim.rule.name}")
     if outcome.reject is not None:
@@ -104,7 +106,7 @@ def _requested(spec: Any) -> str | None:
 
 def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str, aside: Pair = (0, 0)) -> Totals:
     """Over the whole model, each weight once: the rows say what changes, `aside` what else does (parameters and bytes of biases)."""
-    parameters, size = _weights(source, precision)
+    parameters, size = weights_of(source, precision)
     return Totals(
         parameters=(parameters, parameters + _change(row.parameters for row in rows) + aside[0]),
         bytes=(size, size + _change(row.bytes for row in rows) + aside[1]),
@@ -116,7 +118,7 @@ def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str, aside
 def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], precision: str) -> Totals:
     """Over the whole model, each weight once. `own`: rows of the source's sites; `inserted`: of matmuls that one stage put in and a later
     one rewrote, whose "before" is no part of the source."""
-    before, later = _weights(source, precision), _weights(after, precision)
+    before, later = weights_of(source, precision), weights_of(after, precision)
     dense = sum(row.macs[0] for row in own)
     return Totals(
         parameters=(before[0], later[0] + sum(row.coded for row in (*own, *inserted))),  # codes are no parameters of the module
@@ -130,7 +132,7 @@ def _change(pairs: Iterable[tuple[int, int]]) -> int:
     return sum(after - before for before, after in pairs)
 
 
-def _weights(graph: Graph, precision: str) -> tuple[int, int]:
+def weights_of(graph: Graph, precision: str) -> tuple[int, int]:
     """(parameters of the module, those that nothing reads included; bytes of the data file, where only what is read goes, buffers and
     constants too). Equal storage counts once."""
     once = {(const.storage or const.path, size): size for const, size in exported_sizes(graph, precision).items()}

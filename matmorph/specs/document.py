@@ -9,13 +9,14 @@ from typing import Any
 from matmorph.errors import SpecError, VerifyError, did_you_mean
 from matmorph.specs.kinds import Integer, JsonSchema, Kind, ListOf, Name, plain_text, wrong
 from matmorph.specs.notations import Rank, Width
-from matmorph.specs.schema import Budget, Calibration, Export, Match, MethodUse, Rule, Stage, Tolerance, Train
+from matmorph.specs.schema import ANY_OF, AnyOf, Budget, Calibration, Export, Match, MethodUse, Rule, Stage, Tolerance, Train
 from matmorph.specs.selectors import parse_match
 from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree
 from matmorph.specs.typed import Record
 
 LANGUAGE_VERSION = 1
 METHOD_KINDS = ("replace", "update", "block", "procedure")
+_A_BUDGET = "for instance, at the top of the spec: budget: {parameters: 60%, of: matched}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,12 @@ def named_selections(tree: Tree | None) -> dict[str, MapTree]:
 
 @dataclass(frozen=True)
 class RewriteKind:
-    """`rewrite:`: one method, a list of methods, `any_of`, or `keep`. What is read but not supported yet is added to `refused`."""
+    """`rewrite:`: one method, a list of methods, `any_of`, or `keep`.
+
+    For each place that a budget has to decide, `opened` gets the error that it is where there is no budget."""
 
     methods: Mapping[str, type[Any]]
-    refused: list[SpecError] = field(default_factory=list)
+    opened: list[SpecError] = field(default_factory=list)
     expected: str = "a method such as {low_rank: {rank: 64}}, a list of methods, any_of or keep"
 
     def read(self, tree: Tree) -> tuple[MethodUse, ...]:
@@ -121,27 +124,32 @@ class RewriteKind:
         record = Record(self.methods[name].Spec)
         spec = record.read(settings)
         if isinstance(settings, MapTree):
-            self.refuse_auto(record, spec, settings)
+            self.open(name, record, spec, settings)
         return MethodUse(name, spec, tree.key_at.get(name, tree.at))
 
-    def refuse_auto(self, record: Record, spec: Any, settings: MapTree) -> None:
+    def open(self, method: str, record: Record, spec: Any, settings: MapTree) -> None:
+        """Notes what says auto. SpecError for a method that has no choices to offer there: those it has are its `automatic`."""
         for entry in record.fields():
             value = getattr(spec, entry.name)
-            if isinstance(value, Rank | Width) and value.kind == "auto" and entry.key in settings.items:
-                self.refused.append(settings.items[entry.key].error("auto is not supported yet"))
+            if not (isinstance(value, Rank | Width) and value.kind == "auto") and not (entry.key == "bits" and value == "auto"):
+                continue
+            place = settings.items.get(entry.key)
+            if place is None:
+                continue
+            if entry.key not in getattr(self.methods[method], "automatic", ()):
+                raise place.error(f"{method} has no auto here")
+            self.opened.append(place.error("auto needs a budget to be decided by", [_A_BUDGET]))
 
     def any_of(self, tree: MapTree) -> tuple[MethodUse, ...]:
-        """Types every alternative, then refuses."""
         for key in tree.items:
             if key != "any_of":
                 raise tree.key_error(key, "nothing stands beside any_of; alternatives go into its list")
         alternatives = tree.items["any_of"]
         if not isinstance(alternatives, SeqTree) or not alternatives.items:
             raise wrong(alternatives, "a list of alternatives, each a method, a list of methods or keep")
-        for alternative in alternatives.items:
-            self.item(alternative)
-        self.refused.append(tree.key_error("any_of", "not supported yet"))
-        return ()
+        self.opened.append(tree.key_error(ANY_OF, "any_of needs a budget to be decided by", [_A_BUDGET]))
+        found = tuple(self.item(alternative) for alternative in alternatives.items)
+        return (MethodUse(ANY_OF, AnyOf(found), tree.key_at.get(ANY_OF, tree.at)),)
 
     def compose(self, uses: list[tuple[MethodUse, Tree]]) -> tuple[MethodUse, ...]:
         """Holds the order of a rewrite: at most one replacing method, first; updates; at most one procedure, last; a block alone."""
@@ -160,7 +168,7 @@ class RewriteKind:
 
     def schema(self) -> JsonSchema:
         method, alternative = {"$ref": "#/$defs/method"}, {"$ref": "#/$defs/alternative"}
-        any_of = {"type": "array", "items": alternative, "minItems": 1, "description": "alternatives to choose from (not supported yet)"}
+        any_of = {"type": "array", "items": alternative, "minItems": 1, "description": "alternatives that the budget chooses from"}
         choice: JsonSchema = {"type": "object", "properties": {"any_of": any_of}, "minProperties": 1, "additionalProperties": False}
         return {"oneOf": [{"const": "keep"}, method, {"type": "array", "items": method, "minItems": 1}, choice]}
 
@@ -181,9 +189,9 @@ def _misplaced(kinds: list[str], index: int) -> str:
     return ""
 
 
-def document_record(methods: Mapping[str, type[Any]], named: Mapping[str, MapTree], refused: list[SpecError]) -> Record:
-    """What reads a whole spec file into a `Document`; refusals are added to `refused` in the order of the file."""
-    rule = Record(Rule, {"name": Name(), "match": MatchKind(named), "rewrite": RewriteKind(methods, refused)})
+def document_record(methods: Mapping[str, type[Any]], named: Mapping[str, MapTree], opened: list[SpecError]) -> Record:
+    """What reads a whole spec file into a `Document`; `opened`: see `RewriteKind`, in the order of the file."""
+    rule = Record(Rule, {"name": Name(), "match": MatchKind(named), "rewrite": RewriteKind(methods, opened)})
     rules = ListOf(rule, min_items=1, single=False)
     stage = Record(Stage, {"name": Name(), "rules": rules})
     kinds: dict[str, Kind] = {"name": Name(), "select": SelectKind(), "rules": rules, "stages": ListOf(stage, min_items=1, single=False)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from matmorph.specs.schema import MethodUse, Rule, Spec, Stage
+from matmorph.specs.schema import Rule, Spec, Stage, plain_uses
 from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree, to_data
 from matmorph.specs.typed import to_plain
 
@@ -33,6 +33,8 @@ def resolved_data(spec: Spec, tree: MapTree) -> dict[str, Any]:
         data["stages"] = [_stage(spec, stage, below) for stage, below in zip(spec.stages, stages, strict=True)]
     else:
         data["rules"] = _rules(spec.stages[0], tree)
+        if spec.stages[0].budget is not None:
+            data["budget"] = to_plain(spec.stages[0].budget)
     if spec.tolerance is not None:
         data["tolerance"] = to_plain(spec.tolerance)
     data |= {"calibration": to_plain(spec.calibration), "export": to_plain(spec.export)}
@@ -45,6 +47,8 @@ def _stage(spec: Spec, stage: Stage, tree: Tree) -> dict[str, Any]:
     data: dict[str, Any] = {"name": stage.name, "rules": _rules(stage, tree)}
     if spec.tolerance is not None or stage.tolerance is not None:  # null: the spec has one that this stage takes away
         data["tolerance"] = to_plain(stage.tolerance)
+    if stage.budget is not None:
+        data["budget"] = to_plain(stage.budget)
     return {**data, "calibration": to_plain(stage.calibration)}
 
 
@@ -59,14 +63,7 @@ def _rule(rule: Rule, tree: Tree) -> dict[str, Any]:
     pays = {"pays": to_plain(rule.pays)} if rule.pays.time else {}
     expect = {} if rule.expect is None else {"expect": rule.expect}
     optional = {"optional": True} if rule.optional else {}
-    return {"name": rule.name, "match": match, **expect, **optional, "rewrite": _rewrite(rule.rewrite), **flags, **pays}
-
-
-def _rewrite(uses: tuple[MethodUse, ...]) -> Any:
-    methods = [{use.method: to_plain(use.spec)} for use in uses]
-    if len(methods) == 1:
-        return methods[0]
-    return methods or "keep"
+    return {"name": rule.name, "match": match, **expect, **optional, "rewrite": plain_uses(rule.rewrite), **flags, **pays}
 
 
 def dump_resolved(spec: Spec) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib import resources
@@ -19,11 +19,6 @@ from matmorph.specs.match import leaves
 from matmorph.specs.merge import extend, inherit
 from matmorph.specs.schema import Spec, Stage
 from matmorph.specs.tree import DICT_FILE, MapTree, Scalar, SeqTree, Tree, from_data, read_bytes
-
-_NOT_YET: Mapping[str, Mapping[str, str]] = {
-    "calibration": {"sensitivity": "none"},
-}
-"""Keys of which only the default is supported so far."""
 
 EXTENDS = ListOf(Text())
 VERSION = Integer(choices=(LANGUAGE_VERSION,))
@@ -45,7 +40,7 @@ def load_spec(source: str | Path | Mapping[str, Any], methods: Mapping[str, type
 
     `source`: the name of a library spec, a path (a Path, or a str that ends in .yaml or .yml or contains a path separator) or a dict.
     `methods`: method classes by name, each with `kind` and `Spec`. SpecError with position and keypath for everything that is wrong
-    with the spec, and for what is part of the language but not supported yet.
+    with the spec.
     """
     loader = _Loader()
     tree, file, identity, name = loader.source(source)
@@ -151,12 +146,11 @@ def _check_version(tree: MapTree) -> None:
 
 def _spec(tree: MapTree, file: str, name: str, methods: Mapping[str, type[Any]]) -> Spec:
     tree = _with_inheritance(tree)
-    refused: list[SpecError] = []
+    opened: list[SpecError] = []
     named = named_selections(tree.items.get("select"))
-    document: Document = document_record(methods, named, refused).read(tree)
-    refused += _refusals(tree)
-    if refused:
-        raise refused[0]
+    document: Document = document_record(methods, named, opened).read(tree)
+    _check_budgets(document, tree, opened)
+    _check_sensitivity(document, tree)
     spec = Spec(
         version=document.version,
         name=document.name or name,
@@ -174,27 +168,46 @@ def _spec(tree: MapTree, file: str, name: str, methods: Mapping[str, type[Any]])
 
 
 def _with_inheritance(tree: MapTree) -> MapTree:
-    """Each stage over the tolerance and calibration of the whole spec."""
+    """Each stage over the tolerance, calibration and budget of the whole spec."""
     stages = tree.items.get("stages")
     if not isinstance(stages, SeqTree):
         return tree
-    full = [inherit(stage, tree, ("tolerance", "calibration")) if isinstance(stage, MapTree) else stage for stage in stages.items]
+    full = [inherit(stage, tree, ("tolerance", "calibration", "budget")) if isinstance(stage, MapTree) else stage for stage in stages.items]
     return replace(tree, items={**tree.items, "stages": replace(stages, items=tuple(full))})
 
 
-def _refusals(tree: MapTree) -> list[SpecError]:
-    """What is read and typed, but not supported yet, in this mapping and in the stages below it."""
-    refused = [tree.key_error(key, "not supported yet") for key in ("budget",) if isinstance(tree.items.get(key), MapTree)]
-    for key, defaults in _NOT_YET.items():
-        section = tree.items.get(key)
-        for name, default in defaults.items() if isinstance(section, MapTree) else ():
-            value = section.items.get(name) if isinstance(section, MapTree) else None
-            if isinstance(value, Scalar) and value.text != default:
-                refused.append(value.error(f"{value.text} is not supported yet"))
-    stages = tree.items.get("stages")
-    for stage in stages.items if isinstance(stages, SeqTree) else ():
-        refused += _refusals(stage) if isinstance(stage, MapTree) else []
-    return refused
+def _check_budgets(document: Document, tree: MapTree, opened: Sequence[SpecError]) -> None:
+    """What is open needs a budget in its stage, and a budget needs something open: in its stage or, where it is the spec's, in any."""
+    for number, stage in enumerate(document.stages):
+        prefix = f"stages[{number}]."
+        if stage.budget is None:
+            _raise_first(error for error in opened if error.keypath.startswith(prefix))
+    if not document.stages and document.budget is None:
+        _raise_first(opened)
+    if not opened and "budget" in tree.items:
+        raise tree.key_error("budget", "nothing to decide: no rule says auto or any_of")
+    for number, entry in enumerate(entries(tree, "stages")):
+        own = document.budget is None and isinstance(entry, MapTree) and "budget" in entry.items
+        if own and isinstance(entry, MapTree) and not any(error.keypath.startswith(f"stages[{number}].") for error in opened):
+            raise entry.key_error("budget", "nothing to decide: no rule of this stage says auto or any_of")
+
+
+def _raise_first(errors: Iterable[SpecError]) -> None:
+    for error in errors:
+        raise error
+
+
+def _check_sensitivity(document: Document, tree: MapTree) -> None:
+    """Gradients are those of a loss."""
+    if document.train is not None:
+        return
+    for owner in (tree, *entries(tree, "stages")):
+        section = owner.items.get("calibration") if isinstance(owner, MapTree) else None
+        value = section.items.get("sensitivity") if isinstance(section, MapTree) else None
+        if isinstance(value, Scalar) and value.text == "fisher":
+            raise value.error(
+                "fisher is made of gradients of a loss, and the spec has none", ["for instance: train: {loss: cross_entropy}"]
+            )
 
 
 def _stages(document: Document, tree: MapTree) -> tuple[Stage, ...]:
@@ -203,7 +216,7 @@ def _stages(document: Document, tree: MapTree) -> tuple[Stage, ...]:
         raise tree.key_error("stages", "a spec has rules or stages, not both")
     if not document.rules and not document.stages:
         raise tree.error("rules is missing; a spec has rules, or stages with rules")
-    stages = document.stages or (Stage(None, document.rules, document.tolerance, document.calibration),)
+    stages = document.stages or (Stage(None, document.rules, document.tolerance, document.calibration, document.budget),)
     _refuse_twice("stage", [(stage.name, entry) for stage, entry in zip(document.stages, entries(tree, "stages"), strict=True)])
     trees = [rule for stage in entries(tree, "stages") or [tree] for rule in entries(stage, "rules")]
     rules = [rule for stage in stages for rule in stage.rules]

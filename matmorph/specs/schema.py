@@ -6,7 +6,7 @@ The loader reads through them and the JSON Schema is generated from them, so thi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position, SpecError
@@ -18,9 +18,11 @@ from matmorph.specs.tree import Data, Tree, from_data
 from matmorph.specs.typed import Notation, read_dataclass, to_plain
 
 __all__ = [
+    "ANY_OF",
     "SGD",
     "AdamAtan2",
     "AdamW",
+    "AnyOf",
     "Budget",
     "Calibration",
     "Count",
@@ -39,6 +41,7 @@ __all__ = [
     "Tolerance",
     "Train",
     "checked_optimizer",
+    "is_open",
     "read_dataclass",
 ]
 
@@ -106,8 +109,9 @@ class Budget:
     bytes: Size | None = field(default=None, metadata={"doc": "bytes of the data file, as a percentage or a size"})
     macs: Count | None = field(default=None, metadata={"doc": "multiply-accumulates, as a percentage or a count"})
     of: Literal["matched", "model"] = field(
-        default="model", metadata={"doc": "what a percentage refers to: the matched sites or the whole model"}
+        default="model", metadata={"doc": "what is limited, and what a percentage is of: the matched sites or the whole model"}
     )
+    at: Position | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.parameters is None and self.bytes is None and self.macs is None:
@@ -177,6 +181,33 @@ class MethodUse:
     at: Position | None = field(default=None, compare=False, repr=False)
 
 
+ANY_OF = "any_of"
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """The alternatives of `any_of:`, the settings of a MethodUse that is called so; () among them is `keep`."""
+
+    alternatives: tuple[tuple[MethodUse, ...], ...]
+
+
+def plain_uses(uses: tuple[MethodUse, ...]) -> Any:
+    """A rewrite as plain data: a method, a list of methods, any_of or keep."""
+    methods = [{use.method: _plain_settings(use.spec)} for use in uses]
+    return methods[0] if len(methods) == 1 else methods or "keep"
+
+
+def _plain_settings(spec: Any) -> Any:
+    return [plain_uses(uses) for uses in spec.alternatives] if isinstance(spec, AnyOf) else to_plain(spec)
+
+
+def is_open(use: MethodUse) -> bool:
+    """Whether the budget decides a part of it: `any_of`, `rank: auto`, `bits: auto`."""
+    values = [getattr(use.spec, entry.name) for entry in fields(use.spec)] if is_dataclass(use.spec) else []
+    automatic = any(isinstance(value, Rank) and value.kind == "auto" for value in values)
+    return use.method == ANY_OF or automatic or getattr(use.spec, "bits", None) == "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Which matmuls, and what becomes of them; the first rule that matches one owns it.
@@ -194,20 +225,33 @@ class Rule:
     untie: bool = field(default=False, metadata={"doc": "separate a head from the embedding table it shares"})
     at: Position | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the budget decides what becomes of its sites."""
+        return any(is_open(use) for use in self.rewrite)
+
+    @property
+    def alternatives(self) -> tuple[tuple[MethodUse, ...], ...]:
+        """What the budget chooses from: those of `any_of`, else the rewrite as it is or, where it says auto, `keep`."""
+        [*uses] = self.rewrite
+        if len(uses) == 1 and isinstance(uses[0].spec, AnyOf):
+            return uses[0].spec.alternatives
+        return (self.rewrite, ()) if self.is_open else (self.rewrite,)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One run of selecting and rewriting; it sees what the stages before it made.
 
-    `rules:` without `stages:` is one stage with the name None. `tolerance` and `calibration` are already those of the spec where the stage
-    says nothing.
+    `rules:` without `stages:` is one stage with the name None. `tolerance`, `calibration` and `budget` are already those of the spec where
+    the stage says nothing.
     """
 
     name: str | None = field(metadata={"doc": "name of the stage"})
     rules: tuple[Rule, ...] = field(metadata={"doc": "rules in order: the first that matches a site owns it", "min_items": 1})
     tolerance: Tolerance | None = field(default=None, metadata={"doc": "over the tolerance of the spec, key by key"})
     calibration: Calibration = field(default=Calibration(), metadata={"doc": "over the calibration of the spec, key by key"})
-    budget: Budget | None = field(default=None, metadata={"doc": "limits for this stage"})
+    budget: Budget | None = field(default=None, metadata={"doc": "over the budget of the spec, key by key"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,24 @@ from torch import Tensor
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
-from matmorph.passes.linalg.whiten import Whitening
+from matmorph.passes.linalg.quantize import quantize
+from matmorph.passes.linalg.whiten import Whitening, relative_output_error, relative_weight_error
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
+    bit_choices,
     quantized_cost,
+    quantized_or_refused,
     quantizer_for,
     refuse_impossible,
     refuse_other_ranks,
     refuse_rank,
     refuse_site,
     size_notes,
+    with_bits,
 )
 from matmorph.passes.methods.weights import readable, stored, whitening_of, widened
 from matmorph.specs.schema import Rank
@@ -37,7 +42,7 @@ from matmorph.specs.schema import Rank
 class LoftQSpec(QuantizedSpec):
     """A quantised base and factors fitted to what the quantizer leaves over; the factors train."""
 
-    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
+    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number, or auto"})
     iterations: int = field(default=5, metadata={"doc": "alternations between quantizer and SVD; the best is kept", "minimum": 1})
     svd_first: bool = field(default=False, metadata={"doc": "SVD of W first, then the quantizer on what is left: a variant of the paper"})
     whiten: bool = field(
@@ -53,7 +58,8 @@ class LoftQSpec(QuantizedSpec):
 
     def __post_init__(self) -> None:
         refuse_impossible(self)
-        refuse_other_ranks("loftq", self.rank)
+        if self.rank.kind != "auto":
+            refuse_other_ranks("loftq", self.rank)
 
     @property
     def adapter_scale(self) -> float:
@@ -67,6 +73,7 @@ class LoftQ:
     name: ClassVar[str] = "loftq"
     kind: ClassVar[str] = "replace"
     two_factor: ClassVar[bool] = True
+    automatic: ClassVar[tuple[str, ...]] = ("rank", "bits")
     Spec: ClassVar[type] = LoftQSpec
 
     def needs(self, spec: LoftQSpec) -> frozenset[Statistic]:
@@ -76,16 +83,22 @@ class LoftQ:
         return refuse_site(site, spec, self.name, tables=False) or refuse_rank(site, spec.rank)
 
     def choices(self, site: Site, spec: LoftQSpec) -> Iterable[Choice]:
-        return [Choice(int(spec.rank.value or 1))]
+        """One; under `auto` each number of bits with each rank of `RANKS` that its limits and the matrix allow."""
+        ranks = _ranks(site, spec.rank) if spec.rank.kind == "auto" else [int(spec.rank.value or 1)]
+        bits = bit_choices(spec) if spec.bits == "auto" else (None,)
+        return [Choice(rank, bits=one) for one in bits for rank in ranks]
 
     def cost(self, site: Site, spec: LoftQSpec, choice: Choice) -> Cost:
-        return quantized_cost(site, spec, choice.rank or 0)
+        return quantized_cost(site, with_bits(spec, choice), choice.rank or 0)
 
     def errors(self, site: Site, spec: LoftQSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
-        """Weight errors of plain LoftQ; output errors, on the damped second moment, of whitened."""
+        """Of the first iterate, which later ones only improve on: one quantisation and one decomposition of what it leaves over for all
+        ranks of a number of bits. Weight errors and, with statistics, output errors."""
+        w = readable(site, site.weight())
         whitening = _whitening(site, spec, stats)
-        found = [_solved(site, spec, choice, site.weight(), whitening, seed=0).error for choice in choices]
-        return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
+        factor = None if whitening is None else whitening.factor
+        curves = {bits: _curve(site, with_bits(spec, Choice(bits=bits)), w, factor, stats) for bits in {choice.bits for choice in choices}}
+        return [curves[choice.bits][choice.rank or 0] for choice in choices]
 
     def solve(
         self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
@@ -121,6 +134,26 @@ class LoftQ:
         """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not loftq's."""
         update = (widened(parts["down"]) @ widened(parts["up"])).T
         return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
+
+
+RANKS = (4, 8, 16, 32, 64)
+
+
+def _ranks(site: Site, rank: Rank) -> list[int]:
+    full = min(site.in_features, site.out_features, rank.max or 1 << 62)
+    fitting = [one for one in (*RANKS, rank.min, rank.max or rank.min) if rank.allows(one) and one <= full]
+    return sorted(set(fitting)) or [min(max(rank.min, rank.multiple_of), full)]
+
+
+def _curve(site: Site, spec: LoftQSpec, w: Tensor, factor: Tensor | None, stats: SiteStats | None) -> list[Error]:
+    """The errors at every rank, relative to W."""
+    rest = w.double() - quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize().double()
+    found = directions(rest, factor)
+    weight = found.relative_errors(None) * relative_weight_error(w, w - rest)
+    if stats is None:
+        return [Error(float(error)) for error in weight]
+    output = found.relative_errors(stats.second_moment) * relative_output_error(w, w - rest, stats.second_moment)
+    return [Error(float(one), float(other)) for one, other in zip(weight, output, strict=True)]
 
 
 def _whitening(site: Site, spec: LoftQSpec, stats: SiteStats | None) -> Whitening | None:

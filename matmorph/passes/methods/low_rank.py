@@ -7,7 +7,7 @@ smallest output error on the calibration data (SVD-LLM, arXiv 2403.07378; see `l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, sqrt
 from typing import ClassVar
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.svd import (
     Solver,
     Truncated,
     rank_for_energy,
     rank_for_error,
     singular_values,
-    tail_errors,
     truncated_svd,
 )
 from matmorph.passes.linalg.whiten import Whitening, project
@@ -57,6 +57,7 @@ class LowRank:
     name: ClassVar[str] = "low_rank"
     kind: ClassVar[str] = "replace"
     two_factor: ClassVar[bool] = True
+    automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = LowRankSpec
 
     def needs(self, spec: LowRankSpec) -> frozenset[Statistic]:
@@ -74,7 +75,10 @@ class LowRank:
         return next((Reject(reason) for fails, reason in guards if fails), None)
 
     def choices(self, site: Site, spec: LowRankSpec) -> Iterable[Choice]:
-        """One: the rank, or for `energy` and `error` its upper limit, since the weight decides."""
+        """One: the rank, or for `energy` and `error` its upper limit, since the weight decides. Under `auto` `RANKS` even steps up to the
+        rank that saves nothing, rounded down to the multiple (8 where none is given and the matrix has ranks for that)."""
+        if spec.rank.kind == "auto":
+            return [Choice(rank) for rank in _steps(spec.rank, site)]
         if spec.rank.kind in _FROM_DATA:
             return [Choice(_within(spec.rank, site, min(site.in_features, site.out_features)), at_most=True)]
         return [Choice(_within(spec.rank, site, _wanted(spec.rank, site)))]
@@ -85,11 +89,14 @@ class LowRank:
         return Cost(parameters, parameters * site.const.tensor.torch_dtype.itemsize, per_row * len(site.applications))
 
     def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
-        """Weight errors of plain factors; output errors, on the damped second moment, of whitened ones."""
+        """Weight errors and, with statistics, output errors of all ranks, from one decomposition (see `linalg.curves`)."""
         w = readable(site, site.weight())
-        tails = tail_errors(singular_values(_objective(w, _whitening(site, spec, stats))))
-        found = [float(tails[min(choice.rank or 0, len(tails) - 1)]) for choice in choices]
-        return [Error(output_error=error) if spec.whiten else Error(weight_error=error) for error in found]
+        whitening = _whitening(site, spec, stats)
+        found = directions(w, None if whitening is None else whitening.factor)
+        weight = found.relative_errors(None)
+        output = None if stats is None else found.relative_errors(stats.second_moment)
+        ranks = [min(choice.rank or 0, len(weight) - 1) for choice in choices]
+        return [Error(float(weight[rank]), None if output is None else float(output[rank])) for rank in ranks]
 
     def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
@@ -118,6 +125,17 @@ class LowRank:
         return (widened(parts["down"]) @ widened(parts["up"])).transpose(-2, -1), None
 
 
+RANKS = 16
+_EVEN = 8
+
+
+def _steps(rank: Rank, site: Site) -> list[int]:
+    """Ascending; at least one rank, also where `min` and `max` leave none of the even steps."""
+    pays = max(site.in_features * site.out_features // (site.in_features + site.out_features), 1)
+    even = rank if rank.multiple_of > 1 or pays < RANKS * _EVEN else replace(rank, multiple_of=_EVEN)
+    return sorted({_within(even, site, -(-pays * step // RANKS)) for step in range(1, RANKS + 1)})
+
+
 _FROM_DATA = {"energy": rank_for_energy, "error": rank_for_error}
 
 
@@ -128,7 +146,7 @@ def _wanted(rank: Rank, site: Site) -> int:
         return int(value)
     if rank.kind == "ratio":
         return floor(value * site.in_features * site.out_features / (site.in_features + site.out_features))
-    raise RewriteError(f"{site.path}: rank {rank.kind} is not supported yet")
+    raise RewriteError(f"{site.path}: rank {rank.kind} is left to the budget, which has not decided it")
 
 
 def _within(rank: Rank, site: Site, wanted: int) -> int:

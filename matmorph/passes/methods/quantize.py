@@ -18,11 +18,13 @@ from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
+    bit_choices,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
     refuse_site,
     size_notes,
+    with_bits,
 )
 from matmorph.passes.methods.weights import readable, widened
 
@@ -37,6 +39,7 @@ class Quantize:
 
     name: ClassVar[str] = "quantize"
     kind: ClassVar[str] = "replace"
+    automatic: ClassVar[tuple[str, ...]] = ("bits",)
     Spec: ClassVar[type] = QuantizeSpec
 
     def needs(self, spec: QuantizeSpec) -> frozenset[Statistic]:
@@ -46,16 +49,21 @@ class Quantize:
         return refuse_site(site, spec, self.name, tables=True)
 
     def choices(self, site: Site, spec: QuantizeSpec) -> Iterable[Choice]:
-        return [Choice()]
+        """One, or one for each number of bits under `auto`."""
+        return [Choice(bits=bits) for bits in bit_choices(spec)] if spec.bits == "auto" else [Choice()]
 
     def cost(self, site: Site, spec: QuantizeSpec, choice: Choice) -> Cost:
-        return quantized_cost(site, spec)
+        return quantized_cost(site, with_bits(spec, choice))
 
     def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
-        dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
-        output = None if stats is None else relative_output_error(w, dense, stats.second_moment)
-        return [Error(relative_weight_error(w, dense), output) for _ in choices]
+
+        def error(chosen: QuantizeSpec) -> Error:
+            dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, chosen))).dequantize()
+            output = None if stats is None else relative_output_error(w, dense, stats.second_moment)
+            return Error(relative_weight_error(w, dense), output)
+
+        return [error(with_bits(spec, choice)) for choice in choices]
 
     def build(self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""

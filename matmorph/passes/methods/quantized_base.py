@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Cost, Reject, Site
+from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.ir.types import element_size
 from matmorph.passes.linalg.codebook import CODEBOOK_BITS
 from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
@@ -40,7 +40,9 @@ class QuantizedSpec:
             "doc": "nf4, nf3, nf2: NormalFloat tables; uniform: steps of a scale per block; uniform_clipped: per tensor, mean +- 2 std"
         }
     )
-    bits: Literal[2, 4, 8] | None = field(default=None, metadata={"doc": "bits of a code; the tables have their own"})
+    bits: Literal[2, 4, 8] | Literal["auto"] | None = field(
+        default=None, metadata={"doc": "bits of a code; the tables have their own; auto: the budget decides"}
+    )
     block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
     zero_point: bool = field(default=False, metadata={"doc": "an integer zero point per block (uniform)"})
     scale: Literal["absmax", "search"] = field(
@@ -63,7 +65,23 @@ def refuse_impossible(spec: QuantizedSpec) -> None:
     """ValueError for settings that do not go together, before any model is read."""
     if spec.quantizer not in CODEBOOK_BITS and spec.bits is None:
         raise ValueError(f"{spec.quantizer} needs bits: {', '.join(map(str, UNIFORM_BITS))}")
-    _quantizer(spec, torch.float32)
+    if spec.quantizer in CODEBOOK_BITS and spec.bits == "auto":
+        raise ValueError(f"{spec.quantizer} has bits of its own: auto is for uniform codes")
+    for bits in bit_choices(spec):
+        _quantizer(spec, bits, torch.float32)
+
+
+def bit_choices(spec: QuantizedSpec) -> tuple[Literal[2, 4, 8] | None, ...]:
+    """What `bits` may become; what it is where it is not auto."""
+    return (2, 4, 8) if spec.bits == "auto" else (spec.bits,)
+
+
+AnySpec = TypeVar("AnySpec", bound=QuantizedSpec)
+
+
+def with_bits(spec: AnySpec, choice: Choice) -> AnySpec:
+    """The settings under one choice of the bits."""
+    return replace(spec, bits=choice.bits) if spec.bits == "auto" else spec
 
 
 def refuse_other_ranks(method: str, rank: Rank) -> None:
@@ -100,14 +118,16 @@ def refuse_rank(site: Site, rank: Rank) -> Reject | None:
 
 def quantizer_for(site: Site, spec: QuantizedSpec) -> Quantizer:
     """Scales of uniform codes have the type of a float16 weight, else float32."""
-    return _quantizer(spec, site.const.tensor.torch_dtype)
+    if spec.bits == "auto":
+        raise RewriteError(f"{site.path}: bits auto is left to the budget, which has not decided it")
+    return _quantizer(spec, spec.bits, site.const.tensor.torch_dtype)
 
 
-def _quantizer(spec: QuantizedSpec, dtype: torch.dtype) -> Quantizer:
+def _quantizer(spec: QuantizedSpec, bits: int | None, dtype: torch.dtype) -> Quantizer:
     half = dtype == torch.float16 and spec.quantizer == "uniform"
     return Quantizer(
         spec.quantizer,
-        spec.bits,
+        bits,
         spec.block_size,
         spec.zero_point,
         spec.scale,

@@ -20,11 +20,13 @@ from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statis
 from matmorph.passes.linalg.contraction import TrainShape, matrix_train
 from matmorph.passes.linalg.modes import Modes, balanced_modes, modes_problem, padded_modes
 from matmorph.passes.linalg.svd import Solver
-from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, split_modes, tt_svd
+from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, round_tt, split_modes, tt_svd
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.tt_base import (
     ContractionSpec,
     ModesSpec,
+    automatic_ranks,
     chosen_ranks,
     core_consts,
     matmul_train,
@@ -72,6 +74,7 @@ class TT:
 
     name: ClassVar[str] = "tt"
     kind: ClassVar[str] = "replace"
+    automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = TTSpec
 
     def needs(self, spec: TTSpec) -> frozenset[Statistic]:
@@ -88,15 +91,28 @@ class TT:
         return Reject(why) if why else problem
 
     def choices(self, site: Site, spec: TTSpec) -> Iterable[Choice]:
-        """One: the ranks, or for `energy` and `error` their upper limits, since the weight decides."""
+        """One: the ranks, or for `energy` and `error` their upper limits, since the weight decides. Several under `auto`."""
+        if spec.rank.kind == "auto":
+            found = automatic_ranks(spec.rank, _modes(site, spec).sizes, site.parameters)
+            return [_described(site, spec, choice) for choice in found]
         return [_described(site, spec, chosen_ranks(spec.rank, _modes(site, spec).sizes, site.parameters))]
 
     def cost(self, site: Site, spec: TTSpec, choice: Choice) -> Cost:
         return train_cost(site, _train(site, spec, choice), spec)
 
     def errors(self, site: Site, spec: TTSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
-        """Weight errors."""
-        return [Error(self.solve(site, spec, choice, stats, site.weight(), 0)[1].error) for choice in choices]
+        """Weight errors and, with statistics, output errors. Of several choices all from one TT-SVD, at their largest ranks, rounded to
+        the others: at most sqrt(d - 1) times the smallest error, as the TT-SVD of each is."""
+        w = site.weight()
+        if len(choices) == 1:
+            first = self.solve(site, spec, choices[0], stats, w, 0)[0]
+            return [_error(site, w, first, stats)]
+        modes = _modes(site, spec)
+        limits = tuple(map(max, zip(*(choice.ranks for choice in choices), strict=True)))
+        tensor = matrix_to_tensor(_padded(readable(site, w), modes), modes)
+        whole = tt_svd(tensor, limits, solver=spec.solver)[0]
+        rounded = (split_modes(round_tt(whole, choice.ranks, solver=spec.solver)[0], modes) for choice in choices)
+        return [_error(site, w, train, stats) for train in rounded]
 
     def solve(
         self, site: Site, spec: TTSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
@@ -142,6 +158,13 @@ class TT:
         whole = reconstruct(train_of(parts))
         out, in_features = (int(size) for size in parts["size"]) if "size" in parts else whole.shape
         return whole[:out, :in_features], None
+
+
+def _error(site: Site, weight: Tensor, train: TensorTrain, stats: SiteStats | None) -> Error:
+    """Of the matrix [out, in] in the corner of what the train stands for."""
+    w = readable(site, weight)
+    dense = reconstruct(train)[: w.shape[0], : w.shape[1]]
+    return Error(relative_weight_error(w, dense), None if stats is None else relative_output_error(w, dense, stats.second_moment))
 
 
 def train_of(parts: Mapping[str, Tensor]) -> TensorTrain:

@@ -101,6 +101,16 @@ def _rank_of_ratio(rank: Ranks, modes: Sequence[int], elements: int) -> int:
     return rounded if rank.max is None else min(rounded, rank.max)
 
 
+RANKS = 12
+
+
+def automatic_ranks(rank: Ranks, modes: Sequence[int], elements: int) -> list[Choice]:
+    """What `auto` may pick: the ranks with at most 1/12, 2/12 ... of the matrix's parameters, ascending, each once."""
+    shares = (replace(rank, kind="ratio", value=step / RANKS) for step in range(1, RANKS + 1))
+    found = {clamp_ranks(modes, _rank_of_ratio(share, modes, elements)) for share in shares}
+    return [Choice(max(ranks), ranks=ranks) for ranks in sorted(found)]
+
+
 # the contraction
 
 
