@@ -49,7 +49,7 @@ def instances(draw: st.DrawFn) -> tuple[list[list[Candidate]], dict[Resource, in
     return offers, {name: max(1, draw(st.integers(max(0, low[name] - 1), high[name]))) for name in names}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(instances())
 def test_it_is_the_best_of_all_combinations(instance: tuple[list[list[Candidate]], dict[Resource, int]]) -> None:
     offers, limits = instance
