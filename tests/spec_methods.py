@@ -50,6 +50,7 @@ class NoSettings:
 
 class LowRank:
     kind: ClassVar[str] = "replace"
+    automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = LowRankSpec
 
 

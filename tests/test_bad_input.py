@@ -183,7 +183,7 @@ def test_the_spec_is_fine_before_it_is_spoilt(run: Run, place: Path) -> None:
         (("rank: 6", "rank: {energy: 0}"), r"s\.yaml:7:41: rules\[0\]\.rewrite\.low_rank\.rank\.energy: .+"),
         (("rank: 6", "rank: {energy: 1.5}"), r"s\.yaml:7:41: rules\[0\]\.rewrite\.low_rank\.rank\.energy: .+"),
         (("rank: 6", "rank: 25"), r"s\.yaml:7:15: .*rank 25 of rule half is above min\(in, out\) of every matched site; .* is 24 \(0\)"),
-        (("rank: 6", "rank: auto"), r"s\.yaml:7:32: rules\[0\]\.rewrite\.low_rank\.rank: .*not supported yet.*"),
+        (("rank: 6", "rank: auto"), r"s\.yaml:7:32: rules\[0\]\.rewrite\.low_rank\.rank: auto needs a budget.*"),
         (("{op: linear}", "{role: mlp.gate}"), r"s\.yaml:5:12: rules\[0\]\.match: rule half matches no matmul \(expect is 2\)"),
         (("expect: 2", "expect: 3"), r"s\.yaml:[46]:\d+: rules\[0\]\.expect: rule half owns 2 sites, expect is 3"),
         (("{op: linear}", '{pattern: "a = matmul(("}'), r"s\.yaml:5:\d+: rules\[0\]\.match\.pattern: .+"),
@@ -193,13 +193,21 @@ def test_the_spec_is_fine_before_it_is_spoilt(run: Run, place: Path) -> None:
         (("name: bad", "name: bad\ntolerance: {output_error: 0.1}"), r"s\.yaml:3:12: tolerance\.output_error: .*needs calibration data.*"),
         (("rank: 6", "rank: 6, whiten: true"), r"s\.yaml:7:15: .*rule half: low_rank needs calibration data .*"),
         (("version: 1", "version: 2"), r"s\.yaml:1:10: version: .+"),
-        (("name: bad", "name: bad\nbudget: {bytes: 40%}"), r"s\.yaml:3:1: budget: .*not supported yet.*"),
+        (("name: bad", "name: bad\nbudget: {bytes: 40%}"), r"s\.yaml:3:1: budget: nothing to decide.*"),
+        (("name: bad", "name: bad\ncalibration: {sensitivity: fisher}"), r"s\.yaml:3:28: calibration\.sensitivity: fisher is made of.*"),
         (("name: bad", "name: bad\nstrict: true\ntolerance: !!python/object:os.system {}"), r"s\.yaml:4:12: .+"),
     ],
 )  # fmt: skip
 def test_a_spec_that_is_wrong(refused: Run, place: Path, change: tuple[str, str], line: str) -> None:
     write(place, change)
     assert re.fullmatch(line, refused().first), refused().first
+
+
+def test_a_budget_that_cannot_be_met(refused: Run, place: Path) -> None:
+    write(place, ("name: bad", "name: bad\nbudget: {parameters: 1}"), ("rank: 6", "rank: auto"))
+    done = refused()
+    assert re.fullmatch(r"s\.yaml:3:9: budget: the budget cannot be met: the smallest that can be reached is [0-9,]+ parameters .*", done.first)
+    assert "limit: parameters <= 1 (the model)" in done.err
 
 
 def test_a_spec_that_is_not_there(refused: Run) -> None:

@@ -63,6 +63,7 @@ def rewrite(text: str) -> str:
     return f"version: 1\nrules:\n  - match: {{op: matmul}}\n    rewrite: {text}\n"
 
 
+A_BUDGET = "\n  for instance, at the top of the spec: budget: {parameters: 60%, of: matched}"
 ERRORS = [
     # keys
     (RULES + "        rnak: 4\n", "specs/a.yaml:8:9: rules[0].rewrite.low_rank.rnak: unknown key; did you mean rank?\n  " + SETTINGS),
@@ -199,7 +200,7 @@ ERRORS = [
      "specs/a.yaml:8:5: rules[1]: another rule is called rule-2 already (at specs/a.yaml:3:11)"),
     (RULES.replace("name: mlp", "name: "), "specs/a.yaml:3:10: rules[0].name: expected a name on one line, got nothing"),
     # parts of the language that are read, and refused
-    (RULES + "budget: {bytes: 40%}\n", "specs/a.yaml:8:1: budget: not supported yet"),
+    (RULES + "budget: {bytes: 40%}\n", "specs/a.yaml:8:1: budget: nothing to decide: no rule says auto or any_of"),
     (RULES + "budget: {bytes: 40 percent}\n", "specs/a.yaml:8:17: budget.bytes: expected a percentage such as 40%, or a size such as "
                                               "120MB, 64KiB or 250_000, got 40 percent"),
     (RULES + "budget: {macs: 3MB}\n",
@@ -225,15 +226,19 @@ ERRORS = [
      "specs/a.yaml:8:32: train.frozen[1]: expected adapters, factors, all, or a glob over parameter names, got a mapping with b"),
     (RULES + "train: {loss: mse, optimizer: {adamw: {lr: 0}}}\n",
      "specs/a.yaml:8:44: train.optimizer.adamw.lr: expected a number > 0, got 0"),
-    (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is not supported yet"),
+    (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is made of gradients of a loss, and "
+     "the spec has none\n  for instance: train: {loss: cross_entropy}"),
     (RULES + "calibration: {sensitivity: fish}\n",
      "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, fisher, got fish; did you mean fisher?"),
     (RULES + "export: {codebook: pack}\n",
      "specs/a.yaml:8:20: export.codebook: expected one of rebuild, packed, got pack; did you mean packed?"),
     (RULES + "export: {activations: int4}\n",
      "specs/a.yaml:8:23: export.activations: expected one of fp32, int8, got int4; did you mean int8?"),
-    (RULES.replace("rank: 4", "rank: auto"), f"specs/a.yaml:7:15: {RANK}: auto is not supported yet"),
-    (rewrite("{any_of: [{low_rank: {rank: 1}}, [{lora: {}}], keep]}"), "specs/a.yaml:4:15: rules[0].rewrite.any_of: not supported yet"),
+    (RULES.replace("rank: 4", "rank: auto"), f"specs/a.yaml:7:15: {RANK}: auto needs a budget to be decided by{A_BUDGET}"),
+    (rewrite("{any_of: [{low_rank: {rank: 1}}, [{lora: {}}], keep]}"),
+     f"specs/a.yaml:4:15: rules[0].rewrite.any_of: any_of needs a budget to be decided by{A_BUDGET}"),
+    (rewrite("{any_of: [{low_rank: {rank: auto}}, keep]}"),
+     f"specs/a.yaml:4:15: rules[0].rewrite.any_of: any_of needs a budget to be decided by{A_BUDGET}"),
     (rewrite("{any_of: [{low_rank: {rank: 0}}, keep]}"),
      "specs/a.yaml:4:42: rules[0].rewrite.any_of[0].low_rank.rank: expected an integer >= 1, got 0"),
     (RULES.replace('role: "mlp.*"', "block: mpl"),
@@ -593,8 +598,9 @@ def test_stages_merge_by_name(write: Write) -> None:
     ('role: "mlp.*"', "inserted_by: mlp",
      "specs/a.yaml:5:42: stages[0].rules[0].match.inserted_by: no rule of an earlier stage is called 'mlp'; there is no earlier stage"),
     ("{samples: 8}", "{samples: 8, sensitivity: fisher}",
-     "specs/a.yaml:6:44: stages[0].calibration.sensitivity: fisher is not supported yet"),
-    ("calibration: {samples: 8}", "budget: {bytes: 1GB}", "specs/a.yaml:6:5: stages[0].budget: not supported yet"),
+     "specs/a.yaml:6:44: stages[0].calibration.sensitivity: fisher is made of gradients of a loss, and the spec has none\n"
+     "  for instance: train: {loss: cross_entropy}"),
+    ("calibration: {samples: 8}", "budget: {bytes: 1GB}", "specs/a.yaml:6:5: stages[0].budget: nothing to decide: no rule of this stage says auto or any_of"),
     ("output_error", "ouput_error",
      "specs/a.yaml:10:17: stages[1].tolerance.ouput_error: unknown key; did you mean output_error?\n"
      "  keys here: weight_error, output_error, on_exceed"),

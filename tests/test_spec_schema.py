@@ -311,15 +311,18 @@ def test_bad_specs_do_not(data: dict[str, Any], validator: Any) -> None:
 
 
 @pytest.mark.parametrize("more", [
-    {"budget": {"bytes": "40%", "macs": 1000, "of": "matched"}},
+    {},
     {"export": {"adapters": "inputs"}},
-    {"calibration": {"sensitivity": "fisher"}},
+    {"calibration": {"sensitivity": "fisher"}, "train": {"loss": "mse"}},
 ])  # fmt: skip
-def test_what_is_not_supported_yet_is_in_the_schema(more: dict[str, Any], validator: Any) -> None:
+def test_what_a_budget_decides_is_in_the_schema(more: dict[str, Any], validator: Any) -> None:
     data = {**rule(rewrite={"any_of": [{"low_rank": {"rank": "auto"}}, [{"lora": {}}], "keep"]}), **more}
     assert validator.is_valid(data)
-    with pytest.raises(SpecError, match="not supported yet"):
+    with pytest.raises(SpecError, match="needs a budget"):
         load_spec(data, METHODS)
+    full = {**data, "budget": {"bytes": "40%", "macs": 1000, "of": "matched"}}
+    assert validator.is_valid(full)
+    assert load_spec(full, METHODS).rules[0].is_open
 
 
 def test_descriptions_and_defaults_reach_the_editor() -> None:

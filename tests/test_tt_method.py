@@ -336,7 +336,7 @@ BAD_SETTINGS = [
     ),
     ("{rank: []}", "s.yaml:4:24: rules[0].rewrite.tt.rank: the list of ranks is empty"),
     ("{rank: [2, 2], max: 4}", "s.yaml:4:37: rules[0].rewrite.tt.max: has no meaning beside a list of ranks"),
-    ("{rank: auto}", "s.yaml:4:24: rules[0].rewrite.tt.rank: auto is not supported yet"),
+    ("{rank: auto}", "s.yaml:4:24: rules[0].rewrite.tt.rank: auto needs a budget to be decided by"),
     ("{rank: 2, cores: 1}", "s.yaml:4:34: rules[0].rewrite.tt.cores: expected an integer >= 2, got 1"),
 ]
 
