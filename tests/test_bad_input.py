@@ -206,7 +206,9 @@ def test_a_spec_that_is_wrong(refused: Run, place: Path, change: tuple[str, str]
 def test_a_budget_that_cannot_be_met(refused: Run, place: Path) -> None:
     write(place, ("name: bad", "name: bad\nbudget: {parameters: 1}"), ("rank: 6", "rank: auto"))
     done = refused()
-    assert re.fullmatch(r"s\.yaml:3:9: budget: the budget cannot be met: the smallest that can be reached is [0-9,]+ parameters .*", done.first)
+    assert re.fullmatch(
+        r"s\.yaml:3:9: budget: the budget cannot be met: the smallest that can be reached is [0-9,]+ parameters .*", done.first
+    )
     assert "limit: parameters <= 1 (the model)" in done.err
 
 

@@ -226,8 +226,8 @@ ERRORS = [
      "specs/a.yaml:8:32: train.frozen[1]: expected adapters, factors, all, or a glob over parameter names, got a mapping with b"),
     (RULES + "train: {loss: mse, optimizer: {adamw: {lr: 0}}}\n",
      "specs/a.yaml:8:44: train.optimizer.adamw.lr: expected a number > 0, got 0"),
-    (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is made of gradients of a loss, and "
-     "the spec has none\n  for instance: train: {loss: cross_entropy}"),
+    (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is made of gradients of a loss, "
+     "and the spec has none\n  for instance: train: {loss: cross_entropy}"),
     (RULES + "calibration: {sensitivity: fish}\n",
      "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, fisher, got fish; did you mean fisher?"),
     (RULES + "export: {codebook: pack}\n",
@@ -600,7 +600,8 @@ def test_stages_merge_by_name(write: Write) -> None:
     ("{samples: 8}", "{samples: 8, sensitivity: fisher}",
      "specs/a.yaml:6:44: stages[0].calibration.sensitivity: fisher is made of gradients of a loss, and the spec has none\n"
      "  for instance: train: {loss: cross_entropy}"),
-    ("calibration: {samples: 8}", "budget: {bytes: 1GB}", "specs/a.yaml:6:5: stages[0].budget: nothing to decide: no rule of this stage says auto or any_of"),
+    ("calibration: {samples: 8}", "budget: {bytes: 1GB}",
+     "specs/a.yaml:6:5: stages[0].budget: nothing to decide: no rule of this stage says auto or any_of"),
     ("output_error", "ouput_error",
      "specs/a.yaml:10:17: stages[1].tolerance.ouput_error: unknown key; did you mean output_error?\n"
      "  keys here: weight_error, output_error, on_exceed"),

@@ -64,8 +64,8 @@ VARIANTS = (
     "mistral",
     "qwen2",
 )
-"""Models whose like is tested without them (bert-eager stands for eager attention, llama for mistral): sites and roles always, parity in the
-full grid."""
+"""Models whose like is tested without them (bert-eager stands for eager attention, llama for mistral): sites and roles always, parity in
+the full grid."""
 
 ENTRIES = [pytest.param(entry, id=name, marks=pytest.mark.full if name in VARIANTS else ()) for name, entry in ZOO.items()]
 
