@@ -221,6 +221,7 @@ def test_sts_reads_pairs_and_spreads_its_samples(load: Load, toy_data: Path) -> 
     assert sts.spread(["a", "b"], 5) == ["a", "b"]
 
 
+@pytest.mark.full
 def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain", "--forms", "loftq")
     assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "mlp low_rank", "quantize-u4"]

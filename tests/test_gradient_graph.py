@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from matmorph.ir.verify import verify
 from matmorph.specs.schema import Export
 
 MSE = Loss("mse")
+FULL = pytest.mark.full
 TASKS = {
     "mlp": MSE,
     "bert-classifier": Loss("cross_entropy", "logits"),
@@ -59,18 +61,21 @@ def samples_of(entry: Entry) -> tuple[nn.Module, list[Any]]:
     return module, [inputs, *entry.more_inputs()]
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp", "bert-classifier", "llama", pytest.param("vit", marks=pytest.mark.full), pytest.param("t5", marks=pytest.mark.full)]
-)
+@cache
+def bert() -> tuple[nn.Module, Any, Graph]:
+    """The tiny classifier, its example inputs and its graph; nobody changes them."""
+    module, inputs, axes = ZOO["bert-classifier"].build()
+    return module, inputs, trace(module, inputs, axes)
+
+
+@pytest.mark.parametrize("name", ["mlp", "bert-classifier", *(pytest.param(name, marks=FULL) for name in ("llama", "vit", "t5"))])
 def test_every_parameter_in_float64(name: str) -> None:
     module, samples = samples_of(ZOO[name])
     verify(check(module, samples, ZOO[name].dynamic_shapes, TASKS[name]))
 
 
-@pytest.mark.parametrize("some", [pytest.param("everything", marks=pytest.mark.full), "a few"])
-@pytest.mark.parametrize(
-    "name", ["mlp", "bert-classifier", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama", "vit", "t5"))]
-)
+@pytest.mark.parametrize("some", [pytest.param("everything", marks=FULL), "a few"])
+@pytest.mark.parametrize("name", ["mlp", "bert-classifier", *(pytest.param(name, marks=FULL) for name in ("llama", "vit", "t5"))])
 def test_first_step_in_onnx_runtime(name: str, some: str, tmp_path: Path) -> None:
     module, samples = samples_of(ZOO[name])
     check_onnx(module, samples, ZOO[name].dynamic_shapes, TASKS[name], tmp_path, SOME[some])
@@ -160,8 +165,7 @@ def test_a_parameter_that_the_loss_does_not_reach_has_gradient_zero() -> None:
 
 def test_nothing_is_differentiated_below_the_lowest_trainable() -> None:
     """With only the classifier training, the body of the model is copied as it is, and nothing behind it is written."""
-    module, inputs, axes = ZOO["bert-classifier"].build()
-    source = trace(module, inputs, axes)
+    _, _, source = bert()
     found = gradient_graph(source, parameters_of(source, lambda path: path.startswith("classifier")), TASKS["bert-classifier"])
     ops = [node.op for node in found.nodes]
     assert ops.count("aten.scaled_dot_product_attention.default") == 2
@@ -170,8 +174,7 @@ def test_nothing_is_differentiated_below_the_lowest_trainable() -> None:
 
 
 def test_backward_nodes_have_the_origin_of_their_forward() -> None:
-    module, inputs, axes = ZOO["bert-classifier"].build()
-    source = trace(module, inputs, axes)
+    _, _, source = bert()
     found = gradient_graph(source, parameters_of(source), TASKS["bert-classifier"])
     layers = {node.origin.layer for node in found.nodes if node.op == "aten.mm.default"}
     assert layers == {None, 0, 1}
@@ -180,8 +183,7 @@ def test_backward_nodes_have_the_origin_of_their_forward() -> None:
 
 
 def test_file_holds_the_frozen_weights_under_their_names(tmp_path: Path) -> None:
-    module, inputs, axes = ZOO["bert-classifier"].build()
-    source = trace(module, inputs, axes)
+    module, inputs, source = bert()
     digest = {name: hashlib.sha256(tensor.numpy().tobytes()).digest() for name, tensor in module.state_dict().items()}
     consts = parameters_of(source, lambda path: path.endswith("query.weight"))
     export_onnx(gradient_graph(source, consts, TASKS["bert-classifier"]), tmp_path, Export())
@@ -230,7 +232,7 @@ def test_half_precision_trains_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "precision"),
-    [(torch.float16, "keep"), *(pytest.param(d, "fp16", marks=pytest.mark.full) for d in (torch.float16, torch.float32))],
+    [(torch.float16, "keep"), *(pytest.param(d, "fp16", marks=FULL) for d in (torch.float16, torch.float32))],
 )
 def test_half_precision_in_onnx_runtime(stored: torch.dtype, precision: str, tmp_path: Path) -> None:
     module, sample, axes = ZOO["bert-classifier"].build()
