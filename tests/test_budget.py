@@ -156,7 +156,7 @@ def test_whitened_candidates_beat_a_uniform_ratio_on_the_outputs(graph: Graph) -
 def test_the_predicted_error_is_the_one_that_is_measured(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     decided: list[budgets.Decided] = []
     real = budgets.decide
-    monkeypatch.setattr("matmorph.passes.pipeline.decide", lambda *given: decided.append(real(*given)) or decided[-1])
+    monkeypatch.setattr("matmorph.passes.deciding.decide", lambda *given: decided.append(real(*given)) or decided[-1])
     rewrites = (WHITE, {"tt": {"rank": "auto", "cores": 2}}, {"quantize": {"quantizer": "uniform", "bits": "auto", "block_size": 16}})
     for rewrite in rewrites:
         report = report_of(graph, rewrite, {"bytes": "60%", "of": "matched"}, DATA)
@@ -298,7 +298,7 @@ def test_candidates_beyond_the_tolerance_are_not_offered(graph: Graph) -> None:
 def test_sites_that_hurt_most_are_rolled_back_and_the_budget_says_so(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that were not foreseen: the site goes back to dense, and the report says why and what the budget came to."""
     monkeypatch.setattr(
-        "matmorph.passes.pipeline.measured", lambda offers, methods, stats, _: list(budgets_measured(offers, methods, stats))
+        "matmorph.passes.deciding.measured", lambda offers, methods, stats, _: list(budgets_measured(offers, methods, stats))
     )
     from matmorph.passes.candidates import measured as budgets_measured
 
@@ -328,6 +328,6 @@ def test_a_rewrite_above_its_promise_is_a_bug(graph: Graph, monkeypatch: pytest.
         object.__setattr__(decided.account, "limits", limits)
         return decided
 
-    monkeypatch.setattr("matmorph.passes.pipeline.decide", cheated)
+    monkeypatch.setattr("matmorph.passes.deciding.decide", cheated)
     with pytest.raises(VerifyError, match="was allocated"):
         report_of(graph, AUTO, {"parameters": "50%", "of": "matched"})

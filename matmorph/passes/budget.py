@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from math import floor
 
 from matmorph.errors import SpecError, VerifyError
-from matmorph.ir.core import Const, Graph
+from matmorph.ir.core import Graph
 from matmorph.ir.matmuls import find_sites
-from matmorph.ir.site import Reject, Site
+from matmorph.ir.site import Cost, Reject, Site
 from matmorph.passes.allocate import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate
-from matmorph.passes.candidates import Offer, Option, Sizes, describe, error_of, offer, sizes_of
+from matmorph.passes.block_pass import of_block
+from matmorph.passes.candidates import Offer, Option, Sizes, describe, error_of, sizes_of, summed
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.reporting import dense_rows, weights_of
 from matmorph.passes.rewrite import Outcome, appraise, total_cost
-from matmorph.passes.select import Claim, Selection
+from matmorph.passes.select import Selection
 from matmorph.passes.sizes import exported_sizes
 from matmorph.report.model import SiteRow
 from matmorph.specs.notations import Amount
@@ -66,7 +67,8 @@ class Decided:
     @property
     def refused(self) -> tuple[Outcome, ...]:
         """Sites that no method of their rule takes; their rules stay open in `selection`."""
-        return tuple(Outcome(one.site, one.rule, Reject("; ".join(one.refused))) for one in self.offers if _is_refused(one))
+        found = ((site, one) for one in self.offers if _is_refused(one) for site in one.sites)
+        return tuple(Outcome(site, one.rule, Reject("; ".join(one.refused))) for site, one in found)
 
 
 def _is_refused(one: Offer) -> bool:
@@ -79,15 +81,19 @@ def open_claims(selection: Selection) -> list[tuple[Site, Rule]]:
     return [(claim.site, claim.rule) for claim in selection.claims if claim.rule is not None and claim.rule.is_open]
 
 
-def offers_of(graph: Graph, selection: Selection, methods: Methods, export: Export) -> tuple[Offer, ...]:
-    """What every open site has to offer, from shapes alone."""
-    dense = exported_sizes(graph, export.precision)
-    return tuple(offer(site, rule, methods, dense, export) for site, rule in open_claims(selection))
-
-
-def account(graph: Graph, source: Graph, stage: Stage, selection: Selection, methods: Methods, export: Export, coded: int = 0) -> Account:
-    """`graph` is what the stage works on, `source` the model that percentages of the model are of. `coded`: parameters that earlier stages
-    have put into codes. Rules that are not open count with what their methods promise, upper limits where the data decides."""
+def account(
+    graph: Graph,
+    source: Graph,
+    stage: Stage,
+    selection: Selection,
+    methods: Methods,
+    export: Export,
+    pruned: Mapping[Site, Cost] | None = None,
+    coded: int = 0,
+) -> Account:
+    """`graph` is what the stage works on, `source` the model that percentages of the model are of. Rules that are not open count with what
+    their methods promise, upper limits where the data decides; `pruned`: what sites of blocks take under such rules, `coded`: parameters
+    that earlier stages have put into codes."""
     if stage.budget is None:
         raise SpecError("something is left open and the stage has no budget")
     sizes = exported_sizes(graph, export.precision)
@@ -96,37 +102,35 @@ def account(graph: Graph, source: Graph, stage: Stage, selection: Selection, met
     rules = {claim.site: claim.rule for claim in selection.claims if claim.rule is not None}
     of_model = stage.budget.of == "model"
     scope = [site for site in everything if of_model or site in rules]
-    settled = [_settled(site, rules.get(site), methods, sizes, export) for site in scope if site not in open_]
+    costs = {site: _cost(site, rules.get(site), methods, pruned or {}) for site in scope if site not in open_}
+    untied = {site for site, rule in rules.items() if rule.untie}
+    settled = [sizes_of(site, cost, sizes, export.precision, site in untied) for site, cost in costs.items()]
     outside = _outside(graph, everything, export, coded) if of_model else Sizes(0, 0, 0)
-    whole = _total([outside, *(everything[site] for site in scope)])
+    whole = summed([outside, *(everything[site] for site in scope)])
     base = _of_model(source, export) if of_model else whole
     limits = {name: _amount(amount, getattr(base, name)) for name in RESOURCES if (amount := getattr(stage.budget, name)) is not None}
-    fixed, dense, base_of = ({name: int(getattr(sums, name)) for name in limits} for sums in (_total([outside, *settled]), whole, base))
+    fixed, dense, base_of = ({name: int(getattr(sums, name)) for name in limits} for sums in (summed([outside, *settled]), whole, base))
     return Account(stage.budget, limits, fixed, dense, base_of)
 
 
-def _settled(site: Site, rule: Rule | None, methods: Methods, sizes: Mapping[Const, int], export: Export) -> Sizes:
-    """Of a site whose rule leaves no choice."""
-    parts = appraise(site, rule, methods) if rule is not None and rule.rewrite else Reject("kept")
-    cost = None if isinstance(parts, Reject) else total_cost(site, parts)
-    return sizes_of(site, cost, sizes, export.precision, rule is not None and rule.untie)
+def _cost(site: Site, rule: Rule | None, methods: Methods, pruned: Mapping[Site, Cost]) -> Cost | None:
+    """Of a site whose rule leaves no choice; None where it stays."""
+    if rule is None or not rule.rewrite or site in pruned or of_block(rule, methods) is not None:
+        return pruned.get(site)
+    parts = appraise(site, rule, methods)
+    return None if isinstance(parts, Reject) else total_cost(site, parts)
 
 
 def _outside(graph: Graph, everything: Mapping[Site, Sizes], export: Export, coded: int) -> Sizes:
     """What the model has beside its sites: biases, norms, tables that nothing claims."""
     parameters, size = weights_of(graph, export.precision)
-    sites = _total(everything.values())
+    sites = summed(list(everything.values()))
     return Sizes(parameters + coded - sites.parameters, size - sites.bytes, 0)
 
 
 def _of_model(source: Graph, export: Export) -> Sizes:
     parameters, size = weights_of(source, export.precision)
     return Sizes(parameters, size, sum(row.macs[0] for row in dense_rows(find_sites(source), source, export.precision)))
-
-
-def _total(parts: Iterable[Sizes]) -> Sizes:
-    listed = list(parts)
-    return Sizes(*(sum(getattr(part, name) for part in listed) for name in RESOURCES))
 
 
 def _amount(amount: Amount, base: int) -> int:
@@ -207,14 +211,12 @@ def _why(one: Offer) -> str:
 
 def _closed(selection: Selection, offers: Sequence[Offer], chosen: Sequence[Option]) -> Selection:
     """The selection with concrete rules in the place of open ones."""
-    uses = {one.site: option.uses for one, option in zip(offers, chosen, strict=True) if not _is_refused(one)}
-
-    def closed(claim: Claim) -> Claim:
-        if claim.rule is None or claim.site not in uses:
-            return claim
-        return replace(claim, rule=replace(claim.rule, rewrite=uses[claim.site]))
-
-    return replace(selection, claims=tuple(map(closed, selection.claims)))
+    chosen_of: dict[Site, Rule] = {}
+    for one, option in zip(offers, chosen, strict=True):
+        if not _is_refused(one):
+            chosen_of.update(dict.fromkeys(one.sites, replace(one.rule, rewrite=option.uses)))  # one rule for the sites of a block
+    claims = (replace(claim, rule=chosen_of.get(claim.site, claim.rule)) for claim in selection.claims)
+    return replace(selection, claims=tuple(claims))
 
 
 def _summary(held: Account, found: Allocation, offers: Sequence[Offer], chosen: Sequence[Option]) -> Iterable[str]:

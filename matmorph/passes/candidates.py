@@ -20,6 +20,7 @@ from matmorph.passes.methods.weights import readable
 from matmorph.passes.pays import refuse_slow
 from matmorph.passes.rewrite import Outcome, appraise, total_cost
 from matmorph.passes.sizes import item_size
+from matmorph.specs.notations import Width
 from matmorph.specs.schema import Export, MethodUse, Rank, Rule
 
 if TYPE_CHECKING:
@@ -52,12 +53,18 @@ class Option:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
-    """The options of a site under an open rule; `refused`: why other ones are none."""
+    """The options of a site under an open rule; `refused`: why other ones are none. `block`: all sites that take an option together, and
+    `site` is the one whose output is judged; () for a site by itself."""
 
     site: Site
     rule: Rule
     options: tuple[Option, ...]
     refused: tuple[str, ...] = ()
+    block: tuple[Site, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.block or (self.site,)
 
 
 def sizes_of(site: Site, cost: Cost | None, dense: Mapping[Const, int], precision: str, untie: bool = False) -> Sizes:
@@ -82,7 +89,7 @@ def offer(site: Site, rule: Rule, methods: Mapping[str, Method], dense: Mapping[
     refused: list[str] = []
     for number, uses in enumerate(rule.alternatives):
         if not uses:
-            options.append(_kept(site, dense, export))
+            options.append(kept([sizes_of(site, None, dense, export.precision)]))
             continue
         problem = methods[uses[0].method].check(site, uses[0].spec) if site.blocked is None else Reject(site.blocked)
         choices = [] if problem is not None else list(methods[uses[0].method].choices(site, uses[0].spec))
@@ -94,12 +101,17 @@ def offer(site: Site, rule: Rule, methods: Mapping[str, Method], dense: Mapping[
                 refused.append(found.reason)
                 continue
             sizes = sizes_of(site, found, dense, export.precision, rule.untie)
-            options.append(Option(_label(number, concrete), concrete, sizes, (number, choice)))
-    return Offer(site, rule, tuple(options) or (_kept(site, dense, export),), tuple(dict.fromkeys(refused)))
+            options.append(Option(label(number, concrete), concrete, sizes, (number, choice)))
+    stays = (kept([sizes_of(site, None, dense, export.precision)]),)
+    return Offer(site, rule, tuple(options) or stays, tuple(dict.fromkeys(refused)))
 
 
-def _kept(site: Site, dense: Mapping[Const, int], export: Export) -> Option:
-    return Option(KEEP, (), sizes_of(site, None, dense, export.precision))
+def kept(sizes: Sequence[Sizes]) -> Option:
+    return Option(KEEP, (), summed(sizes))
+
+
+def summed(sizes: Sequence[Sizes]) -> Sizes:
+    return Sizes(sum(one.parameters for one in sizes), sum(one.bytes for one in sizes), sum(one.macs for one in sizes))
 
 
 def _appraised(site: Site, rule: Rule, methods: Mapping[str, Method], export: Export) -> Reject | Cost:
@@ -119,10 +131,13 @@ def settled(use: MethodUse, choice: Choice) -> MethodUse:
         found["rank"] = replace(rank, kind="fixed", value=choice.rank, multiple_of=1, min=1, max=None, **each)
     if getattr(use.spec, "bits", None) == "auto":
         found["bits"] = choice.bits
+    width = getattr(use.spec, "width", None)
+    if isinstance(width, Width) and width.kind == "auto":
+        found["width"] = replace(width, kind="fixed", value=choice.rank)
     return replace(use, spec=replace(use.spec, **found)) if found else use
 
 
-def _label(number: int, uses: Sequence[MethodUse]) -> str:
+def label(number: int, uses: Sequence[MethodUse]) -> str:
     """Unique among the options of a rule."""
     return f"{number}: {describe(uses)}"
 
@@ -133,8 +148,9 @@ def describe(uses: Sequence[MethodUse]) -> str:
 
 
 def _described(use: MethodUse) -> str:
-    rank, bits = getattr(use.spec, "rank", None), getattr(use.spec, "bits", None)
+    rank, bits, width = (getattr(use.spec, name, None) for name in ("rank", "bits", "width"))
     words = [use.method, f"{bits} bits" if bits else "", f"rank {rank}" if isinstance(rank, Rank) else ""]
+    words.append(f"width {width}" if isinstance(width, Width) else "")
     return " ".join(word for word in words if word)
 
 
@@ -148,7 +164,7 @@ def measured(
     tolerance: Tolerance | None = None,
 ) -> Iterable[Offer]:
     """The offers with the errors of their options, in order, several sites at a time; those beyond the tolerance are left out."""
-    return ordered_map(lambda one: _within(_measured(one, methods, stats.get(one.site)), tolerance), offers)
+    return ordered_map(lambda one: within(_measured(one, methods, stats.get(one.site)), tolerance), offers)
 
 
 def _measured(one: Offer, methods: Mapping[str, Method], stats: SiteStats | None) -> Offer:
@@ -166,7 +182,7 @@ def _measured(one: Offer, methods: Mapping[str, Method], stats: SiteStats | None
     return replace(one, options=options)
 
 
-def _within(one: Offer, tolerance: Tolerance | None) -> Offer:
+def within(one: Offer, tolerance: Tolerance | None) -> Offer:
     """What would be rolled back (or fail) is no option, as long as one is left."""
     if tolerance is None:
         return one

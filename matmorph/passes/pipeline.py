@@ -17,17 +17,16 @@ from matmorph.ir.core import Graph
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
-from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, of_block, shots_of
-from matmorph.passes.budget import Account, Decided, account, decide, offers_of, open_claims, plan_notes, refuse_unreachable, verdict
+from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
+from matmorph.passes.budget import verdict
 from matmorph.passes.calibrate import calibrate
-from matmorph.passes.candidates import Offer, energy, measured
+from matmorph.passes.deciding import Open, closed_part, decided, is_open, planned_notes, without_labels
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.pays import refuse_slow
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
-from matmorph.passes.sensitivity import Unlabelled, fisher, label_names
 from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
@@ -76,13 +75,13 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         notes += [f"rule {rule.name} works on what an earlier stage inserts: planned only by compiling" for rule in later]
         selection = select(planned, graph, left, layer_count(sites))
         divided = _divided(graph, left, selection, methods)
+        if is_open(divided):
+            notes += planned_notes(Open(graph, graph, planned, selection, divided), methods, spec.export)
+        divided = closed_part(divided)
         pruned = blocks.plan(graph, divided, spec.export.precision)
         outcomes = (*refuse_slow(_planned(divided.claims, methods), spec.export), *pruned)
         refuse_rejects(outcomes, spec.strict)
         notes += selection.notes
-        if open_claims(selection):
-            job = _Open(graph, graph, planned, selection)
-            notes += plan_notes(job.account(methods, spec.export), offers_of(graph, selection, methods, spec.export))
         by_site = {outcome.site: outcome for outcome in outcomes}
         notes += kernel_summary(outcomes, spec.export)
         _enter(rows, site_rows(selection.claims, by_site, graph, spec.export))
@@ -146,10 +145,9 @@ def _without_inserted(stage: Stage) -> tuple[Stage, tuple[Rule, ...]]:
 
 
 def _planned(claimed: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:
-    claims = [(site, rule) for site, rule in claimed if not rule.is_open]
-    refuse_impossible(claims, methods)
+    refuse_impossible(claimed, methods)
     found = []
-    for site, rule in claims:
+    for site, rule in claimed:
         parts = appraise(site, rule, methods)
         if isinstance(parts, Reject):
             found.append(Outcome(site, rule, parts))
@@ -161,57 +159,6 @@ def _planned(claimed: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Out
 def _claimed(selection: Selection) -> list[tuple[Site, Rule]]:
     """Sites that a rule rewrites; `keep` owns sites and leaves them."""
     return [(claim.site, claim.rule) for claim in selection.claims if claim.rule is not None and claim.rule.rewrite]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Open:
-    """A stage with open rules: the graph it works on, the source, what is selected, and parameters that are codes already."""
-
-    graph: Graph
-    source: Graph
-    stage: Stage
-    selection: Selection
-    coded: int = 0
-
-    def account(self, methods: Methods, export: Export) -> Account:
-        return account(self.graph, self.source, self.stage, self.selection, methods, export, self.coded)
-
-
-def _decided(
-    job: _Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
-) -> Decided:
-    """One concrete choice for every open site."""
-    held = job.account(methods, spec.export)
-    offers = offers_of(job.graph, job.selection, methods, spec.export)
-    refuse_unreachable(held, offers)
-    weights = _weights(job, spec, [one.site for one in offers], stats, batches, progress)
-    found: list[Offer] = []
-    for one in measured(offers, methods, stats, job.stage.tolerance):
-        found.append(one)
-        progress("decomposing", len(found), len(offers))
-    return decide(tuple(found), held, job.selection, stats, weights)
-
-
-def _weights(
-    job: _Open, spec: Spec, sites: Sequence[Site], stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
-) -> list[float]:
-    """What a squared relative error of each site counts."""
-    calibration = job.stage.calibration
-    if calibration.sensitivity == "none":
-        return [1.0] * len(sites)
-    if batches is None or spec.train is None:
-        raise SpecError("fisher needs calibration data with labels and none was given", keypath="calibration.sensitivity")
-    show: Callable[[int, int | None], None] = lambda done, total: progress("differentiating", done, total)  # noqa: E731
-    found = fisher(job.graph, sites, batches, calibration.samples, spec.train, show)
-    return [found[site] * energy(site, stats.get(site)) for site in sites]
-
-
-def _without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph) -> Iterable[Any] | None:
-    """What the model itself reads: with labels among the batches where gradients are asked for."""
-    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages)
-    if batches is None or spec.train is None or not asked:
-        return batches
-    return Unlabelled(batches, label_names(graph, spec.train))
 
 
 def compile_graph(
@@ -234,7 +181,7 @@ def compile_graph(
         for stage in spec.stages:
             refuse_unmeasured(stage.tolerance)
     _refuse_not_finite(graph)
-    inputs = _without_labels(batches, spec, graph)
+    inputs = without_labels(batches, spec, graph)
     current = graph
     blocks = BlockPass(methods)
     rows: dict[str, SiteRow] = {}
@@ -244,24 +191,25 @@ def compile_graph(
         sites = find_sites(current)
         selection = select(stage, current, sites)
         divided = _divided(current, sites, selection, methods)
-        claims = list(divided.claims)
-        stats = _statistics(current, stage, claims, methods, inputs, progress, block_needs(divided.jobs, methods))
-        decided = None
-        if any(rule.is_open for _, rule in claims):
-            coded = sum(row.coded for row in rows.values())
-            decided = _decided(_Open(current, graph, stage, selection, coded), spec, methods, stats, batches, progress)
-            selection = decided.selection
-            claims = [(site, rule) for site, rule in _claimed(selection) if not rule.is_open and of_block(rule, methods) is None]
-        outcomes = build(current, claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total))
-        outcomes = (*refuse_slow(outcomes, spec.export), *(decided.refused if decided is not None else ()))
+        stats = _statistics(current, stage, divided.claims, methods, inputs, progress, block_needs(divided.jobs, methods))
+        choice = None
+        if is_open(divided):
+            job = Open(current, graph, stage, selection, divided, sum(row.coded for row in rows.values()))
+            choice = decided(job, spec, methods, stats, batches, progress)
+            selection = choice.selection
+            divided = closed_part(_divided(current, sites, selection, methods))
+        outcomes = build(
+            current, divided.claims, methods, stats, seed=seed, progress=lambda done, total: progress("rewriting", done, total)
+        )
+        outcomes = (*refuse_slow(outcomes, spec.export), *(choice.refused if choice is not None else ()))
         outcomes = (*outcomes, *blocks.build(current, divided, stats))
         refuse_rejects(outcomes, spec.strict)
         outcomes, rolled_back = hold(outcomes, stage.tolerance)
         blocks.keep(outcomes)
         read, current = current, _checked(narrowed(splice(current, outcomes), outcomes))
         found = site_rows(selection.claims, {outcome.site: outcome for outcome in outcomes}, read, spec.export)
-        notes += [*selection.notes, *(decided.notes if decided is not None else ()), *rolled_back, *kernel_summary(outcomes, spec.export)]
-        notes += verdict(decided, found) if decided is not None else ()
+        notes += [*selection.notes, *(choice.notes if choice is not None else ()), *rolled_back, *kernel_summary(outcomes, spec.export)]
+        notes += verdict(choice, found) if choice is not None else ()
         _enter(rows, found)
     own, inserted = _of_source(tuple(rows.values()), graph)
     sums = totals(graph, current, own, inserted, spec.export.precision)

@@ -138,6 +138,8 @@ class RewriteKind:
                 continue
             if entry.key not in getattr(self.methods[method], "automatic", ()):
                 raise place.error(f"{method} has no auto here")
+            if getattr(spec, "shots", 1) > 1:
+                raise place.error("auto is decided once: it goes with shots: 1")
             self.opened.append(place.error("auto needs a budget to be decided by", [_A_BUDGET]))
 
     def any_of(self, tree: MapTree) -> tuple[MethodUse, ...]:
@@ -149,6 +151,9 @@ class RewriteKind:
             raise wrong(alternatives, "a list of alternatives, each a method, a list of methods or keep")
         self.opened.append(tree.key_error(ANY_OF, "any_of needs a budget to be decided by", [_A_BUDGET]))
         found = tuple(self.item(alternative) for alternative in alternatives.items)
+        for uses, alternative in zip(found, alternatives.items, strict=True):
+            if any(self.kind(use.method) in ("block", "procedure") for use in uses):
+                raise alternative.error(f"{uses[0].method} is no alternative for one matmul; where it takes auto it stands alone")
         return (MethodUse(ANY_OF, AnyOf(found), tree.key_at.get(ANY_OF, tree.at)),)
 
     def compose(self, uses: list[tuple[MethodUse, Tree]]) -> tuple[MethodUse, ...]:

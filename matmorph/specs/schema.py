@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position, SpecError
 from matmorph.specs.kinds import JsonSchema, Name
-from matmorph.specs.notations import Count, Rank, Size
+from matmorph.specs.notations import Count, Rank, Size, Width
 from matmorph.specs.optimizers import OPTIMIZERS, SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, Optimizer, optimizer_name
 from matmorph.specs.selectors import Match
 from matmorph.specs.tree import Data, Tree, from_data
@@ -202,9 +202,9 @@ def _plain_settings(spec: Any) -> Any:
 
 
 def is_open(use: MethodUse) -> bool:
-    """Whether the budget decides a part of it: `any_of`, `rank: auto`, `bits: auto`."""
+    """Whether the budget decides a part of it: `any_of`, `rank: auto`, `bits: auto`, `width: auto`."""
     values = [getattr(use.spec, entry.name) for entry in fields(use.spec)] if is_dataclass(use.spec) else []
-    automatic = any(isinstance(value, Rank) and value.kind == "auto" for value in values)
+    automatic = any(isinstance(value, Rank | Width) and value.kind == "auto" for value in values)
     return use.method == ANY_OF or automatic or getattr(use.spec, "bits", None) == "auto"
 
 

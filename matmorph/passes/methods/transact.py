@@ -73,6 +73,7 @@ class Transact:
 
     name: ClassVar[str] = _NAME
     kind: ClassVar[str] = "block"
+    automatic: ClassVar[tuple[str, ...]] = ("width",)
     Spec: ClassVar[type] = TransactSpec
 
     def needs(self, spec: TransactSpec) -> frozenset[Statistic]:
