@@ -162,6 +162,8 @@ class Width(Notation):
     kind: Literal["fixed", "ratio", "auto"]
     value: int | float | None = None
 
+    EXPECTED: ClassVar[str] = _Features.EXPECTED
+
     @classmethod
     def from_tree(cls, tree: Tree, beside: Mapping[str, Tree]) -> Self:
         if isinstance(tree, Scalar) and tree.text == "auto":
