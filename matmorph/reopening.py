@@ -20,11 +20,10 @@ from matmorph.exporters.adapters import base_fingerprint
 from matmorph.exporters.data_file import DATA
 from matmorph.exporters.peft import CONFIG, read_peft
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.site import Bound
 from matmorph.ir.text import parse_graph
 from matmorph.passes.adapters import Adapter, read_adapters
 from matmorph.passes.methods import method_table
-from matmorph.report.model import PartRow, Report, SiteRow, Totals
+from matmorph.report.reading import read_report
 from matmorph.runtime.adapters import Slots, read_adapter
 from matmorph.runtime.check import read_cases
 from matmorph.runtime.checkpoint import read_tensors
@@ -56,7 +55,7 @@ def reopen(folder: Path) -> tuple[Job, tuple[Adapter, ...]]:
     if missing:
         raise InputError(f"{folder}: no file in it holds the weight {missing[0]} of {GRAPH}")
     spec = load_spec(folder / SPEC, method_table())
-    job = Job(spec, graph, graph, _report(folder / REPORT), _examples(folder, graph), {}, {}, source_sha256=_source(folder))
+    job = Job(spec, graph, graph, read_report(folder / REPORT), _examples(folder, graph), {}, {}, source_sha256=_source(folder))
     table = json.loads(_text(folder / TRAIN_MANIFEST)).get("adapters", [])
     return job, read_adapters(table, str(folder / TRAIN_MANIFEST))
 
@@ -136,23 +135,6 @@ def _examples(folder: Path, graph: Graph) -> tuple[torch.Tensor, ...]:
         raise InputError(str(error)) from error
     entries = [entry for entry in graph.signature.inputs if entry.value is not None]
     return tuple(torch.from_numpy(case.inputs[entry.name]).to(value.tensor.torch_dtype) for entry in entries if (value := entry.value))
-
-
-def _report(path: Path) -> Report:
-    try:
-        data = json.loads(_text(path))
-        rows = tuple(_row(row) for row in data["sites"])
-        figures: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data["totals"].items()}
-        return Report(data["name"], data["spec_name"], rows, Totals(**figures), tuple(data["notes"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _row(data: Mapping[str, Any]) -> SiteRow:
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    parts = tuple(PartRow(part["method"], part["rank"], tuple(part["notes"])) for part in data["parts"])
-    plain |= {"parts": parts, "bound": Bound(**data["bound"]) if data["bound"] else None}
-    return SiteRow(**plain)
 
 
 # values

@@ -25,6 +25,7 @@ class Statistic(Enum):
     """What a method may ask of the calibration data, per site input."""
 
     INPUT_SECOND_MOMENT = "input_second_moment"  # sum over rows of x x^T, [in, in], float32 or better, and the number of rows
+    TAYLOR = "taylor"  # sum over rows of |x dL/dx| of inputs [in] and outputs [out], for methods of blocks; needs a loss and labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,13 +136,28 @@ class Bound:
     value: float
 
 
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Singular values of the matrix that was cut: `values[k]` is the one of number `at[k]` (1 = the largest) of `size`.
+
+    `of`: "W", or "W L" with L L^T the damped second moment of the input. A stack of experts has the roots of the sums of squares. `at` is
+    a selection, and may end before `size`: what the decomposition did not compute is not there.
+    """
+
+    of: Literal["W", "W L"]
+    size: int
+    at: tuple[int, ...]
+    values: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
     """What replaces a site. `parts[k]` are the new nodes of application k and `outputs[k]` its result as rows [..., out], bias not added
     unless `adds_bias` (then each that the builder's `bias()` gave out); each output is produced by its own part's nodes. `consts` are the
     new weights. `weight()` is the dense matrix [out, in] that it stands for, computed when asked. `choice` is what was taken in the end.
     `bound`: see `Bound`. `lookups[k]`: new nodes and result of `site.gathers[k]`; () leaves the table where it is. `holds_dense`: an update
-    that brings the dense part with it, its own base among `consts`, so that the node does not stay beside it."""
+    that brings the dense part with it, its own base among `consts`, so that the node does not stay beside it. `spectrum`: see `Spectrum`,
+    where a decomposition gave one."""
 
     parts: tuple[tuple[Node, ...], ...]
     outputs: tuple[Value, ...]
@@ -153,3 +169,4 @@ class Fragment:
     notes: tuple[str, ...] = ()
     lookups: tuple[tuple[tuple[Node, ...], Value], ...] = ()
     holds_dense: bool = False
+    spectrum: Spectrum | None = None

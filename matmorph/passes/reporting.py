@@ -89,6 +89,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
         weight_error=outcome.weight_error,
         output_error=outcome.output_error,
         bound=outcome.bound,
+        spectrum=outcome.spectrum,
         parameters=(row.parameters[0], cost.parameters + stays),
         bytes=(row.bytes[0], size + (row.bytes[0] if stays else 0)),
         macs=(row.macs[0], cost.macs),

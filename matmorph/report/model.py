@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from matmorph.ir.site import Bound
+from matmorph.ir.site import Bound, Spectrum
 
 Status = Literal["rewritten", "rejected", "unclaimed"]
 Pair = tuple[int, int]
@@ -29,7 +29,7 @@ class SiteRow:
     `status`: in a plan, "rewritten" where compile would rewrite. `reason`: why a site was rejected or not claimed. `rank`: effective,
     `rank_at_most`: the data decides and `rank` is the upper limit (plan). `macs`: multiply-accumulates per row of x summed over
     applications. `trainable`: trainable scalars. `bytes`: of this site's initializers in the data file, biases excluded. `coded`: how many
-    of the `parameters` after the rewrite are kept as codes of a quantizer.
+    of the `parameters` after the rewrite are kept as codes of a quantizer. `spectrum`: singular values, where the first method has them.
     """
 
     path: str
@@ -55,6 +55,7 @@ class SiteRow:
     applications: int = 1
     parts: tuple[PartRow, ...] = ()
     notes: tuple[str, ...] = ()
+    spectrum: Spectrum | None = None
 
 
 @dataclass(frozen=True, slots=True)

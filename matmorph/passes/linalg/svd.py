@@ -53,7 +53,8 @@ class Truncated:
     """`u` [.., m, r], `s` [.., r] descending, `vh` [.., r, n] with W ~ u * s @ vh; column signs are fixed (see `fix_signs`).
 
     `guard`: proven upper bound on |W - W_r|_F / smallest possible, over the whole stack. `optimum`: proven lower bound on the Frobenius
-    error of every rank-r approximation (of the stack: the same rank for each matrix). `solver`: the one whose result this is.
+    error of every rank-r approximation (of the stack: the same rank for each matrix). `solver`: the one whose result this is. `spectrum`
+    [k >= r], float64: the singular values it came to know, without those that rounding hides; of a stack, roots of the sums of squares.
     """
 
     u: Tensor
@@ -62,6 +63,7 @@ class Truncated:
     guard: float
     optimum: float
     solver: Solver
+    spectrum: Tensor
 
 
 @contextmanager
@@ -174,11 +176,13 @@ def _one(w: Tensor, rank: int, solver: Solver, seed: int) -> Truncated:
         found = next(result for name in _FALLBACK[first] if (result := _SOLVERS[name](matrix, rank, seed)) is not None)
     u, vh = (found.u, found.vh) if tall else (found.vh.T, found.u.T)
     u, vh = fix_signs(u, vh)
-    return Truncated(u.contiguous(), found.s * scale, vh.contiguous(), found.guard, found.optimum * scale, found.solver)
+    values, optimum, spectrum = found.s * scale, found.optimum * scale, found.spectrum * scale
+    return Truncated(u.contiguous(), values, vh.contiguous(), found.guard, optimum, found.solver, spectrum)
 
 
 def _stacked(parts: list[Truncated]) -> Truncated:
     """A stack's guard is that of its worst member; its optimum is the root of the summed squares."""
+    known = min(len(part.spectrum) for part in parts)
     return Truncated(
         torch.stack([part.u for part in parts]),
         torch.stack([part.s for part in parts]),
@@ -186,6 +190,7 @@ def _stacked(parts: list[Truncated]) -> Truncated:
         max(part.guard for part in parts),
         sqrt(sum(part.optimum**2 for part in parts)),
         parts[-1].solver,
+        torch.stack([part.spectrum[:known].square() for part in parts]).sum(0).sqrt(),
     )
 
 
@@ -194,7 +199,7 @@ def _exact(a: Tensor, rank: int, seed: int) -> Truncated:
     with one_thread():
         u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
     tail = _norm(s[rank:])
-    return Truncated(u[:, :rank].to(a), s[:rank].to(a), vh[:rank].to(a), 1.0, max(0.0, tail - _floor(a, _norm(s))), "exact")
+    return Truncated(u[:, :rank].to(a), s[:rank].to(a), vh[:rank].to(a), 1.0, max(0.0, tail - _floor(a, _norm(s))), "exact", s)
 
 
 def _gram(a: Tensor, rank: int, seed: int) -> Truncated | None:
@@ -203,7 +208,9 @@ def _gram(a: Tensor, rank: int, seed: int) -> Truncated | None:
     with one_thread():
         values, vectors = torch.linalg.eigh(gram)
     top = values[-rank:].double().clamp_min(0).sum()
-    return _guarded(a, vectors[:, -rank:], float(top) + _slack(a, float(values[-1]), rank), "gram")
+    rest = values[:-rank].double().flip(0)
+    seen = rest[rest > torch.finfo(a.dtype).eps * values[-1]].sqrt()
+    return _guarded(a, vectors[:, -rank:], float(top) + _slack(a, float(values[-1]), rank), "gram", seen)
 
 
 def _randomized(a: Tensor, rank: int, seed: int) -> Truncated | None:
@@ -243,21 +250,23 @@ def _certify(gram: Tensor, basis: Tensor, rank: int) -> tuple[float, Tensor, flo
     return float(theta[0]), p, float(bound[-rank:].double().sum())
 
 
-def _guarded(a: Tensor, v: Tensor, captured: float, solver: Solver) -> Truncated | None:
+def _guarded(a: Tensor, v: Tensor, captured: float, solver: Solver, rest: Tensor | None = None) -> Truncated | None:
     """Rayleigh-Ritz on span(v) [n, r]: an exact SVD of the thin a v, so small singular values keep their accuracy although v came from a
-    Gram matrix. `captured`: upper bound on the energy any rank-r matrix captures. None where the proven ratio exceeds `GUARD`."""
+    Gram matrix. `captured`: upper bound on the energy any rank-r matrix captures; `rest`: singular values after the first r, where they are
+    known. None where the proven ratio exceeds `GUARD`."""
     image = a @ v
     with one_thread():
         q, small = torch.linalg.qr(image)
         left, s, right = torch.linalg.svd(small, full_matrices=False)
     u, vh = q @ left, right @ v.T
     error, size = _norm(a - (u * s) @ vh), _norm(a)
+    spectrum = s.double() if rest is None else torch.cat([s.double(), rest])
     if error <= _floor(a, size):
-        return Truncated(u, s, vh, 1.0, 0.0, solver)
+        return Truncated(u, s, vh, 1.0, 0.0, solver, spectrum)
     optimum = sqrt(max(0.0, size**2 - captured))
     if error > GUARD * optimum:
         return None
-    return Truncated(u, s, vh, max(1.0, error / optimum), min(optimum, error), solver)
+    return Truncated(u, s, vh, max(1.0, error / optimum), min(optimum, error), solver, spectrum)
 
 
 def _norm(a: Tensor) -> float:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import floor, sqrt
-from typing import ClassVar
+from math import floor, log10, sqrt
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum, Statistic
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.svd import (
     Solver,
@@ -117,6 +117,7 @@ class LowRank:
             lambda: self.merge({"down": factors[0], "up": factors[1]})[0],
             choice=Choice(rank),
             bound=_bound(w, objective, found, whitening),
+            spectrum=_spectrum(found.spectrum, rank, "W" if whitening is None else "W L", min(site.in_features, site.out_features)),
             notes=(*(whitening.notes if whitening else ()), *_solver_note(found)),
         )
 
@@ -177,6 +178,19 @@ def _objective(w: Tensor, whitening: Whitening | None) -> Tensor:
 def _solver_note(found: Truncated) -> tuple[str, ...]:
     """Said only where the solver is not exact: how far from the smallest error it can be."""
     return (f"{found.solver} solver: proven within {found.guard - 1:.2%} of the smallest error",) if found.solver == "randomized" else ()
+
+
+POINTS = 48
+"""Singular values of one site that a report keeps: what a drawing can show."""
+
+
+def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L"], size: int) -> Spectrum:
+    """Every value of a short spectrum; of a long one the first, the last, the chosen rank, and steps that are even on a linear and on a
+    logarithmic axis. Five digits: the rest is rounding."""
+    known, half = len(values), POINTS // 2 - 1
+    steps = {*torch.linspace(1, known, half).round().int().tolist(), *torch.logspace(0, log10(known), half).round().int().tolist()}
+    at = tuple(sorted(steps | {1, rank, known})) if known > POINTS else tuple(range(1, known + 1))
+    return Spectrum(of, size, at, tuple(float(f"{float(values[number - 1]):.4e}") for number in at))
 
 
 def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening | None) -> Bound | None:
