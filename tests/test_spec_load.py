@@ -339,7 +339,8 @@ def test_library_specs() -> None:
     quantized = ("lora-r8", "loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4")
     llama = ("llama2-7b", "llama3.1-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
     trains = ("tt-lora", "tt-mlp", "tt-lora-roberta", *(f"tt-lora-{name}" for name in llama))
-    assert library_names() == tuple(sorted((*names, *quantized, "transact-50", *trains)))
+    glora = ("bitfit", "channel-scale", "glora", "glora-search", "ssf")
+    assert library_names() == tuple(sorted((*names, *quantized, *glora, "transact-50", *trains)))
     for name in names:
         spec = load_spec(name, METHODS)
         assert (spec.name, spec.file, len(spec.rules)) == (name, name, 1)
@@ -355,9 +356,7 @@ def test_unknown_library_spec() -> None:
         load_spec("low-rnk-60", METHODS)
     assert str(caught.value) == (
         "no library spec is called 'low-rnk-60'; did you mean low-rank-60?\n"
-        "  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, mixed-4-2, "
-        "qlora-nf4, quantize-u4, transact-50, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, tt-lora-llama3.2-1b, "
-        "tt-lora-llama3.2-3b, tt-lora-roberta, tt-mlp\n"
+        f"  library specs: {', '.join(library_names())}\n"
         "  a file ends in .yaml, or is given with its folder (./NAME)"
     )
 
@@ -506,9 +505,7 @@ EXTENDS_ERRORS = [
      "specs/c.yaml:2:11: extends[0]: circular extends: specs/b.yaml -> specs/c.yaml -> specs/b.yaml"),
     ({"a": "version: 1\nextends: [b.yaml]\n"}, "specs/a.yaml:2:11: extends[0]: specs/b.yaml: no such file"),
     ({"a": "version: 1\nextends: low-rank-61\n"}, "specs/a.yaml:2:10: extends: no library spec is called 'low-rank-61'; did you mean "
-     "low-rank-60?\n  library specs: loftq-nf4, loftq-u2, loftq-u4, lora-r8, low-rank-40, low-rank-60, low-rank-60-plain, low-rank-80, "
-     "mixed-4-2, qlora-nf4, quantize-u4, transact-50, tt-lora, tt-lora-llama2-7b, tt-lora-llama3.1-70b, tt-lora-llama3.1-8b, "
-     "tt-lora-llama3.2-1b, tt-lora-llama3.2-3b, tt-lora-roberta, tt-mlp\n"
+     f"low-rank-60?\n  library specs: {', '.join(library_names())}\n"
      "  a file ends in .yaml, or is given with its folder (./NAME)"),
     ({"a": "version: 1\nextends: [low-rank-60, low-rank-60]\n"}, "specs/a.yaml:2:24: extends[1]: low-rank-60 is listed twice"),
     ({"a": "version: 1\nextends: {b: c}\n"}, "specs/a.yaml:2:10: extends: expected a list (each text), got a mapping with b"),

@@ -16,7 +16,7 @@ from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.blocks import Block
 from matmorph.passes.fragment import SiteScope
 from matmorph.passes.linalg.parallel import ordered_map
@@ -67,7 +67,6 @@ class Outcome:
     keeps_dense: bool = False
     block: Block | None = None
     patch: Patch | None = None
-    spectrum: Spectrum | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,8 +101,8 @@ def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | 
         return reason
     parts: list[Part] = []
     for use in rule.rewrite:
-        method = methods[use.method]
-        reject = method.check(site, use.spec) or _without_dense(method, use, parts)
+        method = _standing(methods[use.method], parts)
+        reject = method.check(site, use.spec) or _without_dense(method, use, parts, methods)
         if reject is not None:
             return reject
         choices = list(method.choices(site, use.spec))
@@ -118,12 +117,27 @@ def _said(choice: Choice) -> tuple[str, ...]:
     return (*((choice.clamped,) if choice.clamped else ()), *choice.notes)
 
 
-def _without_dense(method: Method, use: MethodUse, before: Sequence[Part]) -> Reject | None:
-    """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there."""
-    splits = getattr(method, "splits_weight", None)
-    if not before or splits is None or not splits(use.spec):
+def _standing(method: Method, before: Sequence[Part]) -> Method:
+    """A method may have `beside`: the form of it for a site whose weight a method before it has replaced."""
+    beside: Method | None = getattr(method, "beside", None)
+    return method if beside is None or not any(part.kind == "replace" for part in before) else beside
+
+
+def _without_dense(method: Method, use: MethodUse, before: Sequence[Part], methods: Mapping[str, Method]) -> Reject | None:
+    """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there; one with
+    a `beside` works on the dense weight, which no update before it may have made its own."""
+    if before and _splits(method, use):
+        return Reject(f"{use.method} with this init takes its start out of the dense weight, and {before[0].use.method} comes before it")
+    updates = [(part, methods[part.use.method]) for part in before]
+    taken = [part.use.method for part, other in updates if _splits(other, part.use) or hasattr(other, "beside")]
+    if not taken or not hasattr(method, "beside"):
         return None
-    return Reject(f"{use.method} with this init takes its start out of the dense weight, and {before[0].use.method} comes before it")
+    return Reject(f"{use.method} works on the dense weight, and {taken[0]} before it has made that its own")
+
+
+def _splits(method: Method, use: MethodUse) -> bool:
+    splits = getattr(method, "splits_weight", None)
+    return splits is not None and bool(splits(use.spec))
 
 
 def _treated(site: Site, rule: Rule) -> Site:
@@ -223,7 +237,7 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStat
     fragments: list[Fragment] = []
     parts: list[Part] = []
     for part, label in zip(planned, _labels(planned), strict=True):
-        method = shop.methods[part.use.method]
+        method = _standing(shop.methods[part.use.method], parts)
         _needs(method, part.use, rule, site, stats)
         b = scope.builder_for(label, shop.seed, fragments, None if fragments else solution)
         fragment = method.build(treated, part.use.spec, part.choice, stats, b)
@@ -270,8 +284,7 @@ def _measured(
         cost=total_cost(site, parts),
         nodes=scope.close(fragments, keeps_node),
         consts=tuple(const for fragment in fragments for const in fragment.consts),
-        keeps_dense=keeps_node,
-        spectrum=fragments[0].spectrum,
+        keeps_dense=keeps_node or any(site.const in node.inputs() for item in fragments for part in item.parts for node in part),
     )
 
 

@@ -28,6 +28,7 @@ _BUILT_IN: Mapping[str, str] = {
     "tt": "matmorph.passes.methods.tt:TT",
     "tt_lora": "matmorph.passes.methods.tt_lora:TTLora",
     "lora": "matmorph.passes.methods.lora:Lora",
+    "glora": "matmorph.passes.methods.glora:Glora",
     "transact": "matmorph.passes.methods.transact:Transact",
 }
 
