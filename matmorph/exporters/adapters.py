@@ -29,6 +29,7 @@ from matmorph.passes.trainables import method_of
 PARTS = ("down", "up")
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 METHODS = ("lora", "loftq", "qlora", "tt_lora")
+"""Those with a two-factor form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Ten
             return two_factor_form(cores, adapter.in_features, adapter.scale)
         except ValueError as error:
             raise ExportError(f"{adapter.site}: its tensor train has no two-factor form: {error}") from error
+    if adapter.method not in METHODS:
+        raise InputError(f"{adapter.site}: {adapter.method} has no two-factor form; merge it instead")
     down, up = (tensors[part] for part in PARTS)
     lead = () if adapter.batch is None else (adapter.batch,)
     rank = down.shape[-1] if down.dim() else 0

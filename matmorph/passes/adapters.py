@@ -24,14 +24,16 @@ from matmorph.specs.schema import MethodUse, Spec
 METHODS = GROUPS["adapters"]
 NEAREST = 5
 
+GATES = "gates"
+"""Short name of what says which tensors of a supernet count; no factor, but what the factors mean depends on it."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """One method's factors at one site.
 
-    `consts`: dotted names by the method's short ones ("down", "up"; "core_0" ...). `scale`: of the factors' product. `base`: what they
-    stand beside: "dense", "own" (a frozen weight that lacks what the factors start with), or the method that took the weight's place, with
-    `quantizer` its settings where that is a quantised one. `applications`: how often the site's weight is used.
+    `consts`: dotted names by the method's short ones ("down", "up"; "core_0" ...; of a supernet also "gates"). `scale`: of the factors'
+    product. `base`: what they stand beside: "dense", "own" (a frozen weight that lacks what they start with), or the method that took
+    the weight's place, with `quantizer` its settings where that is a quantised one. `applications`: how often the site's weight is used.
     `rslora`: whether the scale is alpha / sqrt(rank).
     """
 
@@ -95,6 +97,7 @@ def _of_site(row: SiteRow, uses: Sequence[MethodUse], state: Mapping[str, Const]
         factors = {short: path for short, path in consts.items() if state[path].trainable}
         if use.method in METHODS and factors:
             yield Adapter(
+            factors |= {short: path for short, path in consts.items() if short == GATES}
                 row.path,
                 row.rule or "",
                 use.method,

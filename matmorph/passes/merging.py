@@ -29,6 +29,7 @@ from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods import Method
 from matmorph.passes.methods.quantize import Quantize
 from matmorph.passes.rewrite import rewrite
+from matmorph.passes.reparametrised import constant, folded, with_constants
 from matmorph.specs.load import load_spec
 
 NBITS, CODEBOOK = "matmorph.matmul_nbits.default", "matmorph.matmul_codebook.default"
@@ -59,20 +60,52 @@ def merge(
     InputError: nothing to merge, values of another model or rank (see `with_values`), a base that cannot take an update in.
     """
     if not adapters:
-        raise InputError("nothing to merge: the model has no adapters (no rule put in lora, tt_lora, loftq or qlora)")
+        raise InputError("nothing to merge: the model has no adapters (no rule put in lora, tt_lora, glora, loftq or qlora)")
     sites = _by_site(adapters)
     _refuse_unfit(sites)
     trained = with_values(graph, values or {})
     factors = {adapter: consts_of(trained, adapter.consts.values()) for adapter in adapters}
-    updates = {path: _update(parts, factors, methods) for path, parts in sites.items()}
-    bare = without(trained, [const for consts in factors.values() for const in consts])
-    found: dict[str, Merged] = {}
-    current = bare
-    for path, parts in sites.items():
+    _refuse_undecided(factors)
+    current, found = _folded(trained, factors)
+    added = {path: left for path, parts in sites.items() if (left := [adapter for adapter in parts if not _inside(adapter)])}
+    updates = {path: _update(parts, factors, methods) for path, parts in added.items()}
+    for parts in added.values():
+        current = _shifted(current, parts, factors, methods)
+    current = without(current, [const for parts in added.values() for adapter in parts for const in factors[adapter]]) if added else current
+    for path, parts in added.items():
         put = _put_codes if parts[0].quantizer is not None else _put_dense
-        current, found[path] = put(current, parts, updates[path])
+        current, merged = put(current, parts, updates[path])
+        found[path] = replace(merged, methods=_methods(sites[path]))
     verify(current)
-    return current, tuple(found.values())
+    return current, tuple(found[path] for path in sites)
+
+
+def _inside(adapter: Adapter) -> bool:
+    """Whether the adapter is not added to a matmul but computes its weight and bias."""
+    return adapter.method == "glora" and adapter.base == "dense"
+
+
+def _refuse_undecided(factors: Mapping[Adapter, Sequence[Const]]) -> None:
+    for adapter, consts in factors.items():
+        gates = dict(zip(adapter.consts, consts, strict=True)).get("gates")
+        if gates is not None and not bool(gates.load().any()):
+            raise InputError(
+                f"{adapter.site}: a supernet of glora, and no configuration says which of its tensors to merge",
+                ["name one: merge(values, configuration=...), matmorph merge --configuration FILE; matmorph search finds one"],
+            )
+
+
+def _folded(graph: Graph, factors: Mapping[Adapter, Sequence[Const]]) -> tuple[Graph, dict[str, Merged]]:
+    """Weights and biases that glora computes, as constants."""
+    found: dict[str, Merged] = {}
+    for adapter, consts in factors.items():
+        if _inside(adapter):
+            result = folded(graph, adapter.site, consts)
+            graph = result.graph
+            error = relative_weight_error(result.wanted, result.stored.double())
+            change = _change(result.before, result.wanted - result.before)
+            found[adapter.site] = Merged(adapter.site, (adapter.method,), "dense", error, change, result.names)
+    return graph, found
 
 
 def _by_site(adapters: Sequence[Adapter]) -> dict[str, list[Adapter]]:
@@ -114,6 +147,31 @@ def _product(adapter: Adapter, tensors: Mapping[str, Tensor], methods: Mapping[s
 
 
 # a dense base
+def _shifted(graph: Graph, parts: Sequence[Adapter], factors: Mapping[Adapter, Sequence[Const]], methods: Mapping[str, Method]) -> Graph:
+    """The bias of a quantised base with what glora adds to it."""
+    shifting = [adapter for adapter in parts if adapter.method == "glora" and {"D", "E"} & set(adapter.consts)]
+    if not shifting or parts[0].quantizer is None:
+        return graph
+    adapter = shifting[0]
+    tensors = {short: const.load().detach().double() for short, const in zip(adapter.consts, factors[adapter], strict=True)}
+    nodes = _quantised_nodes(graph, adapter)
+    bias = nodes[0].args[_BIAS[nodes[0].op]]
+    old = {} if bias is None else {"bias": constant(graph, bias)}
+    base = torch.zeros(adapter.out_features, adapter.in_features, dtype=torch.float64)
+    new = methods[adapter.method].merge({**tensors, "base": base, **old})[1]
+    if new is None:
+        raise VerifyError(f"{adapter.site}: glora has a shift of the bias, and merging gives none")
+    like = nodes[0].args[0].tensor
+    holder = Value(f"{adapter.site}.bias", TensorType(like.dtype, (adapter.out_features,)))
+    changed = {node: _with_bias(node, holder) for node in nodes}
+    return with_constants(graph, changed, {holder: (holder.name, new)}, factors[adapter][0])[0]
+
+
+def _with_bias(node: Node, bias: Value) -> Node:
+    place = _BIAS[node.op]
+    return replace(node, args=(*node.args[:place], bias, *node.args[place + 1 :]))
+
+
 
 
 def _put_dense(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[Graph, Merged]:
@@ -184,10 +242,7 @@ def _rewired(node: Node, copies: Mapping[Value, Value]) -> Node:
 def _put_codes(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[Graph, Merged]:
     """The quantised nodes become a dense matmul with W', and that is quantised with the same settings."""
     first = parts[0]
-    codes = consts_of(graph, [first.base_consts["codes"]])[0]
-    nodes = [node for node in graph.nodes if node.op in _BIAS and node.args[1] is codes]
-    if not nodes:
-        raise InputError(f"{first.site}: no quantised matmul reads {codes.path}, so its adapter cannot be merged")
+    nodes = _quantised_nodes(graph, first)
     base = _dequantised(nodes[0]) + _shift(graph, nodes[0])
     dtype = nodes[0].args[0].tensor.torch_dtype
     wanted = base + update
@@ -201,6 +256,14 @@ def _put_codes(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[
 
 
 def _dequantised(node: Node) -> Tensor:
+def _quantised_nodes(graph: Graph, adapter: Adapter) -> list[Node]:
+    codes = consts_of(graph, [adapter.base_consts["codes"]])[0]
+    nodes = [node for node in graph.nodes if node.op in _BIAS and node.args[1] is codes]
+    if not nodes:
+        raise InputError(f"{adapter.site}: no quantised matmul reads {codes.path}, so its adapter cannot be merged")
+    return nodes
+
+
     """The dense matrix [out, in] of a quantised node, float64."""
     like = torch.empty(0, dtype=torch.float64)
     if node.op == NBITS:
