@@ -23,9 +23,9 @@ from matmorph.specs.schema import MethodUse, Spec
 
 METHODS = GROUPS["adapters"]
 NEAREST = 5
-
 GATES = "gates"
 """Short name of what says which tensors of a supernet count; no factor, but what the factors mean depends on it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -96,8 +96,8 @@ def _of_site(row: SiteRow, uses: Sequence[MethodUse], state: Mapping[str, Const]
     for use, consts in parts:
         factors = {short: path for short, path in consts.items() if state[path].trainable}
         if use.method in METHODS and factors:
-            yield Adapter(
             factors |= {short: path for short, path in consts.items() if short == GATES}
+            yield Adapter(
                 row.path,
                 row.rule or "",
                 use.method,

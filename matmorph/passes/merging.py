@@ -28,8 +28,8 @@ from matmorph.passes.linalg.svd import truncated_svd
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods import Method
 from matmorph.passes.methods.quantize import Quantize
-from matmorph.passes.rewrite import rewrite
 from matmorph.passes.reparametrised import constant, folded, with_constants
+from matmorph.passes.rewrite import rewrite
 from matmorph.specs.load import load_spec
 
 NBITS, CODEBOOK = "matmorph.matmul_nbits.default", "matmorph.matmul_codebook.default"
@@ -146,7 +146,6 @@ def _product(adapter: Adapter, tensors: Mapping[str, Tensor], methods: Mapping[s
     return methods[adapter.method].merge({**tensors, "base": zeros, "scale": scale})[0]
 
 
-# a dense base
 def _shifted(graph: Graph, parts: Sequence[Adapter], factors: Mapping[Adapter, Sequence[Const]], methods: Mapping[str, Method]) -> Graph:
     """The bias of a quantised base with what glora adds to it."""
     shifting = [adapter for adapter in parts if adapter.method == "glora" and {"D", "E"} & set(adapter.consts)]
@@ -172,6 +171,7 @@ def _with_bias(node: Node, bias: Value) -> Node:
     return replace(node, args=(*node.args[:place], bias, *node.args[place + 1 :]))
 
 
+# a dense base
 
 
 def _put_dense(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[Graph, Merged]:
@@ -255,7 +255,6 @@ def _put_codes(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[
     return result, Merged(first.site, _methods(parts), first.base, outcome.weight_error, _change(base, update), names, first.quantizer)
 
 
-def _dequantised(node: Node) -> Tensor:
 def _quantised_nodes(graph: Graph, adapter: Adapter) -> list[Node]:
     codes = consts_of(graph, [adapter.base_consts["codes"]])[0]
     nodes = [node for node in graph.nodes if node.op in _BIAS and node.args[1] is codes]
@@ -264,6 +263,7 @@ def _quantised_nodes(graph: Graph, adapter: Adapter) -> list[Node]:
     return nodes
 
 
+def _dequantised(node: Node) -> Tensor:
     """The dense matrix [out, in] of a quantised node, float64."""
     like = torch.empty(0, dtype=torch.float64)
     if node.op == NBITS:
