@@ -64,24 +64,13 @@ def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force
     """Write trained adapters of DIR as one .onnx_adapter file.
 
     Sessions of a model with `export.adapters: inputs` load it."""
-    from matmorph.exporters.adapters import adapter_arrays, base_fingerprint, serve
-    from matmorph.runtime.adapters import read_slots, save_adapter
+    from matmorph.lifecycle import save_adapters
 
     _refuse_file(out, force)
     job, adapters, values = _opened(folder, trained)
-    own = {name for adapter in adapters for name in adapter.consts.values()}
-    others = sorted(name for name, value in values.items() if name not in own and _differs(job, name, value))
-    if others:
-        raise InputError(
-            f"{trained}: {others[0]} was trained too, and an adapter file holds factors only",
-            ["merge instead, or train the adapters alone (train.trainable: [adapters])"],
-        )
-    start = {const.path: const.load() for const in job.graph.state if const.path in own}
-    served = serve(job.graph, adapters, job.spec.export.precision)
     with _readable():
-        slots = read_slots(served.to_dict(), str(folder))
-        save_adapter(out, adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}}), slots)
-    print(f"wrote {out} ({len(adapters)} pairs of factors for the base {base_fingerprint(job.graph, adapters)[:12]})")
+        fingerprint = save_adapters(job, adapters, values, str(trained or folder), out)
+    print(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
 
 
 @adapter_app.command(name="load")
@@ -213,13 +202,6 @@ def _opened(folder: Path, trained: Path | None) -> tuple[Job, tuple[Adapter, ...
 
     job, adapters = reopen(folder)
     return job, adapters, read_trained(folder, job.graph, adapters, trained)
-
-
-def _differs(job: Job, name: str, value: Any) -> bool:
-    import torch
-
-    const = next((const for const in job.graph.state if const.path == name), None)
-    return const is None or not torch.equal(const.load().float(), torch.as_tensor(value).float())
 
 
 def _refuse_file(path: Path, force: bool) -> None:

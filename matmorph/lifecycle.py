@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from matmorph.errors import InputError
+from matmorph.exporters.adapters import adapter_arrays, base_fingerprint, serve
 from matmorph.ir.core import Graph
 from matmorph.passes.adapters import Adapter, find_adapters, with_values
 from matmorph.passes.merging import Merged, merge
@@ -16,6 +19,7 @@ from matmorph.passes.methods import method_table
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow, Totals
+from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.saving import Job
 from matmorph.specs.schema import Spec
 
@@ -66,6 +70,30 @@ def merged_job(job: Job, adapters: Sequence[Adapter], source: Values | None) -> 
     start = job if source is None else loaded_job(job, source)
     graph, found = merge(start.graph, adapters, methods)
     return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
+
+
+def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, Any], where: str, path: Path) -> str:
+    """Writes the factors of all adapters as one .onnx_adapter file; the fingerprint of their base.
+
+    values: by dotted name; a factor that they lack is as it was compiled. InputError where something beside the factors was trained, which
+    the file could not hold; AdapterError for a place that cannot be written.
+    """
+    own = {name for adapter in adapters for name in adapter.consts.values()}
+    others = sorted(name for name, value in values.items() if name not in own and _differs(job, name, value))
+    if others:
+        raise InputError(
+            f"{where}: {others[0]} was trained too, and an adapter file holds factors only",
+            ["merge instead, or train the adapters alone (train.trainable: [adapters])"],
+        )
+    start = {const.path: const.load() for const in job.graph.state if const.path in own}
+    arrays = adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}})
+    save_adapter(path, arrays, read_slots(serve(job.graph, adapters, job.spec.export.precision).to_dict(), where))
+    return base_fingerprint(job.graph, adapters)
+
+
+def _differs(job: Job, name: str, value: Any) -> bool:
+    const = next((const for const in job.graph.state if const.path == name), None)
+    return const is None or not torch.equal(const.load().float(), torch.as_tensor(value).float())
 
 
 def _inline(spec: Spec) -> Spec:

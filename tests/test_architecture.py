@@ -53,6 +53,7 @@ RUNTIME = "matmorph.runtime"
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
 MAY_IMPORT_RUNTIME = (
     "matmorph.saving",
+    "matmorph.lifecycle",
     "matmorph.reopening",
     "matmorph.api",
     "matmorph.cli_train",

@@ -31,6 +31,9 @@ SCRIPTS = (
     "tensor_train",
     "tensor_train_plans",
     "product_rates",
+    "run",
+    "ort_quantizers",
+    "gallery",
 )
 Load = Callable[[str], ModuleType]
 
@@ -189,6 +192,50 @@ def test_train_step_runs_beside_torch(load: Load, capsys: pytest.CaptureFixture[
     for row in rows:
         assert row["ratio"] == pytest.approx(row["ort_ms"] / row["eager_ms"], rel=1e-12)  # float64 rounding
         assert row["ort_peak_mb"] > row["ort_growth_mb"] > 0
+
+
+@pytest.mark.full
+def test_gallery_measures_one_spec(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [fits, other] = tiny(load("gallery"), capsys, "--data", str(toy_data), "--specs", "quantize-u4", "tt-lora-roberta")
+    assert fits["reason"] is None
+    assert 0 < fits["bytes"] < 20e6
+    assert fits["time_over_dense"] > 0
+    assert other["bytes"] is None
+    assert other["reason"].startswith("shape [12, 8, 8, 2, 2, 2, 8, 12] multiplies to 589824")
+
+
+@pytest.mark.full
+def test_ort_quantizers_quantise_the_same_matmuls(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("ort_quantizers"), capsys, "--data", str(toy_data), "--models", "ORT u4 rtn", "matmorph u4")
+    assert [(row["model"], row["quantised_nodes"]) for row in rows] == [("dense", 0), ("ORT u4 rtn", 36), ("matmorph u4", 36)]
+    assert rows[2]["mb"] == pytest.approx(rows[1]["mb"], rel=0.02)  # the same codes, scales and zero points; names and layouts differ
+
+
+def test_run_keeps_what_scripts_print_and_writes_the_page(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = load("run")
+    assert set(run.scripts()) == set(SCRIPTS) - set(run.NOT_RUN)
+    page, out = tmp_path / "page.md", tmp_path / "results"
+    words = ["--tiny", "--threads", "1", "--out", str(out), "--page", str(page), "--date", "2000-01-01", "--only", "low_rank"]
+    run.main(words)
+    capsys.readouterr()
+    kept = json.loads((out / "2000-01-01.json").read_text())
+    [row] = [row for row in kept["results"]["low_rank"]["rows"] if row["tokens"] == 1]
+    text = page.read_text()
+    assert f"| {row['size']} | {row['rank']} | 1 | {row['dense_ms']:.4g} |" in text
+    assert "## low_rank" in text
+    assert set(kept["peers"]) == set(run.PEERS)
+
+
+def test_run_says_what_failed(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load("run")
+    monkeypatch.setattr(run, "run_one", lambda name, options: {"error": f"{name} stopped", "seconds": 1.0})
+    words = ["--tiny", "--out", str(tmp_path), "--page", str(tmp_path / "page.md"), "--date", "2000-01-01", "--only", "low_rank", "plan_7b"]
+    with pytest.raises(SystemExit) as caught:
+        run.main(words)
+    assert caught.value.code == 1
+    assert capsys.readouterr().out.splitlines() == ["low_rank: low_rank stopped (1.0 s)", "plan_7b: plan_7b stopped (1.0 s)"]
+    assert "did not come to an end" in (tmp_path / "page.md").read_text()
+    assert run.table([{"a": 1.23456, "b": "x|y"}, {"a": None}]) == ["| a | b |", "| ---: | --- |", "| 1.235 | x\\|y |", "|  |  |"]
 
 
 def test_table_is_printed_without_json(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

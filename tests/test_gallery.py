@@ -1,0 +1,59 @@
+"""The figures beside the library specs: each belongs to the spec as it is, and the list shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from matmorph.specs import gallery as module
+from matmorph.specs.gallery import dense_line, figures, figures_line, gallery, text_hash
+from matmorph.specs.load import library_names, library_text
+
+ROW = {"spec": "one", "bytes": 12_340_000, "spearman": 85.5, "time_over_dense": 0.75, "reason": None}
+AROUND = {"model": "minilm", "pairs": 1500, "dense": {"bytes": 9e7, "spearman": 86.7}, "environment": {"threads": 1}}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A gallery of one spec; its text."""
+    text = "version: 1   # the language\nname: one\n"
+    data: Mapping[str, Any] = {**AROUND, "rows": [{**ROW, "sha256": text_hash(text)}]}
+    monkeypatch.setattr(module, "gallery", lambda: data)
+    return text
+
+
+def test_every_library_spec_has_figures_of_its_present_text() -> None:
+    texts = {name: library_text(name) for name in library_names()}
+    assert sorted(row["spec"] for row in gallery()["rows"]) == sorted(texts)
+    stale = sorted(set(texts) - set(figures(texts)))
+    assert not stale, f"changed since they were measured: {stale}; python benchmarks/gallery.py --write measures all of them again"
+
+
+def test_figures_belong_to_the_text_that_was_measured(measured: str) -> None:
+    assert figures({"one": measured})["one"].spearman == 85.5
+    assert figures({"one": measured.replace("the language", "another comment") + "\n# more\n"})["one"].bytes == 12_340_000
+    assert figures({"one": measured + "seed: 1\n"}) == {}
+    assert figures({"two": measured}) == {}
+
+
+def test_lines_say_figures_or_why_there_are_none(measured: str) -> None:
+    assert figures_line(figures({"one": measured})["one"]) == "MiniLM: 12.3 MB, Spearman 85.50, time 0.75 x dense"
+    assert figures_line(None) == "MiniLM: not measured in this form"
+    assert figures_line(module.Figures(None, None, None, "no labels")) == "MiniLM: does not fit (no labels)"
+    assert dense_line().startswith("MiniLM as it is: 90.0 MB, Spearman 86.70 (STS-B dev, 1,500 pairs")
+
+
+def test_figures_are_plausible() -> None:
+    data = gallery()
+    dense = data["dense"]
+    for row in data["rows"]:
+        if row["reason"] is None:
+            assert 0 < row["bytes"] < 1.5 * dense["bytes"]
+            assert 50 < row["spearman"] < dense["spearman"] + 1
+            assert 0.1 < row["time_over_dense"] < 10
+        else:
+            assert (row["bytes"], row["spearman"], row["time_over_dense"]) == (None, None, None)
+    assert json.loads(json.dumps(data)) == data
