@@ -58,7 +58,7 @@ def train_command(
     warmup: Annotated[float, typer.Option("--warmup", metavar="X", help="Updates, or a share of all of them below 1.")] = 0.0,
     trim: Annotated[str | None, typer.Option("--trim", metavar="INPUT", help="Cut off columns where INPUT is 0 in every row.")] = None,
     validation: Annotated[Path | None, typer.Option("--validation", metavar="FILE", help="Data to evaluate after each epoch.")] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order of the samples, and of what a supernet trains.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="Written after each epoch.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="Go on from this checkpoint.")] = None,
     provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help="cpu or cuda; may be repeated.")] = None,
@@ -70,7 +70,7 @@ def train_command(
 
     The trained parameters go into one file, for `matmorph merge`; DIR stays as it is. Needs no torch."""
     refuse_existing_file(out, force)
-    settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads}
+    settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads, "seed": seed}
     began = time.perf_counter()
     with readable_errors():
         loader = loader_of(data, batch_size, seed, trim)
@@ -156,7 +156,10 @@ def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | N
     if validation is None:
         return None
     from matmorph.runtime.batches import load_batches
+    from matmorph.runtime.train_manifest import read_train_manifest
 
+    if read_train_manifest(folder).supernet is not None:
+        raise InputError(f"--validation: {folder} trains a supernet, which has no one accuracy; matmorph search judges its configurations")
     loader = load_batches(validation, batch_size, shuffle=False, transform=_trimming(trim))
     metrics = _metrics(folder)
 

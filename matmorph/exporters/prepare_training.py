@@ -16,7 +16,8 @@ from matmorph.ir.core import Const, Graph, Value, values_in
 from matmorph.ir.gradient import gradient_graph, loss_graph
 from matmorph.ir.losses import FUNCTION, Loss, LossFunction, judged, label_inputs, tensor_outputs
 from matmorph.ir.types import TensorType, dtype_name, symbol
-from matmorph.passes.trainables import Trainable, resolve
+from matmorph.passes.supernet import gates_of, site_of, with_gate_input
+from matmorph.passes.trainables import Trainable, method_of, resolve
 from matmorph.specs.optimizers import AdamW, AnyOptimizer
 from matmorph.specs.schema import ParameterSelector, Train
 
@@ -56,9 +57,13 @@ def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[tor
     operator without a gradient).
     """
     _check_output(graph, request)
+    compiled, gates = graph, gates_of(graph)
+    if gates:
+        graph, examples = with_gate_input(graph, gates), [*examples, _all_open(gates, graph.device)]
     loss = _loss(graph, request)
     trainables = resolve(graph, request.trainable, request.frozen, _reached(graph, loss))
     _refuse_wide(trainables)
+    _refuse_partly(graph, gates, trainables)
     consts = [item.const for item in trainables]
     evaluation = loss_graph(graph, consts, loss)
     gradient = gradient_graph(graph, consts, loss, request.keep)
@@ -66,7 +71,7 @@ def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[tor
     feeds = _feeds(graph, loss, request, labels, examples, seed)
     theta = initial_theta(trainables).to(graph.device)
     return Training(
-        graph=graph,
+        graph=compiled,
         gradient=gradient,
         evaluation=evaluation,
         trainables=trainables,
@@ -74,7 +79,23 @@ def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[tor
         labels=tuple(name for name, _ in labels),
         optimizer=request.optimizer,
         vectors=training_vectors(evaluation, theta, [const.numel for const in consts], feeds, graph.ranges),
+        supernet=tuple(map(site_of, gates)),
     )
+
+
+def _all_open(gates: Sequence[Const], device: str) -> torch.Tensor:
+    """Gates for the check of the gradients: every form of every tensor counts, which no configuration allows."""
+    return torch.ones(len(gates), *map(int, gates[0].tensor.shape), device=device)
+
+
+def _refuse_partly(graph: Graph, gates: Sequence[Const], trainables: Sequence[Trainable]) -> None:
+    """A configuration says what trains of a supernet: all of it must be there."""
+    sites = set(map(site_of, gates))
+    trained = {item.const for item in trainables}
+    for const in graph.used_state():
+        ours = const.trainable and method_of(const) == "glora" and const.path.rpartition(".glora.")[0] in sites
+        if ours and const not in trained:
+            raise InputError(f"{const.path} belongs to a supernet and does not train: train all its tensors (trainable: adapters)")
 
 
 def _check_output(graph: Graph, request: TrainRequest) -> None:

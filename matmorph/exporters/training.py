@@ -35,6 +35,8 @@ from matmorph.exporters.training_vectors import TrainingVectors, vectors_bytes
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.losses import Loss
 from matmorph.ir.text import print_graph
+from matmorph.passes.adapters import GATES
+from matmorph.passes.methods.glora import COLUMNS, WORDS
 from matmorph.passes.trainables import Trainable
 from matmorph.specs.optimizers import AnyOptimizer, optimizer_name
 
@@ -55,7 +57,7 @@ class Training:
 
     `graph`: the compiled model; `gradient` and `evaluation`: its gradient and loss graph (see `ir.gradient`). `trainables`: in the order of
     theta. `labels`: names of the label inputs. `vectors`: what torch answers. `adapters`: what each inserted adapter is made of, for
-    whoever merges or exchanges it.
+    whoever merges or exchanges it. `supernet`: the sites of a search, in the order of the rows of the input `gates`.
     """
 
     graph: Graph
@@ -67,6 +69,7 @@ class Training:
     optimizer: AnyOptimizer
     vectors: TrainingVectors
     adapters: Sequence[Mapping[str, Any]] = ()
+    supernet: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ def _described(
     training: Training, layout: _Layout, grad: OnnxInfo, evaluation: OnnxInfo, files: Mapping[str, FileInfo], version: str
 ) -> dict[str, Any]:
     """train.json as plain data."""
-    own = {THETA, LOSS_SCALE, *training.labels}
+    own = {THETA, LOSS_SCALE, *((GATES,) if training.supernet else ()), *training.labels}
     trained = {item.const for item in training.trainables}
     frozen = [const for const in training.graph.used_state() if const not in trained]
     name = optimizer_name(training.optimizer)
@@ -201,9 +204,28 @@ def _described(
         ],
         "segments": [asdict(segment) for segment in layout.segments],
         "adapters": [dict(adapter) for adapter in training.adapters],
+        **({"supernet": _supernet(training)} if training.supernet else {}),
         "initial": TRAINABLE,
         "files": {name: files[name].to_dict() for name in sorted(files)},
     }
+
+
+def _supernet(training: Training) -> dict[str, Any]:
+    """What a Trainer needs to choose: the columns of a gate row, and by site and tensor its words and parameters."""
+    adapters = {adapter["site"]: adapter for adapter in training.adapters if adapter.get("words")}
+    sites = []
+    for site in training.supernet:
+        consts, words = adapters[site]["consts"], adapters[site]["words"]
+        tensors = {
+            tensor: {
+                "words": list(words[tensor]),
+                "up": consts.get(f"{tensor}_up", consts.get(tensor)),
+                "down": consts.get(f"{tensor}_down"),
+            }
+            for tensor in WORDS
+        }
+        sites.append({"site": site, "tensors": tensors})
+    return {"columns": [list(pair) for pair in COLUMNS], "sites": sites}
 
 
 def _ports(ports: Any) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ class Adapter:
     `consts`: dotted names by the method's short ones ("down", "up"; "core_0" ...; of a supernet also "gates"). `scale`: of the factors'
     product. `base`: what they stand beside: "dense", "own" (a frozen weight that lacks what they start with), or the method that took
     the weight's place, with `quantizer` its settings where that is a quantised one. `applications`: how often the site's weight is used.
-    `rslora`: whether the scale is alpha / sqrt(rank).
+    `rslora`: whether the scale is alpha / sqrt(rank). `words`: of a supernet, by tensor what it may be.
     """
 
     site: str
@@ -51,6 +51,7 @@ class Adapter:
     form: str = "linear"
     applications: int = 1
     rslora: bool = False
+    words: Mapping[str, Sequence[str]] | None = None
 
     @property
     def starts_at_zero(self) -> bool:
@@ -112,7 +113,14 @@ def _of_site(row: SiteRow, uses: Sequence[MethodUse], state: Mapping[str, Const]
                 row.form,
                 row.applications,
                 bool(getattr(use.spec, "rslora", False)),
+                _words(use, factors) if GATES in factors else None,
             )
+
+
+def _words(use: MethodUse, consts: Mapping[str, str]) -> Mapping[str, Sequence[str]]:
+    """What each tensor of a supernet may be here; one that the site has no numbers for is none."""
+    present = {short.partition("_")[0] for short in consts}
+    return {tensor: words if tensor in present else ("none",) for tensor, words in use.spec.words.items()}
 
 
 def _base(

@@ -101,7 +101,7 @@ class GradGraph:
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest) -> None:
         self._session = sessions.load(GRAD)
-        _check_inputs(sessions.folder / GRAD, self._session, ("theta", "loss_scale", *(info.name for info in manifest.inputs)))
+        _check_inputs(sessions.folder / GRAD, self._session, ("theta", "loss_scale", *manifest.graph_inputs))
         self.device = Device.of(self._session)
         self.gradient = self.device.value(np.zeros(manifest.length, np.float32))
 
@@ -125,13 +125,17 @@ class ApplyGraph:
     def __init__(self, sessions: Sessions, manifest: TrainManifest, optional: Mapping[str, Array]) -> None:
         self._session = sessions.load(APPLY, beside=True)
         _check_inputs(sessions.folder / APPLY, self._session, ("theta", *manifest.states, "grad", "step", *_NUMBERS))
-        device = Device.of(self._session)
-        self._optional = {name: device.value(optional[name]) for name in _OPTIONAL if name in optional}
+        self._device = Device.of(self._session)
+        self._optional = {name: self._device.value(optional[name]) for name in _OPTIONAL if name in optional}
 
-    def run(self, vectors: Vectors, gradient: onnxruntime.OrtValue, step: int, numbers: Mapping[str, float]) -> tuple[float, bool]:
-        """(norm of the scaled gradient, skipped); the new state is in `vectors.next`. Raises ExecutionError when ONNX Runtime refuses."""
+    def run(
+        self, vectors: Vectors, gradient: onnxruntime.OrtValue, step: int, numbers: Mapping[str, float], mask: Array | None = None
+    ) -> tuple[float, bool]:
+        """(norm of the scaled gradient, skipped); the new state is in `vectors.next`. `mask`: of this update, in place of the one given at
+        first. Raises ExecutionError when ONNX Runtime refuses."""
         binding = self._session.io_binding()
-        for name, value in {**vectors.current, **self._optional, "grad": gradient}.items():
+        optional = self._optional if mask is None else {**self._optional, "mask": self._device.value(mask)}
+        for name, value in {**vectors.current, **optional, "grad": gradient}.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in vectors.next.items():
             binding.bind_ortvalue_output(f"{name}_next", value)
@@ -148,7 +152,7 @@ class EvalGraph:
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest) -> None:
         self._session = sessions.load(EVAL)
-        _check_inputs(sessions.folder / EVAL, self._session, ("theta", *(info.name for info in manifest.inputs)))
+        _check_inputs(sessions.folder / EVAL, self._session, ("theta", *manifest.graph_inputs))
         self._names = ["loss", "count", *(info.name for info in manifest.outputs)]
 
     def run(self, theta: onnxruntime.OrtValue, batch: Mapping[str, Array]) -> dict[str, Array]:

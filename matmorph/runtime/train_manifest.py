@@ -23,6 +23,7 @@ from matmorph.runtime.manifest import (
     tensor_info,
     typed,
 )
+from matmorph.runtime.supernet import GATES, Supernet, read_supernet
 
 FORMAT = 1
 TRAIN_MANIFEST, GRAD, APPLY, EVAL = "train.json", "grad.onnx", "apply.onnx", "eval.onnx"
@@ -56,7 +57,8 @@ class Segment:
 class TrainManifest:
     """`length`: trainable scalars. `states`: vectors that the optimizer keeps. `precision`: of the graph's products; state is float32.
 
-    `fingerprint` is of the frozen weights, `trainable_fingerprint` of the trainable names and shapes.
+    `fingerprint` is of the frozen weights, `trainable_fingerprint` of the trainable names and shapes. `supernet`: what is searched, None
+    where nothing is.
     """
 
     version: str
@@ -75,11 +77,17 @@ class TrainManifest:
     files: Mapping[str, FileRecord]
     initial: str
     precision: str = "fp32"
+    supernet: Supernet | None = None
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """What a batch holds: the model's inputs, then the labels."""
         return (*self.features, *(info for info in self.labels if info not in self.features))
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """Inputs of grad.onnx and eval.onnx but for theta and the loss scale."""
+        return (*(info.name for info in self.inputs), *(() if self.supernet is None else (GATES,)))
 
 
 def read_train_manifest(folder: str | os.PathLike[str]) -> TrainManifest:
@@ -123,6 +131,7 @@ def _manifest(data: Any) -> TrainManifest:
         files={name: file_record(name, value) for name, value in entry(top, "files", dict).items()},
         initial=entry(top, "initial", str),
         precision=_precision(top.get("precision", "fp32")),
+        supernet=read_supernet(top.get("supernet"), {one.name: (one.offset, one.shape) for one in parameters}),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from matmorph.runtime.checkpoint import read_tensors
 from matmorph.runtime.errors import ArtifactError, InputMismatch, nearest
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.train_manifest import TrainManifest
@@ -49,6 +51,37 @@ def initial_theta(folder: Path, manifest: TrainManifest) -> Array:
             raise ArtifactError(f"{path}: {one.name} is {tensor.dtype}{list(tensor.shape)}, train.json says {expected}")
         theta[one.offset : one.offset + one.size] = tensor.reshape(-1)
     return theta
+
+
+def put_in(manifest: TrainManifest, theta: Array, source: Mapping[str, Array] | str | os.PathLike[str]) -> Array:
+    """theta with values in it: by name, or of a file of `Trainer.save_parameters` or `Trainer.save`.
+
+    Raises InputMismatch for a parameter that is not there, another shape, NaN and infinity; CheckpointError for a file that cannot be read.
+    """
+    values = source if isinstance(source, Mapping) else _from_file(manifest, Path(source))
+    _check_names("values", list(values), [one.name for one in manifest.parameters], "trainable parameter")
+    found = np.array(theta)
+    for one in manifest.parameters:
+        if one.name in values:
+            array = np.asarray(values[one.name], np.float32)
+            if array.shape != one.shape:
+                raise InputMismatch(f"values: {one.name} has shape {one.shape}, these have {array.shape}")
+            if not np.isfinite(array).all():
+                raise InputMismatch(f"values: {one.name} has NaN or infinity")
+            found[one.offset : one.offset + one.size] = array.reshape(-1)
+    return found
+
+
+def _from_file(manifest: TrainManifest, path: Path) -> Mapping[str, Array]:
+    tensors, about = read_tensors(path)
+    for key in ("fingerprint", "trainable_fingerprint"):
+        if about.get(key) not in (None, getattr(manifest, key)):
+            raise InputMismatch(f"{path}: was trained on another model (its {key} differs)")
+    if "theta" not in tensors:
+        return tensors
+    if tensors["theta"].shape != (manifest.length,):
+        raise InputMismatch(f"{path}: holds {tensors['theta'].size} trained numbers, this folder trains {manifest.length}")
+    return named(manifest, tensors["theta"])
 
 
 def named(manifest: TrainManifest, vector: Array) -> dict[str, Array]:

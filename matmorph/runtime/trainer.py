@@ -26,9 +26,10 @@ from matmorph.runtime.providers import Provider
 from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
 from matmorph.runtime.schedules import Schedule
 from matmorph.runtime.session import check_dtype, to_stderr
+from matmorph.runtime.supernet import Chooser, Configuration, Named
 from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, Vectors
 from matmorph.runtime.train_manifest import TrainManifest, read_train_manifest
-from matmorph.runtime.train_values import Factors, Mask, check_files, flat_factors, flat_mask, initial_theta, named
+from matmorph.runtime.train_values import Factors, Mask, check_files, flat_factors, flat_mask, initial_theta, named, put_in
 
 AllReduce = Callable[[Array], None]
 """Replaces a float32 vector by its sum over all processes, in place."""
@@ -37,7 +38,7 @@ Callback = Callable[["Trainer", StepInfo], bool | None]
 Metric = Callable[[Mapping[str, Array], Batch], Any]
 """(outputs, batch) -> an array of figures, for instance whether each row was right; `evaluate` gives the mean over all of them."""
 _OPTIONAL = ("mask", "segment_lr", "segment_decay")
-_SETTINGS = ("lr", "weight_decay", "clip", "max_skips")
+_SETTINGS = ("lr", "weight_decay", "clip", "max_skips", "seed", "configuration")
 
 
 class Trainer:
@@ -50,6 +51,9 @@ class Trainer:
 
     `all_reduce` makes this one process of several, each with its own part of every batch: it is called once per update with a float32
     vector [n + 2] (gradient times count, count, loss times count) and must replace it by the sum over the processes.
+
+    A supernet (`glora: {search: true}`) trains one configuration per step, drawn from `seed` and the step's number, and leaves all other
+    parameters and their moments as they are; `configuration` trains one throughout.
 
     Raises ArtifactError (folder, train.json or graphs), ProviderError, InputMismatch (a setting that does not work).
     """
@@ -68,6 +72,8 @@ class Trainer:
         loss_scale: float | None = None,
         max_skips: int | None = None,
         all_reduce: AllReduce | None = None,
+        seed: int = 0,
+        configuration: Named | None = None,
         threads: int | None = None,
         log: Callable[[str], None] = to_stderr,
     ) -> None:
@@ -82,6 +88,8 @@ class Trainer:
         self.max_skips = MAX_SKIPS[self._manifest.precision] if max_skips is None else max_skips
         self._scale = initial_scale(loss_scale, self._manifest.precision)
         self._optional = _optional(self._manifest, mask, segment_lr, segment_decay)
+        self.seed, self.configuration = seed, configuration
+        self._chooser = Chooser(self._manifest.supernet, self._manifest.length, seed, configuration, self._optional.get("mask"))
         self._all_reduce, self._log = all_reduce, log
         self._sessions = Sessions(self._folder, providers, threads, log)
         self._grad = GradGraph(self._sessions, self._manifest)
@@ -167,17 +175,21 @@ class Trainer:
         self._position, self._epochs = None, position.epoch
         return losses
 
-    def evaluate(self, loader: Loader, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, loader: Loader, metrics: Mapping[str, Metric] | None = None, *, configuration: Named | Configuration | None = None
+    ) -> dict[str, float]:
         """ "loss" over all batches (their mean, weighted by what each counts), "count", and the mean of each metric's figures.
 
-        Raises InputMismatch for a batch that does not fit, and where nothing counts; ExecutionError.
+        `configuration`: of a supernet, by default the one that is trained throughout. Raises InputMismatch for a batch or configuration
+        that does not fit, for a supernet without one, and where nothing counts; ExecutionError.
         """
+        more = self._chooser.feeds(self._chooser.chosen(configuration))
         if self._eval is None:
             self._eval = EvalGraph(self._sessions, self._manifest)
         total = count = 0.0
         figures: dict[str, list[Array]] = {name: [] for name in metrics or {}}
         for batch in epoch_batches(loader, 0, 0):
-            results = self._eval.run(self._vectors.current["theta"], self._checked(batch))
+            results = self._eval.run(self._vectors.current["theta"], {**self._checked(batch), **more})
             loss, weight = float(results.pop("loss")), float(results.pop("count"))
             if weight > 0:
                 total, count = total + loss * weight, count + weight
@@ -196,6 +208,13 @@ class Trainer:
         """Copies of the optimizer's states of each parameter: (first, second) of AdamW and Adam-atan2, (momentum,) of SGD and Lion."""
         pieces = [named(self._manifest, self._vectors.get(state)) for state in self._manifest.states]
         return {one.name: tuple(piece[one.name] for piece in pieces) for one in self._manifest.parameters}
+
+    def load_parameters(self, source: Mapping[str, Array] | str | os.PathLike[str]) -> None:
+        """Puts values in, by name or from a .safetensors file or checkpoint; parameters that are not named stay, moments too.
+
+        Raises InputMismatch for a name or shape that is not there, for NaN and infinity; CheckpointError for a file.
+        """
+        self._vectors.set("theta", put_in(self._manifest, self._vectors.get("theta"), source))
 
     def save_parameters(self, path: str | os.PathLike[str]) -> None:
         """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError."""
@@ -269,11 +288,12 @@ class Trainer:
     def _update(self, batches: Sequence[Batch], lr: float, clip: float | None) -> StepInfo:
         """One update of parameters and moments, or none of both. Raises TrainingError."""
         number, scale = self._step + 1, self._scale.value
-        loss, count, divisor = self._gradient(batches)
+        chosen = self._chooser.at(number)
+        loss, count, divisor = self._gradient(batches, self._chooser.feeds(chosen))
         if not math.isfinite(loss):
             raise TrainingError(f"step {number}: the loss is {loss}; {self._kept()}")
         numbers = {"lr": lr, "weight_decay": self.weight_decay, "grad_scale": 1 / (divisor * scale), "max_norm": clip or math.inf}
-        norm, skipped = self._apply.run(self._vectors, self._grad.gradient, number, numbers)
+        norm, skipped = self._apply.run(self._vectors, self._grad.gradient, number, numbers, self._chooser.mask(chosen))
         self._scale = self._scale.after(skipped)
         self._skips = self._skips + 1 if skipped else 0
         if self._skips > self.max_skips:
@@ -286,12 +306,12 @@ class Trainer:
             self._step = number
         return StepInfo(number, loss, count, norm, lr, skipped, scale)
 
-    def _gradient(self, batches: Sequence[Batch]) -> tuple[float, float, float]:
+    def _gradient(self, batches: Sequence[Batch], more: Mapping[str, Array]) -> tuple[float, float, float]:
         """(mean loss, count, what the gradient on the device must be divided by). Raises InputMismatch."""
         if not batches:
             raise InputMismatch("step needs a batch")
         theta, scale = self._vectors.current["theta"], self._scale.value
-        checked = [self._checked(batch) for batch in batches]
+        checked = [{**self._checked(batch), **more} for batch in batches]
         if len(checked) == 1 and self._all_reduce is None:
             loss, count = self._grad.run(theta, checked[0], scale)
             return loss, _counting(count), 1.0
