@@ -28,6 +28,7 @@ from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters import describe_adapters, find_adapters
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
+from matmorph.report.reading import read_context
 from matmorph.runtime.check import check
 from matmorph.runtime.providers import cuda_obstacle
 from matmorph.specs.dump import dump_resolved, entries
@@ -78,7 +79,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         exact = replace(report.totals, bytes=(report.totals.bytes[0], info.bytes))
         final.append(replace(report, totals=exact, parity=None if unchecked else _parity(staging, info, vectors)))
         progress("checking", 1, 1)
-        return Described(final[0].to_dict(), html_page(final[0], spec))
+        return Described(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
         graph=graph if served is None else _relocated(served.graph, job.spec, spec),

@@ -45,6 +45,8 @@ RUNTIME_DEPENDENCIES = {
     "numpy",
     "scipy",
     "safetensors",
+    "jinja2",
+    "markupsafe",
     "rich",
     "typer",
 }

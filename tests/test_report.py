@@ -1,17 +1,15 @@
-"""The tables and the page that are drawn from a report."""
+"""The tables that are drawn from a report."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 
 import pytest
 from reports import make_report
 from rich.console import Console
 
-from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.table import (
     Group,
@@ -131,47 +129,3 @@ def test_a_pipe_gets_unwrapped_lines_without_escapes() -> None:
     text = drawn(print_plan, make_report(), every=True)
     assert "\x1b" not in text
     assert sum(row.path in text for row in make_report().sites) == 37
-
-
-class _Page(HTMLParser):
-    """Collects the tags that are open, addresses, and rows of the table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.rows = 0
-        self.addresses: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.rows += tag == "tr"
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_page_is_well_formed_self_contained_and_complete() -> None:
-    report = make_report()
-    page = html_page(report, "version: 1\nname: <low> & rank\n")
-    parsed = _Page()
-    parsed.feed(page)
-    assert parsed.open == []
-    assert parsed.addresses == []
-    assert "http" not in page
-    assert "<script" not in page
-    assert parsed.rows == 1 + len(report.sites)
-    assert "name: &lt;low&gt; &amp; rank" in page
-    assert "dense takes 589,824 &lt;b&gt;" in page
-    assert "prefers-color-scheme: dark" in page
-    assert "eckart_young" in page
-    assert "torch 2.13.0" in page
-    assert parity_line(report.parity or Parity(0, 0, 0, "")) in page
-
-
-def test_page_of_a_plan_leaves_out_what_it_lacks() -> None:
-    page = html_page(make_report(is_plan=True))
-    assert "largest" not in page
-    assert "Resolved spec" not in page
-    assert html_page(make_report(is_plan=True)) == page

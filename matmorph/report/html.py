@@ -1,129 +1,199 @@
-"""The report as one self-contained page: no script, no network, light or dark as the reader's system is."""
+"""The report as one self-contained page: no network, readable without its script, light or dark as the reader's system is or as chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from statistics import median
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from matmorph.report.charts import TIMES
+from matmorph.report.figures import Cell, Panel, arrow, error_figures, front_figure, layer_map, size_bars, spark, spectrum_panels
 from matmorph.report.model import Pair, Report, SiteRow
-from matmorph.report.table import change, count, error_text, outcome, parity_line, percent, rank_text, shape_text, size
+from matmorph.report.palette import palette
+from matmorph.report.reading import Context
+from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6470; --line: #d8dde3; --paper: #ffffff; --card: #f4f6f8; --bar: #2f6fb2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --soft: #9aa4af; --line: #343b43; --paper: #15181c; --card: #1e2328; --bar: #6aa5e0; }
-}
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; } p { margin: .3rem 0; color: var(--soft); }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
-.card { background: var(--card); border-radius: .5rem; padding: .7rem 1rem; min-width: 10rem; }
-.card b { display: block; font-size: 1.25rem; } .card span { color: var(--soft); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { position: sticky; top: 0; background: var(--paper); white-space: nowrap; } .n { text-align: right; white-space: nowrap; }
-td small { color: var(--soft); display: block; } .kept { color: var(--soft); }
-.bar { background: var(--line); height: .35rem; border-radius: .2rem; min-width: 5rem; margin-top: .25rem; }
-.bar i { display: block; background: var(--bar); height: 100%; border-radius: .2rem; }
-pre { background: var(--card); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
-"""
-
-_HEAD = (
-    "site",
-    "role",
-    "layer",
-    "shape",
-    "rule",
-    "outcome",
-    "rank",
-    "weight error",
-    "output error",
-    "bound",
-    "parameters",
-    "bytes",
-    "MACs",
-)
-_NUMERIC = {"layer", "rank", "weight error", "output error", "bound", "parameters", "bytes", "MACs"}
+_NOTHING = Context()
 
 
-def html_page(report: Report, spec_text: str = "") -> str:
-    """`report.html`. `spec_text`: the resolved spec as YAML, shown as it is. Equal arguments give equal text."""
-    title = f"{report.name} by {report.spec_name}" if report.spec_name else report.name
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        *([f"<p>{escape(parity_line(report.parity))}</p>"] if report.parity else []),
-        f'<div class="cards">{"".join(_cards(report))}</div>',
-        _section("Sites", f'<div class="scroll"><table>{_head()}{"".join(map(_row, report.sites))}</table></div>'),
-        _section("Notes", _list(report.notes)) if report.notes else "",
-        _section("Resolved spec", f"<pre>{escape(spec_text)}</pre>") if spec_text else "",
-        _section("Versions", _list(f"{name} {version}" for name, version in report.versions.items())) if report.versions else "",
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One figure of the summary; `pair` draws what is left as a bar."""
+
+    name: str
+    value: str
+    below: str = ""
+    pair: Pair | None = None
+
+
+def html_page(report: Report, context: Context = _NOTHING) -> str:
+    """`report.html`. Equal arguments give equal text."""
+    colours = palette(report.sites)
+    errors, spectra, bars = error_figures(report, colours), spectrum_panels(report), size_bars(report)
+    curve = front_figure(context.pareto, report)
+    shown = {
+        "summary": ("Summary", True),
+        "map": ("Layer map", bool(report.sites)),
+        "errors": ("Errors", bool(errors)),
+        "spectra": ("Singular values", bool(spectra)),
+        "sizes": ("Sizes", bool(bars)),
+        "pareto": ("Pareto front", curve is not None),
+        "sites": ("Matmuls", True),
+        "notes": ("Notes", bool(report.notes)),
+        "spec": ("Spec", bool(context.spec)),
+        "made": ("Versions and hashes", bool(report.versions or context.files or context.source_sha256)),
+    }
+    return render(
+        "report.html.j2",
+        report=report,
+        context=context,
+        title=f"{report.name} by {report.spec_name}" if report.spec_name else report.name,
+        lead=_lead(report),
+        sections=[(key, name) for key, (name, there) in shown.items() if there],
+        cards=list(_cards(report, context.run)),
+        palette=colours,
+        map=layer_map(report, colours),
+        errors=errors,
+        spectra=spectra,
+        spectra_note=_spectra_note(report),
+        bars=bars,
+        front=curve,
+        measured=any(row.weight_error is not None or row.output_error is not None for row in report.sites),
+        methods=list(dict.fromkeys(outcome(row) for row in report.sites)),
+        statuses=list(dict.fromkeys(row.status for row in report.sites)),
+        run=list(_run(context.run)),
     )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{body}"
+def render(name: str, **values: Any) -> str:
+    """A page from one of the package's templates, its style and script inside. Everything else is escaped."""
+    source = files("matmorph.report") / "templates"
+    own = {key: Markup((source / f"page.{key}").read_text(encoding="utf-8")) for key in ("css", "js")}
+    return _environment().get_template(name).render(**own, **values)
 
 
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("matmorph.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {
+        "outcome": outcome,
+        "error": error_text,
+        "shape": shape_text,
+        "size": size,
+        "sizes": arrow,
+        "counts": lambda pair: arrow(pair, count),
+        "rank": lambda row: rank_text([row]),
+        "value": lambda figure: "" if figure is None else figure,
+        "breakable": breakable,
+        "spark": spark,
+    }
+    made.globals |= {"square": square, "drawn": drawn}
+    return made
 
 
-def _cards(report: Report) -> Iterable[str]:
-    totals = report.totals
+def breakable(path: str) -> Markup:
+    """A dotted path that may be broken behind its dots and underscores."""
+    return Markup(str(escape(path)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def square(cell: Cell) -> Markup:
+    """A site on the map: a link to its row."""
+    return Markup('<a class="cell {}" href="#site-{}" style="--left:{}%" title="{}" aria-label="{}">{}</a>').format(
+        cell.kind, cell.number, cell.kept, cell.words, cell.words, cell.code
+    )
+
+
+def drawn(panel: Panel) -> Markup:
+    """A panel of a figure."""
+    return Markup("<figure><figcaption>{} <span>{}</span></figcaption>{}</figure>").format(panel.title, panel.below, panel.chart)
+
+
+def _lead(report: Report) -> str:
     done = sum(row.status == "rewritten" for row in report.sites)
-    yield _card("sites rewritten", f"{done} of {len(report.sites)}", "")
-    yield _card("parameters", change(totals.parameters, count), percent(totals.parameters))
-    yield _card("bytes", change(totals.bytes, size), percent(totals.bytes))
-    yield _card("MACs per token", change(totals.macs, count), percent(totals.macs))
-    for name, field in (("largest weight error", "weight_error"), ("largest output error", "output_error")):
-        worst = max((row for row in report.sites if getattr(row, field) is not None), key=lambda row: getattr(row, field), default=None)
-        if worst is not None:
-            yield _card(name, error_text(getattr(worst, field)), worst.path)
+    refused = sum(row.status == "rejected" for row in report.sites)
+    words = [f"{done} of {len(report.sites)} matmuls {'would be ' if report.is_plan else ''}rewritten"]
+    words += [f"{refused} rejected"] if refused else []
+    words += [f"{count(report.totals.trainable)} trainable"] if report.totals.trainable else []
+    return " · ".join(words)
 
 
-def _card(name: str, value: str, below: str) -> str:
-    return f'<div class="card"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(below)}</span></div>'
+def _cards(report: Report, run: Mapping[str, Any]) -> Iterator[Card]:
+    totals = report.totals
+    figures = (("Size of weights", totals.bytes, size), ("Parameters", totals.parameters, count), ("MACs per token", totals.macs, count))
+    for name, pair, unit in figures:
+        yield Card(name, arrow(pair, unit), f"{percent(pair)} of the original", pair)
+    if report.is_plan:
+        return
+    yield _error_card(report)
+    yield _parity_card(report)
+    yield _time_card(run)
 
 
-def _head() -> str:
-    cells = "".join(f'<th class="n">{name}</th>' if name in _NUMERIC else f"<th>{name}</th>" for name in _HEAD)
-    return f"<thead><tr>{cells}</tr></thead>"
+def _error_card(report: Report) -> Card:
+    for metric, name in (("output_error", "Output error"), ("weight_error", "Weight error")):
+        rows = [row for row in report.sites if getattr(row, metric) is not None]
+        if rows:
+            worst: SiteRow = max(rows, key=lambda row: float(getattr(row, metric)))
+            middle = error_text(median(getattr(row, metric) for row in rows))
+            return Card(f"{name}, largest", error_text(getattr(worst, metric)), f"median {middle}; largest at {worst.path}")
+    return Card("Output error", "-", "nothing was rewritten" if not _rewritten(report) else "not measured")
 
 
-def _row(row: SiteRow) -> str:
-    remarks = [*([row.reason] if row.reason else []), *row.notes]
-    below = "".join(f"<small>{escape(remark)}</small>" for remark in remarks)
-    bound = (
-        f"{error_text(row.bound.value)}<small>{escape(row.bound.name)} on {row.bound.on.replace('_', ' ')}</small>" if row.bound else "-"
-    )
-    requested = f"<small>asked: {escape(row.requested_rank)}</small>" if row.requested_rank else ""
-    cells = (
-        f"{escape(row.path)}{below}",
-        escape(row.role),
-        "-" if row.layer is None else str(row.layer),
-        f"{shape_text(row.shape)}<small>{escape(row.form)}</small>",
-        escape(row.rule or "-"),
-        escape(outcome(row)),
-        f"{escape(rank_text([row]))}{requested}",
-        error_text(row.weight_error),
-        error_text(row.output_error),
-        bound,
-        change(row.parameters, count),
-        f"{change(row.bytes, size)}{_bar(row.bytes)}",
-        change(row.macs, count),
-    )
-    kept = ' class="kept"' if row.status != "rewritten" else ""
-    tagged = (f'<td class="n">{cell}</td>' if name in _NUMERIC else f"<td>{cell}</td>" for name, cell in zip(_HEAD, cells, strict=True))
-    return f"<tr{kept}>{''.join(tagged)}</tr>\n"
+def _rewritten(report: Report) -> bool:
+    return any(row.status == "rewritten" for row in report.sites)
 
 
-def _bar(pair: Pair) -> str:
-    """Bytes after as a part of bytes before."""
-    before, after = pair
-    share = min(100.0, 100 * after / before) if before else 0.0
-    return f'<div class="bar"><i style="width:{share:.1f}%"></i></div>'
+def _parity_card(report: Report) -> Card:
+    parity = report.parity
+    if parity is None:
+        return Card("Parity with torch", "-", "not checked on this machine")
+    shapes = "1 shape" if parity.cases == 1 else f"{parity.cases} shapes"
+    return Card("Parity with torch", f"{parity.max_difference:.1e}", f"{parity.tolerance:.0e} allowed; {shapes}, {parity.provider}")
+
+
+def _time_card(run: Mapping[str, Any]) -> Card:
+    """Of a measured run where there is one, else of compiling; a page that is hashed holds neither."""
+    demo, seconds = run.get("demo"), _seconds(run)
+    if isinstance(demo, dict) and isinstance(demo.get("dense_s"), float) and isinstance(demo.get("rewritten_s"), float):
+        dense, now = demo["dense_s"], demo["rewritten_s"]
+        words = f"{1e3 * dense:.0f} → {1e3 * now:.0f} ms, batch of {demo.get('batch', '?')}, {demo.get('provider', '')}"
+        return Card("Time", f"{now / dense:.2f} {TIMES}", words)
+    if seconds:
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        return Card("Time to compile", f"{sum(seconds.values()):.1f} s", parts)
+    return Card("Time", "-", "matmorph report DIR adds the times of run.json")
+
+
+def _seconds(run: Mapping[str, Any]) -> dict[str, float]:
+    found = run.get("seconds")
+    return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)} if isinstance(found, dict) else {}
+
+
+def _run(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from ((f"seconds, {name}", f"{value:.1f}") for name, value in _seconds(run).items())
+    yield from ((name.replace("_", " "), str(value)) for name, value in run.items() if isinstance(value, str | int | float))
+
+
+def _spectra_note(report: Report) -> str:
+    missing = [row for row in report.sites if row.status == "rewritten" and row.spectrum is None]
+    if not missing:
+        return ""
+    names = ", ".join(_unique(outcome(row) for row in missing))
+    return f"None here for {names}: no singular values of the whole matrix are computed there."
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

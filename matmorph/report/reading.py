@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +21,13 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a page shows beside the report. `spec`: the resolved spec as YAML; `source_sha256`: of the source's weights; `files`: name ->
-    (sha256, bytes); `run`: run.json; `pareto`: the points of pareto.json. All may be empty."""
+    (sha256, bytes); `run`: run.json; `pareto`: pareto.json. All may be empty."""
 
     spec: str = ""
     source_sha256: str = ""
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
-    pareto: Sequence[Mapping[str, Any]] = ()
+    pareto: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_folder(folder: Path) -> tuple[Report, Context]:
@@ -37,28 +37,25 @@ def read_folder(folder: Path) -> tuple[Report, Context]:
         raise InputError(f"{folder}: no such folder")
     if not (folder / REPORT).is_file():
         raise InputError(f"{folder}: not an artefact folder ({REPORT} is missing)", ["name a folder that `matmorph compile` wrote"])
-    return read_report(folder / REPORT), Context(
-        spec=_text(folder / SPEC),
-        **described(_table(folder / MANIFEST)),
-        run=_table(folder / RUN),
-        pareto=read_pareto(folder),
-    )
+    return read_report(folder / REPORT), read_context(folder)
 
 
-def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The hashes that a page shows, from manifest.json: all but those of the report and of the page itself."""
+def read_context(folder: Path) -> Context:
+    """What a folder says beside its report. While it is being written it has no run.json, so a page made then does not change with the
+    time that it took."""
+    manifest = _table(folder / MANIFEST)
     source, files = manifest.get("source"), manifest.get("files")
     shown: dict[str, tuple[str, int]] = {}
     for name, record in files.items() if isinstance(files, dict) else ():
-        if name not in (REPORT, PAGE) and isinstance(record, dict):
+        if name not in (REPORT, PAGE) and isinstance(record, dict):  # a page cannot hold its own hash
             shown[str(name)] = (str(record.get("sha256", "")), int(record.get("bytes", 0)))
-    return {"source_sha256": str(source.get("weights_sha256", "")) if isinstance(source, dict) else "", "files": shown}
-
-
-def read_pareto(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The points of `folder/pareto.json`; () where there is none."""
-    points = _table(folder / PARETO).get("points")
-    return tuple(point for point in points if isinstance(point, dict)) if isinstance(points, list) else ()
+    return Context(
+        spec=_text(folder / SPEC),
+        source_sha256=str(source.get("weights_sha256", "")) if isinstance(source, dict) else "",
+        files=shown,
+        run=_table(folder / RUN),
+        pareto=_table(folder / PARETO),
+    )
 
 
 def read_report(path: Path) -> Report:
