@@ -6,7 +6,7 @@ An axis is a name, or `{name: seq, min: 2, max: 512}`; equal names are one share
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,21 @@ class DynamicAxes:
         """`shapes` with one shared `torch.export.Dim` per name."""
         dims = {name: ExportDim(name, min=r.low, max=r.high) for name, r in self.ranges.items()}
         return tree_map(lambda leaf: _dims(leaf, dims), self.shapes, is_leaf=_is_axes)
+
+    def leaves(self, examples: Any) -> Iterator[tuple[str, torch.Tensor, Axes]]:
+        """(name, example, names by axis) of every tensor of the examples that has a named axis."""
+        for path, tensor in tree_flatten_with_path(examples)[0]:
+            axes = self.shapes
+            for key in path:
+                axes = axes[entry_key(key)] if axes is not None and not _is_axes(axes) else axes
+            if isinstance(tensor, torch.Tensor) and axes:
+                yield ".".join(str(entry_key(key)) for key in path), tensor, axes
+
+    def within(self, ranges: Mapping[str, Range]) -> Mapping[str, Range]:
+        """`ranges` with the limits of the same names here as well."""
+        both = {name: (known, self.ranges.get(name, known)) for name, known in ranges.items()}
+        highs = {name: [one.high for one in pair if one.high is not None] for name, pair in both.items()}
+        return {name: Range(max(one.low for one in pair), min(highs[name], default=None)) for name, pair in both.items()}
 
     def narrowed(self, found: Mapping[str, Range]) -> DynamicAxes:
         return replace(self, ranges={**self.ranges, **found})
@@ -116,13 +131,7 @@ def _check_sizes(examples: Any, shapes: Any) -> None:
     """One size per name, and none of size 1."""
     sizes: dict[str, tuple[int, str]] = {}
     args, kwargs = examples
-    for path, tensor in tree_flatten_with_path(kwargs or tuple(args))[0]:
-        axes = shapes
-        for key in path:
-            axes = axes[entry_key(key)] if axes is not None and not _is_axes(axes) else axes
-        if not isinstance(tensor, torch.Tensor) or not axes:
-            continue
-        place = ".".join(str(entry_key(key)) for key in path)
+    for place, tensor, axes in DynamicAxes(shapes, {}).leaves(kwargs or tuple(args)):
         for axis, label in axes.items():
             size, first = sizes.setdefault(label, (tensor.shape[axis], f"axis {axis} of {place}"))
             if size != tensor.shape[axis]:

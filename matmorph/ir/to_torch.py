@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.evaluate import bind, last_uses, run_node
+from matmorph.ir.exchange import exchanged
 from matmorph.ir.text import parse_graph, print_graph
 
 
@@ -34,6 +36,17 @@ class CompiledModule(torch.nn.Module):
     def graph(self) -> Graph:
         """The graph that `forward` runs; its Consts still load the weights of compile time, not what training made of them."""
         return self._mm_graph
+
+    def current_graph(self) -> Graph:
+        """The graph with the weights that the module holds now, not copied. InputError where one has another type or device than then."""
+        return exchanged(self._mm_graph, {const: self._now(const) for const in self._mm_graph.state})
+
+    def _now(self, const: Const) -> Const:
+        tensor, device = self._held(const).detach(), torch.device(self._mm_graph.device)
+        if tensor.dtype != const.tensor.torch_dtype or tensor.device != device:
+            was, now = f"{const.tensor.dtype} on {device}", f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise InputError(f"the compiled module was made for {const.path} as {was}, it is {now} now: move it back")
+        return replace(const, load=lambda: tensor, storage=f"{const.path} (held)")
 
     def _own(self, const: Const, tensor: torch.Tensor) -> None:
         held = torch.nn.Parameter(tensor, requires_grad=const.trainable) if const.kind == "parameter" else tensor

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,8 +27,11 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 from matmorph.errors import InputError, MatmorphError, TraceError
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.dynamic import DynamicAxes, demands, entry_key, read_dynamic_shapes, suggested_ranges
+from matmorph.ir.evaluate import bind
 from matmorph.ir.from_export import Names, constant, read_program
 from matmorph.ir.normal_form import is_functional
+from matmorph.ir.to_torch import CompiledModule
+from matmorph.ir.types import format_dim
 
 _BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
 ADVICE: tuple[tuple[str, str], ...] = (
@@ -46,12 +50,15 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
 
     example_inputs: a dict (keyword arguments) or a tuple (positional); a lone tensor is a tuple of one. dynamic_shapes mirrors it:
     a dict of `{axis: name}` for kwargs, a tuple of them for args, None = static. For an ExportedProgram, which is already traced, both may
-    be None; `dynamic_shapes` then only names its symbols.
+    be None; `dynamic_shapes` then only names its symbols. A CompiledModule is its graph with the weights that it holds now; its axes are
+    those of its first trace.
 
     Raises InputError for inputs that do not fit and TraceError (source line, reason, what to change) for a model that cannot be traced.
     """
     if isinstance(model, ExportedProgram):
         return _trace_program(model, dynamic_shapes)
+    if isinstance(model, CompiledModule):
+        return _traced_before(model, example_inputs, dynamic_shapes)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
     device = _device(model)
@@ -63,6 +70,22 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
         program, axes, adopted = _export(model, args, kwargs, axes)
         names = Names(_symbol_names(program, (args, kwargs), axes.shapes), _state(model), _input_names(model, args, kwargs))
         return read_program(_functional(program), names, str(device), (*notes, *adopted))
+
+
+def _traced_before(model: CompiledModule, example_inputs: Any, dynamic_shapes: Any) -> Graph:
+    """InputError where the examples do not fit, or where `dynamic_shapes` names an axis that is fixed or has another name."""
+    graph = model.current_graph()
+    if example_inputs is None:
+        return graph
+    args, kwargs = read_examples(example_inputs, torch.device(graph.device))
+    values = {id(tensor): value for tensor, value in zip(bind(graph, args, kwargs), graph.inputs, strict=True)}
+    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+    for name, tensor, named in axes.leaves(kwargs or args):
+        for axis, label in named.items():
+            known = format_dim(values[id(tensor)].tensor.shape[axis])
+            if known != label:
+                raise InputError(f"axis {axis} of {name} was {known} when this compiled model was traced; it cannot become {label}")
+    return replace(graph, ranges=axes.within(graph.ranges))
 
 
 def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from matmorph.errors import InputError, VerifyError, did_you_mean
 from matmorph.ir.core import Const, Graph, Node, Value, map_values, values_in
+from matmorph.ir.exchange import exchanged, mapped
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.passes.methods.quantized_base import QuantizedSpec
 from matmorph.passes.trainables import GROUPS
@@ -198,31 +199,6 @@ def loaded(const: Const, tensor: Tensor, name: str | None = None) -> Const:
     return replace(const, name=name or const.name, type=type, load=lambda: tensor, names=names, storage=f"{path} (changed)")
 
 
-def exchanged(graph: Graph, change: Mapping[Const, Const]) -> Graph:
-    """The graph with some of its weights replaced by others, wherever they are read."""
-
-    def swap(value: Value) -> Value:
-        return change.get(value, value) if isinstance(value, Const) else value
-
-    return replace(
-        graph,
-        nodes=tuple(_mapped(node, swap) for node in graph.nodes),
-        outputs=tuple(map_values(output, swap) for output in graph.outputs),
-        state=tuple(change.get(const, const) for const in graph.state),
-    )
-
-
-def _mapped(node: Node, swap: Any) -> Node:
-    if not any(swap(value) is not value for value in (*node.inputs(), *node.outputs)):
-        return node
-    return replace(
-        node,
-        args=map_values(node.args, swap),
-        attrs={name: map_values(arg, swap) for name, arg in node.attrs.items()},
-        outputs=tuple(swap(value) for value in node.outputs),
-    )
-
-
 # surgery
 
 
@@ -266,7 +242,7 @@ def without(graph: Graph, factors: Collection[Const]) -> Graph:
             value = names[value]
         return value
 
-    kept = [_mapped(node, swap) for node in graph.nodes if node not in dropped and not any(value in tainted for value in node.outputs)]
+    kept = [mapped(node, swap) for node in graph.nodes if node not in dropped and not any(value in tainted for value in node.outputs)]
     outputs = tuple(map_values(output, swap) for output in graph.outputs)
     state = tuple(const for const in graph.state if const not in factors)
     return swept(replace(graph, nodes=tuple(kept), outputs=outputs, state=state), graph)

@@ -65,7 +65,7 @@ def calibrate(
 ) -> Mapping[Site, SiteStats]:
     """The statistics of every site that needs one, from at most `samples` samples (first axis of the model's first input).
 
-    A batch is a mapping of keyword arguments, a tuple of positional ones, or one tensor; tensors or numpy arrays like the example inputs.
+    A batch is a mapping by input names, a tuple of positional inputs, or one tensor; tensors or numpy arrays like the example inputs.
     No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
     disk; the files are gone as soon as the statistics are. Raises InputError where the batches yield nothing, where one does not fit the
     model's inputs, or where an input of a matmul is NaN or infinite on them.
@@ -160,7 +160,8 @@ def _leaves(batch: Any) -> Iterable[Any]:
 
 
 def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
-    """The tensors of a batch in `graph.inputs` order, on the graph's device."""
+    """The tensors of a batch in `graph.inputs` order, on the graph's device. Positional inputs may also come by their names."""
+    batch = _as_traced(graph, batch) if isinstance(batch, Mapping) else batch
     args = () if isinstance(batch, Mapping) else tuple(_tensor(leaf, graph.device) for leaf in _leaves(batch))
     kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in batch.items()} if isinstance(batch, Mapping) else {}
     try:
@@ -170,6 +171,13 @@ def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
         given = ", ".join(kwargs) if kwargs else f"{len(args)} without names"
         details = [*error.details, f"the model's inputs: {wanted}", f"the batch has: {given}"]
         raise InputError(f"calibration batch {number + 1}: {error.message}", details) from error
+
+
+def _as_traced(graph: Graph, batch: Mapping[str, Any]) -> Any:
+    """A tuple where the model was traced with positional arguments alone and the mapping names them all."""
+    names = [entry.name for entry in graph.signature.inputs]
+    named = graph.signature.in_spec.children()[1].children()
+    return batch if named or set(batch) != set(names) else tuple(batch[name] for name in names)
 
 
 def _tensor(leaf: Any, device: str) -> Any:

@@ -12,10 +12,12 @@ from matmorph.ir.site import Cost, Site
 from matmorph.passes.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
 from matmorph.passes.budget import Account, Decided, account, decide, plan_notes, refuse_unreachable
 from matmorph.passes.candidates import Offer, Option, energy, kept, label, measured, offer, settled, sizes_of, summed, within
+from matmorph.passes.loss_gradients import WithoutLabels, label_names
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.select import Selection
-from matmorph.passes.sensitivity import Unlabelled, fisher, label_names
+from matmorph.passes.sensitivity import fisher
 from matmorph.passes.sizes import exported_sizes
+from matmorph.passes.taylor import reads_labels
 from matmorph.specs.schema import Export, Spec, Stage
 
 Methods = Mapping[str, Method]
@@ -117,12 +119,13 @@ def _weights(
     return [found[site] * energy(site, stats.get(site)) for site in sites]
 
 
-def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph) -> Iterable[Any] | None:
+def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph, methods: Methods) -> Iterable[Any] | None:
     """What the model itself reads: the batches without labels, where gradients of a loss are asked for."""
-    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages)
+    uses = (use for stage in spec.stages for rule in stage.rules for uses in rule.alternatives for use in uses)
+    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages) or reads_labels(uses, methods)
     if batches is None or spec.train is None or not asked:
         return batches
-    return Unlabelled(batches, label_names(graph, spec.train))
+    return WithoutLabels(batches, label_names(graph, spec.train))
 
 
 # blocks

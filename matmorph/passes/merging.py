@@ -18,12 +18,13 @@ from torch import Tensor
 from matmorph.errors import InputError, RewriteError, VerifyError
 from matmorph.ir.build import names_of, unique_name
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
+from matmorph.ir.exchange import exchanged
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.quant_dense import codebook_rows, nbits_dense
 from matmorph.ir.site import Site
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.ir.verify import verify
-from matmorph.passes.adapters import Adapter, consts_of, exchanged, loaded, swept, with_values, without
+from matmorph.passes.adapters import Adapter, consts_of, loaded, swept, with_values, without
 from matmorph.passes.linalg.svd import truncated_svd
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods import Method

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from matmorph.passes.pays import refuse_slow
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
+from matmorph.passes.taylor import refuse_without_loss, with_taylor
 from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves
-from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
+from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage, Train
 
 Progress = Callable[[str, int, int | None], None]
 """(what is going on, how much of it is done, of how much or None)."""
@@ -181,7 +183,7 @@ def compile_graph(
         for stage in spec.stages:
             refuse_unmeasured(stage.tolerance)
     _refuse_not_finite(graph)
-    inputs = without_labels(batches, spec, graph)
+    inputs = without_labels(batches, spec, graph, methods)
     current = graph
     blocks = BlockPass(methods)
     rows: dict[str, SiteRow] = {}
@@ -191,7 +193,7 @@ def compile_graph(
         sites = find_sites(current)
         selection = select(stage, current, sites)
         divided = _divided(current, sites, selection, methods)
-        stats = _statistics(current, stage, divided.claims, methods, inputs, progress, block_needs(divided.jobs, methods))
+        stats = _statistics(current, stage, divided, methods, (inputs, batches), spec.train, progress)
         choice = None
         if is_open(divided):
             job = Open(current, graph, stage, selection, divided, sum(row.coded for row in rows.values()))
@@ -259,19 +261,25 @@ class _Replayed:
 def _statistics(
     graph: Graph,
     stage: Stage,
-    claims: Sequence[tuple[Site, Rule]],
+    divided: Divided,
     methods: Methods,
-    batches: Iterable[Any] | None,
+    data: tuple[Iterable[Any] | None, Iterable[Any] | None],
+    train: Train | None,
     progress: Progress,
-    more: Sequence[Site],
 ) -> Mapping[Site, SiteStats]:
-    """Second moments of all sites that will be rewritten, and of `more`; SpecError where a method needs them and there is no data."""
-    working = [(site, rule) for site, rule in claims if _works(site, rule, methods)]
+    """Second moments of all sites that will be rewritten, and gradients where a block's method asks for them. `data`: batches without and
+    with labels. SpecError where a method needs data, a loss or labels and there is none."""
+    batches, labelled = data
+    refuse_without_loss(divided.jobs, methods, train)
+    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
     if batches is None:
         _refuse_without_data(working, methods)
         return {}
-    needs = [(site, SECOND_MOMENT) for site in (*(site for site, _ in working), *more) if site.applications]
-    return calibrate(graph, needs, batches, stage.calibration.samples, lambda done, total: progress("calibrating", done, total))
+    samples = stage.calibration.samples
+    sites = (*(site for site, _ in working), *block_needs(divided.jobs, methods))
+    needs = [(site, SECOND_MOMENT) for site in sites if site.applications]
+    stats = calibrate(graph, needs, batches, samples, partial(progress, "calibrating"))
+    return with_taylor(graph, divided.jobs, methods, stats, labelled, samples, train, partial(progress, "differentiating"))
 
 
 def _works(site: Site, rule: Rule, methods: Methods) -> bool:

@@ -44,10 +44,12 @@ class Error:
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteStats:
     """Calibration statistics of a site's input: `second_moment` = sum of x x^T over `rows` rows, [in, in]; for an expert stack [E, in, in]
-    and the number of rows of each expert, [E]."""
+    and the number of rows of each expert, [E]. `input_taylor` [in] and `output_taylor` [out], float64: `passes.taylor`, where asked for."""
 
     second_moment: Tensor
     rows: int | Tensor
+    input_taylor: Tensor | None = None
+    output_taylor: Tensor | None = None
 
 
 class FragmentBuilder(Protocol):

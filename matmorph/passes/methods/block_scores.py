@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -23,16 +23,17 @@ _PEAK = 10.0
 
 
 def block_scores(block: Block, score: str, units: tuple[str, ...], stats: Mapping[Site, SiteStats]) -> Scores:
-    """Scores of the given units: `activation` (L2 norm over the calibration tokens) or `weight` (norm of the rows and columns)."""
-    energy = _input_energy(block, stats) if score == "activation" else _weight_energy(block)
+    """Scores of the given units: `activation` (L2 norm over the calibration tokens), `weight` (norm of the rows and columns), or `taylor`
+    (sum over the tokens of |gradient x activation|, see `passes.taylor`)."""
+    energy, root = _ENERGIES[score](block, stats), _root(score)
     found: dict[str, Tensor] = {}
     for unit in units:
         if unit == WIDTH:
-            found[unit] = energy.sqrt()
+            found[unit] = root(energy)
         elif unit == HEADS:
-            found[unit] = _head_scores(block.axis, energy)
+            found[unit] = _head_scores(block.axis, root(energy))
         elif unit == V:
-            found[unit] = _per_head(block, V, block.axis, energy).sqrt()
+            found[unit] = root(_per_head(block, V, block.axis, energy))
         else:
             found[unit] = _pair_scores(block, score, stats)
     return found
@@ -48,6 +49,11 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return torch.sort(order, dim=-1).values
 
 
+def _root(score: str) -> Callable[[Tensor], Tensor]:
+    """From what is summed over features to a score: effects on the loss add up as they are, norms as squares."""
+    return torch.clone if score == "taylor" else torch.sqrt
+
+
 def _input_energy(block: Block, stats: Mapping[Site, SiteStats]) -> Tensor:
     """Sum over the calibration tokens of x_j^2 at the consumer's input."""
     return _stats(block.consumer, stats).second_moment.diagonal().double().cpu().clamp_min(0)
@@ -60,7 +66,17 @@ def _stats(site: Site, stats: Mapping[Site, SiteStats]) -> SiteStats:
     return found
 
 
-def _weight_energy(block: Block) -> Tensor:
+def _input_taylor(block: Block, stats: Mapping[Site, SiteStats]) -> Tensor:
+    return _taylor(block.consumer, _stats(block.consumer, stats).input_taylor)
+
+
+def _taylor(site: Site, found: Tensor | None) -> Tensor:
+    if found is None:
+        raise RewriteError(f"{site.path}: score taylor needs gradients of a loss")
+    return found
+
+
+def _weight_energy(block: Block, stats: Mapping[Site, SiteStats]) -> Tensor:
     """(norm of the consumer's column times norm of the producers' rows)^2 of every feature: of v in attention, of all in an MLP."""
     columns = readable(block.consumer, block.consumer.weight()).double().square().sum(0).cpu()
     rows = torch.zeros_like(columns)
@@ -93,10 +109,10 @@ def _repeated(axis: Product, whole: Product, values: Tensor) -> Tensor:
     return table.expand(-1, int(size_of(whole)) // len(values), head).reshape(-1)
 
 
-def _head_scores(axis: Product, energy: Tensor) -> Tensor:
+def _head_scores(axis: Product, scores: Tensor) -> Tensor:
     """[groups]: of all query heads of a group together."""
     dim = int(axis[-1].size)
-    heads = energy.sqrt().reshape(-1, dim)
+    heads = scores.reshape(-1, dim)
     each = heads.mean(1) + _PEAK / dim * heads.amax(1)
     groups = int(next(atom.size for atom in axis if atom.unit == HEADS))
     return each.reshape(groups, -1).sum(1)
@@ -110,7 +126,7 @@ def _per_head(block: Block, unit: str, axis: Product, energy: Tensor) -> Tensor:
 
 def _pair_scores(block: Block, score: str, stats: Mapping[Site, SiteStats]) -> Tensor:
     """Of dimensions (rotary pairs) of q and k: |q_p| |k_p|, what they can put into the attention's scores. Rotation keeps the norm of a
-    pair.
+    pair. Under `taylor` the geometric mean of both sides' effects on the loss, of which there is one: q_p k_p goes.
 
     Under `activation` the norms are those on the calibration data, without the part that q's bias shares with the mean of its input, and
     without k's bias, which moves all scores of a query alike.
@@ -120,13 +136,40 @@ def _pair_scores(block: Block, score: str, stats: Mapping[Site, SiteStats]) -> T
         if part not in ("q", "k"):
             continue
         rows = slice(start, start + int(size_of(axis)))
-        w = readable(site, site.weight())[rows].double().cpu()
-        energy = w.square().sum(1)
-        if score == "activation":
-            found = _stats(site, stats)
-            energy = ((w @ found.second_moment.double().cpu()) * w).sum(1).clamp_min(0)
-            if part == "q" and site.bias is not None:
-                energy = energy + int(found.rows) * site.bias.load().detach().reshape(-1)[rows].double().cpu().square()
-        own = _per_head(block, QK, axis, energy)
+        own = _per_head(block, QK, axis, _OUTPUTS[score](site, part, rows, stats))
         sides[part] = sides.get(part, torch.zeros_like(own)) + own
     return (sides["q"] * sides["k"]).sqrt()
+
+
+def _output_weight(site: Site, part: str, rows: slice, stats: Mapping[Site, SiteStats]) -> Tensor:
+    return _rows(site, rows).square().sum(1)
+
+
+def _output_energy(site: Site, part: str, rows: slice, stats: Mapping[Site, SiteStats]) -> Tensor:
+    w, found = _rows(site, rows), _stats(site, stats)
+    energy = ((w @ found.second_moment.double().cpu()) * w).sum(1).clamp_min(0)
+    if part == "q" and site.bias is not None:
+        energy = energy + int(found.rows) * site.bias.load().detach().reshape(-1)[rows].double().cpu().square()
+    return energy
+
+
+def _output_taylor(site: Site, part: str, rows: slice, stats: Mapping[Site, SiteStats]) -> Tensor:
+    return _taylor(site, _stats(site, stats).output_taylor)[rows]
+
+
+def _rows(site: Site, rows: slice) -> Tensor:
+    return readable(site, site.weight())[rows].double().cpu()
+
+
+_ENERGIES: Mapping[str, Callable[[Block, Mapping[Site, SiteStats]], Tensor]] = {
+    "activation": _input_energy,
+    "weight": _weight_energy,
+    "taylor": _input_taylor,
+}
+"""By score: of every feature of the consumer's input, what is summed over the features of a unit."""
+_OUTPUTS: Mapping[str, Callable[[Site, str, slice, Mapping[Site, SiteStats]], Tensor]] = {
+    "activation": _output_energy,
+    "weight": _output_weight,
+    "taylor": _output_taylor,
+}
+"""The same of rows of what gives q or k: (site, q or k, rows, stats)."""

@@ -47,7 +47,10 @@ class TransactSpec:
         default="heads", metadata={"doc": "what goes in attention: whole heads, or dimensions of every head (q and k in rotary pairs)"}
     )
     score: Literal["activation", "taylor", "weight"] = field(
-        default="activation", metadata={"doc": "what stays: the largest activations on the calibration data, or the largest weights"}
+        default="activation",
+        metadata={
+            "doc": "what stays: the largest activations on the calibration data, |gradient x activation| (train.loss, labels), or weights"
+        },
     )
     compensate: Literal["least_squares", "none"] = field(
         default="least_squares", metadata={"doc": "refit the last matmul to its old outputs on the calibration data"}
@@ -63,10 +66,6 @@ class TransactSpec:
     multiple_of: int = field(default=8, metadata={"doc": "widths are multiples of this", "minimum": 1})
     shots: int = field(default=1, metadata={"doc": "prune in so many steps, scoring the already pruned model anew", "minimum": 1})
 
-    def __post_init__(self) -> None:
-        if self.score == "taylor":
-            raise ValueError("score taylor is not supported yet; activation and weight are")
-
 
 class Transact:
     """Structural pruning of one block."""
@@ -77,13 +76,14 @@ class Transact:
     Spec: ClassVar[type] = TransactSpec
 
     def needs(self, spec: TransactSpec) -> frozenset[Statistic]:
-        data = spec.score == "activation" or spec.compensate == "least_squares"
-        return frozenset({Statistic.INPUT_SECOND_MOMENT}) if data else frozenset()
+        moment = spec.score == "activation" or spec.compensate == "least_squares"
+        found = {Statistic.INPUT_SECOND_MOMENT: moment, Statistic.TAYLOR: spec.score == "taylor"}
+        return frozenset(statistic for statistic, wanted in found.items() if wanted)
 
     def reads(self, block: Block, spec: TransactSpec) -> tuple[Site, ...]:
         """The sites whose statistics are read: the last matmul, and where dimensions of q and k are chosen also their own."""
         producers = tuple(p.site for p in block.producers if QK in units_of(p.axis)) if spec.unit == "head_dims" else ()
-        return (block.consumer, *(producers if spec.score == "activation" else ()))
+        return (block.consumer, *(producers if spec.score != "weight" else ()))
 
     def check(self, block: Block, spec: TransactSpec) -> Reject | None:
         """From shapes only: a block that cannot be cut this way, or that is as narrow already."""
