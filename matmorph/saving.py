@@ -26,6 +26,7 @@ from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters import describe_adapters, find_adapters
+from matmorph.passes.sparse_updates import inference_graph, kept_entries
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
@@ -65,7 +66,8 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
     refuse_existing(folder, force)
     started = time.perf_counter()
     served = _served(job)
-    vectors = check_vectors(job.graph if served is None else served.graph, job.examples, job.spec.export.precision)
+    plain = inference_graph(job.graph) if served is None else served.graph
+    vectors = check_vectors(plain, job.examples, job.spec.export.precision)
     unchecked = _unchecked(job.spec)
     found = (*job.report.notes, *vectors.notes, *unchecked)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
@@ -82,7 +84,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         return Described(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
-        graph=graph if served is None else _relocated(served.graph, job.spec, spec),
+        graph=_relocated(plain, job.spec, spec),
         export=job.spec.export,
         version=matmorph.__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
@@ -113,7 +115,7 @@ def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None],
     progress("differentiating", 0, 1)
     training = prepare_training(graph, job.training, job.examples, job.spec.seed)
     progress("differentiating", 1, 1)
-    return replace(training, adapters=describe_adapters(job))
+    return replace(training, adapters=describe_adapters(job), kept=kept_entries(job.graph, job.spec))
 
 
 def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileInfo]:

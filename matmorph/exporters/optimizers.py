@@ -13,6 +13,10 @@ Inputs (n = number of trainable scalars; every vector float32):
 Outputs: `theta_next`, `<state>_next`, `grad_norm` [] (of the scaled gradient, before clipping) and `skipped` bool []: the norm is not
 finite, and parameters and state come back to the bit.
 
+Of a `Kept` piece of theta only the entries with the largest |gradient| take part in an update, chosen anew each time: the others keep
+parameter and moments to the bit (no decay either), and their gradient counts in no norm. Scaling comes first and does not change the
+choice; clipping comes after it. A gradient that is not finite anywhere skips the update.
+
 Every operator has a CUDA kernel (Atan and Atan2 have none, hence the polynomial). On the CPU each elementwise node is one pass over
 memory; scalars are worked out first, so that AdamW takes 17 passes. Bias corrections are float64.
 """
@@ -43,13 +47,25 @@ STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ("m",), "ad
 """The vectors an optimizer keeps, by its name in a spec and in train.json."""
 
 
-def optimizer_model(optimizer: AnyOptimizer, segments: Sequence[int]) -> onnx.ModelProto:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """`length` entries of theta from `offset`, of which the `count` with the largest |gradient| take part in each update."""
+
+    offset: int
+    length: int
+    count: int
+
+
+def optimizer_model(optimizer: AnyOptimizer, segments: Sequence[int], kept: Sequence[Kept] = ()) -> onnx.ModelProto:
     """apply.onnx for trainables of `segments` scalars each, in the order in which they lie in theta.
 
-    Raises ExportError for no segment, or an empty one.
+    Raises ExportError for no segment, an empty one, and pieces of `kept` that are not apart, in order, and in one segment each.
     """
     if not segments or min(segments) < 1:
         raise ExportError(f"the optimizer's segments must hold one parameter or more each, got lengths {list(segments)}")
+    pieces = [piece for piece in kept if piece.count < piece.length]
+    if pieces:
+        return _of_pieces(optimizer, segments, pieces)
     name = optimizer_name(optimizer)
     length, states = sum(segments), STATES[name]
     b = _Body()
@@ -72,12 +88,20 @@ class _Body:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
     names: itertools.count[int] = field(default_factory=itertools.count)
+    stands_for: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, op: str, *inputs: str, out: str = "", **attributes: Any) -> str:
         """The name of the only result."""
         made = out or f"{op.lower()}_{next(self.names)}"
-        self.nodes.append(helper.make_node(op, inputs, [made], name=f"node_{made}", **attributes))
+        read = [self.stands_for.get(name, name) for name in inputs]
+        self.nodes.append(helper.make_node(op, read, [made], name=f"node_{made}", **attributes))
         return made
+
+    def pair(self, op: str, *inputs: str, **attributes: Any) -> tuple[str, str]:
+        """The names of the two results."""
+        made = f"{op.lower()}_{next(self.names)}"
+        self.nodes.append(helper.make_node(op, inputs, [made, f"{made}_at"], name=f"node_{made}", **attributes))
+        return made, f"{made}_at"
 
     def constant(self, value: NDArray[Any]) -> str:
         name = f"constant_{next(self.names)}"
@@ -92,6 +116,10 @@ class _Body:
 
     def branch(self) -> _Body:
         return _Body([], self.constants, self.names)
+
+    def over(self, stands_for: Mapping[str, str]) -> _Body:
+        """The same body, whose nodes read other vectors by the names of these."""
+        return _Body(self.nodes, self.constants, self.names, stands_for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +198,79 @@ def _updated(b: _Body, update: _Update) -> list[str]:
     made = update.rule.step(b, b("Mul", "grad", update.scale))
     step = b("Mul", made.pop("step"), update.rate)
     return [b("Sub", "theta", b("Add", step, b("Mul", "theta", update.decay))), *made.values()]
+
+
+# some of the entries
+
+
+def _of_pieces(optimizer: AnyOptimizer, segments: Sequence[int], pieces: Sequence[Kept]) -> onnx.ModelProto:
+    """The entries that take part are gathered, updated as if there were no others, and put back."""
+    name = optimizer_name(optimizer)
+    length, states = sum(segments), STATES[name]
+    lengths = _lengths(segments, pieces)
+    b = _Body()
+    everything = b("Greater", b("ReduceMin", "mask", keepdims=0), b.number(0.0))
+    whole = b("Mul", b("Sqrt", _squares(b, everything, length)), "grad_scale")
+    finite = b("LessOrEqual", whole, b.number(float(np.finfo(np.float32).max)))
+    b("Not", finite, out="skipped")
+    places, trains = _places(b, finite, length, pieces)
+    vectors = ("theta", *states)
+    some = b.over({vector: b("Gather", vector, places) for vector in ("grad", *vectors)})
+    taken = some("Where", trains, "grad", some.number(0.0))
+    norm = b("Mul", b("Sqrt", _sum_of_squares(b, taken, sum(lengths))), "grad_scale")
+    b("Where", finite, norm, whole, out="grad_norm")
+    clip = b("Min", b.number(1.0), b("Div", "max_norm", b("Add", norm, b.number(_CLIP_EPS))))
+    rule = _RULES[name](b, optimizer)
+    rate, decay = _rates(b, lengths)
+    update = _Update(b("Mul", "grad_scale", clip), b("Mul", rate, rule.factor) if rule.factor else rate, decay, rule)
+    for vector, new in zip(vectors, _updated(some, update), strict=True):
+        b("ScatterElements", vector, places, some("Where", trains, new, vector), out=f"{vector}_next", axis=0)
+    return _model(b, f"apply {name}", states, length, len(segments))
+
+
+def _lengths(segments: Sequence[int], pieces: Sequence[Kept]) -> list[int]:
+    """How many entries of each segment take part. Raises ExportError for pieces that are not apart and in order, or leave a segment."""
+    ends = list(itertools.accumulate(segments))
+    found, last = list(segments), 0
+    for piece in pieces:
+        end = piece.offset + piece.length
+        inside = [k for k, limit in enumerate(ends) if limit - segments[k] <= piece.offset and end <= limit]
+        if not inside or piece.offset < last or piece.count < 1:
+            raise ExportError(
+                f"{piece.count} of {piece.length} entries from {piece.offset} on cannot be chosen in segments of {list(segments)}"
+            )
+        found[inside[0]] -= piece.length - piece.count
+        last = end
+    return found
+
+
+def _places(b: _Body, finite: str, length: int, pieces: Sequence[Kept]) -> tuple[str, str]:
+    """(int64 [d]: where the entries that take part lie; bool [d]: whether the mask and the gradient let them). What is masked comes last
+    in the choice, and a gradient with NaN is not looked at: no order of it would be one."""
+    lets = b("And", b("Greater", "mask", b.number(0.0)), finite)
+    scores = b("Where", lets, b("Abs", "grad"), b.number(-1.0))
+    places: list[str] = []
+    found: list[str] = []
+
+    def dense(start: int, end: int) -> None:
+        if start < end:
+            places.append(b("Range", *(b.constant(np.asarray(number, np.int64)) for number in (start, end, 1))))
+            found.append(b("Slice", scores, b.ints(start), b.ints(end)))
+
+    last = 0
+    for piece in pieces:
+        dense(last, piece.offset)
+        last = piece.offset + piece.length
+        part = scores if piece.length == length else b("Slice", scores, b.ints(piece.offset), b.ints(last))
+        values, at = b.pair("TopK", part, b.ints(piece.count), axis=0, largest=1, sorted=0)
+        places.append(b("Add", at, b.constant(np.asarray(piece.offset, np.int64))) if piece.offset else at)
+        found.append(values)
+    dense(last, length)
+    joined = [parts[0] if len(parts) == 1 else b("Concat", *parts, axis=0) for parts in (places, found)]
+    return joined[0], b("GreaterOrEqual", joined[1], b.number(0.0))
+
+
+# the rules
 
 
 def _mixed(b: _Body, old: str, new: str, beta: float) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from matmorph.exporters.data_file import DATA, DataFile, FileInfo
 from matmorph.exporters.fingerprint import names_sha256, weights_sha256
 from matmorph.exporters.lowering import Lowerings
 from matmorph.exporters.onnx_model import OnnxInfo, Port, write_model
-from matmorph.exporters.optimizers import STATES, optimizer_model
+from matmorph.exporters.optimizers import STATES, Kept, optimizer_model
 from matmorph.exporters.precision import computed_in
 from matmorph.exporters.training_vectors import TrainingVectors, vectors_bytes
 from matmorph.ir.core import Const, Graph
@@ -58,6 +58,7 @@ class Training:
     `graph`: the compiled model; `gradient` and `evaluation`: its gradient and loss graph (see `ir.gradient`). `trainables`: in the order of
     theta. `labels`: names of the label inputs. `vectors`: what torch answers. `adapters`: what each inserted adapter is made of, for
     whoever merges or exchanges it. `supernet`: the sites of a search, in the order of the rows of the input `gates`.
+    `kept`: by dotted name, how many entries of a parameter take part in an update; what is not named takes part whole.
     """
 
     graph: Graph
@@ -70,6 +71,7 @@ class Training:
     vectors: TrainingVectors
     adapters: Sequence[Mapping[str, Any]] = ()
     supernet: tuple[str, ...] = ()
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parameter:
-    """Where a trainable lies in theta."""
+    """Where a trainable lies in theta. `keep`: how many of its entries take part in an update, None = all."""
 
     const: Const
     offset: int
     segment: str
+    keep: int | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -104,6 +107,11 @@ class _Layout:
     @property
     def length(self) -> int:
         return sum(parameter.const.numel for parameter in self.parameters)
+
+    @property
+    def pieces(self) -> list[Kept]:
+        """Of which only some entries take part in an update."""
+        return [Kept(one.offset, one.const.numel, one.keep) for one in self.parameters if one.keep is not None]
 
 
 def initial_theta(trainables: Sequence[Trainable]) -> torch.Tensor:
@@ -125,10 +133,10 @@ def write_training(
     no gradient flows through the rounding. Raises what `write_model` raises.
     """
     export = replace(export, activations="fp32")
-    layout = _laid_out(training.trainables)
+    layout = _laid_out(training.trainables, training.kept)
     grad = write_model(training.gradient, folder / GRAD, data, export, onnx_lowerings)
     evaluation = write_model(training.evaluation, folder / EVAL, data, export, onnx_lowerings)
-    apply = optimizer_model(training.optimizer, [segment.length for segment in layout.segments])
+    apply = optimizer_model(training.optimizer, [segment.length for segment in layout.segments], layout.pieces)
     dtypes = {port.name: port.dtype for port in grad.inputs}
     precision = computed_in(export.precision, [const.tensor.dtype for const in training.graph.used_state()])
     files = {**grad.files, **evaluation.files, DATA: data.info()}
@@ -145,10 +153,10 @@ def write_training(
     return {**files, **_written(folder, {TRAIN: json_bytes(described)})}
 
 
-def _laid_out(trainables: Sequence[Trainable]) -> _Layout:
+def _laid_out(trainables: Sequence[Trainable], kept: Mapping[str, int]) -> _Layout:
     parameters, offset = [], 0
     for item in trainables:
-        parameters.append(Parameter(item.const, offset, item.segment))
+        parameters.append(Parameter(item.const, offset, item.segment, kept.get(item.const.path)))
         offset += item.const.numel
     segments = []
     for name, members in groupby(parameters, key=lambda parameter: parameter.segment):
@@ -199,8 +207,9 @@ def _described(
         "states": list(STATES[name]),
         "length": layout.length,
         "parameters": [
-            {"name": parameter.const.path, "shape": parameter.shape, "offset": parameter.offset, "segment": parameter.segment}
-            for parameter in layout.parameters
+            {"name": one.const.path, "shape": one.shape, "offset": one.offset, "segment": one.segment}
+            | ({} if one.keep is None else {"keep": one.keep})
+            for one in layout.parameters
         ],
         "segments": [asdict(segment) for segment in layout.segments],
         "adapters": [dict(adapter) for adapter in training.adapters],

@@ -25,6 +25,8 @@ class Statistic(Enum):
     """What a method may ask of the calibration data, per site input."""
 
     INPUT_SECOND_MOMENT = "input_second_moment"  # sum over rows of x x^T, [in, in], float32 or better, and the number of rows
+    GRADIENT_GRAMS = "gradient_grams"  # sums of G G^T and G^T G over gradients G of the weight; needs a loss and labels
+    GRADIENT_SCORES = "gradient_scores"  # mean |G| of them, in the basis of the former where that is asked for too
     TAYLOR = "taylor"  # sum over rows of |x dL/dx| of inputs [in] and outputs [out], for methods of blocks; needs a loss and labels
 
 
@@ -116,7 +118,8 @@ class Cost:
 
     `coded`: those of `parameters` that are kept as codes of a quantizer. `stored`: (dtype, elements) of the new weights where they are not
     simply `parameters` elements of the old weight's type; it decides `bytes` under each export precision. `times`: (rows of x, predicted
-    time over that of the dense matmul) where the method predicts one.
+    time over that of the dense matmul) where the method predicts one. `trains`: scalars that train and are none of `parameters`, because
+    what they learn goes into the weight that stays.
     """
 
     parameters: int
@@ -125,6 +128,7 @@ class Cost:
     coded: int = 0
     stored: tuple[tuple[str, int], ...] = ()
     times: tuple[tuple[int, float], ...] = ()
+    trains: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,22 @@ class Entry:
 class SiteScope:
     """All applications of one site, each entered as rows once however many methods read them.
 
-    `rule`, `location`: go into the origin of every new node. `dotted`: names of all weights of the model; new ones are added.
+    `rule`, `location`: go into the origin of every new node. `dotted`: names of all weights of the model; new ones are added. `shared`:
+    weights that several sites read, by key; new ones are added.
     """
 
-    def __init__(self, site: Site, builder: Builder, inference: Inference, rule: str, location: str | None, dotted: set[str]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        builder: Builder,
+        inference: Inference,
+        rule: str,
+        location: str | None,
+        dotted: set[str],
+        shared: dict[Hashable, Const] | None = None,
+    ) -> None:
         self.site = site
+        self._shared = {} if shared is None else shared
         self._builder = builder
         self._inference = inference
         self._rule = rule
@@ -76,6 +87,11 @@ class SiteScope:
     def new_const(self, label: str, tensor: Tensor, trainable: bool, kind: ConstKind) -> Const:
         name = unique_name(f"{self.site.path}.{label}", self._dotted)
         return self._builder.const(name, tensor.detach(), trainable=trainable, kind=kind, rule=self._rule)
+
+    def shared_const(self, label: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
+        if key not in self._shared:
+            self._shared[key] = self.new_const(label, tensor(), False, "buffer")
+        return self._shared[key]
 
     def write(self, node: Node, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
         """The value that `body` makes and the nodes it wrote, in the place of a node."""
@@ -157,6 +173,10 @@ class SiteBuilder:
     def const(self, name: str, tensor: Tensor, *, trainable: bool = True, kind: ConstKind = "parameter") -> Const:
         """A new weight under the dotted name `<site path>.<method>.<name>`."""
         return self._scope.new_const(f"{self._label}.{name}", tensor, trainable, kind)
+
+    def shared(self, name: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
+        """A buffer that all sites of the graph which ask for the same key share; the first of them names it."""
+        return self._scope.shared_const(f"{self._label}.{name}", key, tensor)
 
     def bias(self) -> Value | None:
         """Inside a body: the bias [out] that the fragment may add itself, under `adds_bias=True`. None where there is none, or where it

@@ -61,7 +61,7 @@ def merge(
     InputError: nothing to merge, values of another model or rank (see `with_values`), a base that cannot take an update in.
     """
     if not adapters:
-        raise InputError("nothing to merge: the model has no adapters (no rule put in lora, tt_lora, glora, loftq or qlora)")
+        raise InputError("nothing to merge: the model has no adapters (no rule put in lora, tt_lora, glora, sparse_grad, loftq or qlora)")
     sites = _by_site(adapters)
     _refuse_unfit(sites)
     trained = with_values(graph, values or {})
@@ -83,7 +83,7 @@ def merge(
 
 def _inside(adapter: Adapter) -> bool:
     """Whether the adapter is not added to a matmul but computes its weight and bias."""
-    return adapter.method == "glora" and adapter.base == "dense"
+    return adapter.method in ("glora", "sparse_grad") and adapter.base == "dense"
 
 
 def _refuse_undecided(factors: Mapping[Adapter, Sequence[Const]]) -> None:
@@ -97,7 +97,7 @@ def _refuse_undecided(factors: Mapping[Adapter, Sequence[Const]]) -> None:
 
 
 def _folded(graph: Graph, factors: Mapping[Adapter, Sequence[Const]]) -> tuple[Graph, dict[str, Merged]]:
-    """Weights and biases that glora computes, as constants."""
+    """Weights and biases that glora and sparse_grad compute, as constants."""
     found: dict[str, Merged] = {}
     for adapter, consts in factors.items():
         if _inside(adapter):

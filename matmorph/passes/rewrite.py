@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -127,7 +127,8 @@ def _without_dense(method: Method, use: MethodUse, before: Sequence[Part], metho
     """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there; one with
     a `beside` works on the dense weight, which no update before it may have made its own."""
     if before and _splits(method, use):
-        return Reject(f"{use.method} with this init takes its start out of the dense weight, and {before[0].use.method} comes before it")
+        how = "with this init takes its start out of" if hasattr(use.spec, "init") else "works on"
+        return Reject(f"{use.method} {how} the dense weight, and {before[0].use.method} comes before it")
     updates = [(part, methods[part.use.method]) for part in before]
     taken = [part.use.method for part, other in updates if _splits(other, part.use) or hasattr(other, "beside")]
     if not taken or not hasattr(method, "beside"):
@@ -154,7 +155,7 @@ def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
     for cost in costs if any(cost.stored for cost in costs) else ():
         for dtype, count in cost.stored or ((site.const.tensor.dtype, cost.parameters),):
             stored[dtype] = stored.get(dtype, 0) + count
-    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded")}
+    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded", "trains")}
     return Cost(**sums, stored=tuple(stored.items()))
 
 
@@ -204,13 +205,15 @@ def build(
 
 @dataclass(frozen=True, slots=True)
 class _Shop:
-    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken."""
+    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken. `shared`: weights that
+    several sites read, by what makes them the same."""
 
     builder: Builder
     inference: Inference
     dotted: set[str]
     methods: Mapping[str, Method]
     seed: int
+    shared: dict[Hashable, Const] = field(default_factory=dict)
 
 
 Plan: TypeAlias = Reject | tuple[Part, ...]
@@ -233,7 +236,7 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStat
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
     treated = _treated(site, rule)
-    scope = SiteScope(treated, shop.builder, shop.inference, rule.name, location, shop.dotted)
+    scope = SiteScope(treated, shop.builder, shop.inference, rule.name, location, shop.dotted, shop.shared)
     fragments: list[Fragment] = []
     parts: list[Part] = []
     for part, label in zip(planned, _labels(planned), strict=True):
@@ -307,8 +310,10 @@ def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     read = {value for node in nodes for value in node.inputs()} | set(values_in(graph.outputs))
     was_read = set(graph.used_state())
     added: dict[Const, list[Const]] = {}
+    placed: set[Const] = set()
     for outcome in taken:
-        added.setdefault(outcome.site.const, []).extend(outcome.consts)
+        added.setdefault(outcome.site.const, []).extend(const for const in outcome.consts if const not in placed)
+        placed.update(outcome.consts)
     state: list[Const] = []
     for const in graph.state:
         if const in read or const not in was_read:

@@ -17,7 +17,7 @@ from matmorph.specs.globs import Glob, GlobError
 from matmorph.specs.schema import ParameterSelector
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "adapters": ("lora", "tt_lora", "loftq", "qlora", "glora"),
+    "adapters": ("lora", "tt_lora", "loftq", "qlora", "glora", "sparse_grad"),
     "factors": ("low_rank", "tt"),
 }
 """Methods whose trainable weights a word stands for."""

@@ -171,6 +171,11 @@ def _split(t: Tape, node: Node) -> Step:
     return Step(outputs, pull)
 
 
+def _blank(t: Tape, node: Node) -> Step:
+    """A constant of the operand's type: no gradient."""
+    return Step(t.keep(node), lambda found: None)
+
+
 def _looked_up(t: Tape, node: Node) -> Step:
     """`embedding`: rows of the table get the sum over their uses."""
     weight, indices = node.args[:2]
@@ -204,4 +209,5 @@ LAYOUT: Mapping[str, Rule] = {
     "aten.stack.default": _stacked,
     **dict.fromkeys(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int"), _split),
     "aten.embedding.default": _looked_up,
+    "aten.new_zeros.default": _blank,
 }

@@ -31,6 +31,17 @@ class Bases:
         return self.u @ theta.double() @ self.v.T
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientStats:
+    """What gradients by one weight [out, in] say before it trains, each None where it was not asked for: the bases, the mean over the
+    batches of |U^T G V| (of |G| without bases), and, of the first batch, the shares of the gradient's energy that the entries which are to
+    learn can hold (without bases, with them)."""
+
+    bases: Bases | None = None
+    scores: Tensor | None = None
+    shares: tuple[float, float] | None = None
+
+
 @dataclass(slots=True, eq=False)
 class GradientGrams:
     """Running sums over gradients [.., out, in]: `out` = sum G G^T, `into` = sum G^T G, float64; `count` gradients so far."""

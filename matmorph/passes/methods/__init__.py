@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -13,6 +13,7 @@ from torch import Tensor
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, ConstKind, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.hosvd import GradientStats
 
 Kind = Literal["replace", "update", "block"]
 """replace: takes the place of the dense matmul; update: is added to what stays; block: prunes a whole block (its steps are those of
@@ -29,6 +30,7 @@ _BUILT_IN: Mapping[str, str] = {
     "tt_lora": "matmorph.passes.methods.tt_lora:TTLora",
     "lora": "matmorph.passes.methods.lora:Lora",
     "glora": "matmorph.passes.methods.glora:Glora",
+    "sparse_grad": "matmorph.passes.methods.sparse_grad:SparseGrad",
     "transact": "matmorph.passes.methods.transact:Transact",
 }
 
@@ -44,12 +46,28 @@ class Error:
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteStats:
     """Calibration statistics of a site's input: `second_moment` = sum of x x^T over `rows` rows, [in, in]; for an expert stack [E, in, in]
-    and the number of rows of each expert, [E]. `input_taylor` [in] and `output_taylor` [out], float64: `passes.taylor`, where asked for."""
+    and the number of rows of each expert, [E]. `gradients`: by its weight, of `passes.preliminary`. `input_taylor` [in] and `output_taylor` [out], float64: `passes.taylor`, where asked for."""
 
     second_moment: Tensor
     rows: int | Tensor
+    gradients: GradientStats | None = None
     input_taylor: Tensor | None = None
     output_taylor: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preliminary:
+    """What a method wants of gradients of the loss by a weight, before it trains (see `passes.preliminary`).
+
+    `steps`: calibration batches, one gradient each. `group`: weights of one rule and group share their bases. `bases`, `scores`: whether
+    they are wanted. `count`: how many entries of the weight are to learn.
+    """
+
+    steps: int
+    group: str
+    bases: bool
+    scores: bool
+    count: int
 
 
 class FragmentBuilder(Protocol):
@@ -69,6 +87,10 @@ class FragmentBuilder(Protocol):
 
     def const(self, name: str, tensor: Tensor, *, trainable: bool = True, kind: ConstKind = "parameter") -> Const:
         """A new weight `<site path>.<method>.<name>`."""
+        ...
+
+    def shared(self, name: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
+        """A buffer that all sites which ask for the same key share, under the name that the first of them gives it."""
         ...
 
     def __call__(self, op: str, *args: Any, name: str | None = None, **attrs: Any) -> Value:
@@ -105,7 +127,8 @@ class Method(Protocol):
     `b.solution`. It runs for several sites at a time, on one thread each, so it must touch nothing but its arguments. And it
     may have `impossible(sites, spec)`: why its settings fit none of the sites of a rule (an error of the spec), None where they fit one.
 
-    A Spec with fields `tokens` and `target` gets those of `export` where they are None.
+    A Spec with fields `tokens` and `target` gets those of `export` where they are None. A method may have `preliminary(site, spec)`: what
+    it wants of gradients by the site's weight, None = nothing.
     """
 
     name: ClassVar[str]
