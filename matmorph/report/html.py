@@ -94,6 +94,7 @@ def _environment() -> Environment:
         "shape": shape_text,
         "size": size,
         "sizes": arrow,
+        "count": count,
         "counts": lambda pair: arrow(pair, count),
         "rank": lambda row: rank_text([row]),
         "value": lambda figure: "" if figure is None else figure,

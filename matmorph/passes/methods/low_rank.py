@@ -185,11 +185,12 @@ POINTS = 48
 
 
 def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L"], size: int) -> Spectrum:
-    """Every value of a short spectrum; of a long one the first, the last, the chosen rank, and steps that are even on a linear and on a
-    logarithmic axis. Five digits: the rest is rounding."""
-    known, half = len(values), POINTS // 2 - 1
-    steps = {*torch.linspace(1, known, half).round().int().tolist(), *torch.logspace(0, log10(known), half).round().int().tolist()}
-    at = tuple(sorted(steps | {1, rank, known})) if known > POINTS else tuple(range(1, known + 1))
+    """Every value of a short spectrum; of a long one even steps, ever wider ones from both ends, where spectra bend, and the chosen rank.
+    Five digits: the rest is rounding."""
+    known, third = len(values), POINTS // 3
+    wider = torch.logspace(0, log10(known), third).round().int().tolist()
+    steps = {*wider, *(known + 1 - step for step in wider), *torch.linspace(1, known, third - 1).round().int().tolist(), rank}
+    at = tuple(sorted(steps)) if known > POINTS else tuple(range(1, known + 1))
     return Spectrum(of, size, at, tuple(float(f"{float(values[number - 1]):.4e}") for number in at))
 
 

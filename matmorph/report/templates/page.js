@@ -81,7 +81,7 @@
       const wanted = ["method", "status"].filter((name) => form.elements[name]?.value);
       let shown = 0;
       for (const { row, text } of rows) {
-        const fits = words.every((word) => text.includes(word)) && wanted.every((name) => row.dataset[name] === form.elements[name].value);
+        const fits = words.every((word) => text.includes(word)) && wanted.every((name) => row.dataset[name].split("|").includes(form.elements[name].value));
         row.hidden = !fits;
         shown += fits;
       }
