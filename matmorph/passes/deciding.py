@@ -14,6 +14,7 @@ from matmorph.passes.budget import Account, Decided, account, decide, plan_notes
 from matmorph.passes.candidates import Offer, Option, energy, kept, label, measured, offer, settled, sizes_of, summed, within
 from matmorph.passes.loss_gradients import WithoutLabels, label_names
 from matmorph.passes.methods import Method, SiteStats
+from matmorph.passes.preliminary import asks_for_gradients
 from matmorph.passes.select import Selection
 from matmorph.passes.sensitivity import fisher
 from matmorph.passes.sizes import exported_sizes
@@ -121,8 +122,9 @@ def _weights(
 
 def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph, methods: Methods) -> Iterable[Any] | None:
     """What the model itself reads: the batches without labels, where gradients of a loss are asked for."""
-    uses = (use for stage in spec.stages for rule in stage.rules for uses in rule.alternatives for use in uses)
-    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages) or reads_labels(uses, methods)
+    uses = [use for stage in spec.stages for rule in stage.rules for uses in rule.alternatives for use in uses]
+    asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages)
+    asked = asked or reads_labels(uses, methods) or asks_for_gradients(uses, methods)
     if batches is None or spec.train is None or not asked:
         return batches
     return WithoutLabels(batches, label_names(graph, spec.train))

@@ -25,6 +25,7 @@ from matmorph.passes.deciding import Open, closed_part, decided, is_open, planne
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.pays import refuse_slow
+from matmorph.passes.preliminary import refuse_without_train, with_gradients
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
@@ -193,7 +194,9 @@ def compile_graph(
         sites = find_sites(current)
         selection = select(stage, current, sites)
         divided = _divided(current, sites, selection, methods)
+        refuse_without_train(divided.claims, methods, spec.train)
         stats = _statistics(current, stage, divided, methods, (inputs, batches), spec.train, progress)
+        stats = with_gradients(current, divided.claims, methods, stats, batches, spec.train, partial(progress, "differentiating"))
         choice = None
         if is_open(divided):
             job = Open(current, graph, stage, selection, divided, sum(row.coded for row in rows.values()))
