@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One worker per core, at most eight: each one imports torch. Within a worker the numeric libraries stay on one thread.
@@ -13,7 +14,7 @@ COVERAGE := --cov=matmorph --cov-report=term --cov-fail-under=90
 BENCHMARKS ?= $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-all lint format bench clean
+.PHONY: help demo test coverage test-all lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ format: $(READY) ## let ruff repair what it can
 bench: $(READY) ## every benchmark; BENCHMARKS=benchmarks/x.py picks one
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
+docs: $(DOCS_READY) ## the documentation as a site of its own, into build/docs (needs no network to read)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "open build/docs/index.html"
+
 clean: ## remove the environment, caches and build results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -56,4 +61,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -51,6 +51,11 @@ _CUDA: Mapping[str, str] = {
 }
 
 
+def cpu_costs() -> Mapping[tuple[str, str], CpuCost]:
+    """What was measured on the CPU provider, by codes and manner: (uniform_4, int8), (nf3, packed)."""
+    return _CPU
+
+
 def kernel_notes(outcome: Outcome, export: Export) -> tuple[str, ...]:
     """What is known of the kernels that a rewritten site will run on; () where it has no quantised part."""
     spec = next((part.use.spec for part in outcome.parts if getattr(part.use.spec, "kernel", None)), None)

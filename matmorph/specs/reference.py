@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from matmorph.specs.conditions import OPS, ROLES
@@ -18,7 +18,6 @@ from matmorph.specs.kinds import JsonSchema, Kind, ListOf, Null
 from matmorph.specs.notations import BESIDE_RANK, RANK_KINDS, Count, Rank, Size, Width
 from matmorph.specs.numbers import FORMS, LAYER_FORMS
 from matmorph.specs.schema import Budget, Calibration, Export, Pays, Rule, Stage, Tolerance, Train
-from matmorph.specs.tree import MapTree
 from matmorph.specs.typed import Field, OneOf, Own, Record, summary, to_plain
 
 _TITLES: Mapping[type[Any], str] = {
@@ -84,13 +83,14 @@ class Section:
 
 def reference_page(methods: Mapping[str, type[Any]]) -> str:
     """The page, ending in a newline. `methods`: classes by name, each with `kind` and `Spec`."""
-    document = document_record(methods, {}, [])
-    sections = _sections([("", document)])
+    sections = _sections([("", document_record(methods, {}, []))])
+    anchors = _anchors(sections)
     parts = [_INTRODUCTION]
     for section in sections:
-        parts.append(_section(section))
+        parts.append(_section(section, anchors))
         if section.record.type is Rule:
             parts += [f"{_MATCH}\n\n{_match_table(methods)}\n\n{_words()}", f"{_REWRITE}\n{_method_rows(methods)}"]
+    parts.append("## Methods")
     for name, method in methods.items():
         parts += _method(name, method)
     parts.append(_notations())
@@ -127,34 +127,48 @@ def _records(kind: Kind) -> Iterator[Record]:
             yield from _records(one)
 
 
-def _section(section: Section, level: str = "##") -> str:
-    about = (section.record.type.__doc__ or "").strip() if summary(section.record.type) else ""
+def _anchors(sections: Sequence[Section]) -> dict[type[Any], str]:
+    """The heading's anchor by what stands under it."""
+    return {section.record.type: re.sub(r"[^\w]+", "-", section.title.lower()) for section in sections}
+
+
+def _section(section: Section, anchors: Mapping[type[Any], str], level: str = "##") -> str:
+    kind = section.record.type
+    about = (kind.__doc__ or "").strip() if summary(kind) else ""
+    about = about if kind not in _TITLES else summary(kind)  # the rest of those is for readers of the code
     places = ", ".join(f"`{place}`" for place in section.places if place)
     where = f"\n\nStands at: {places}." if places else ""
-    return f"{level} {section.title}\n\n{_prose(about)}{where}\n\n{_table(section.record)}"
+    return f"{level} {section.title}\n\n{_prose(about)}{where}\n\n{_table(section.record, anchors)}"
 
 
-def _table(record: Record) -> str:
+def _table(record: Record, anchors: Mapping[type[Any], str]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for field in record.fields():
-        rows.append(f"| `{field.key}` | {_cell(_type(field.kind))} | {_default(field)} | {_cell(field.doc)} |")
+        rows.append(f"| `{field.key}` | {_cell(_type(field.kind, anchors))} | {_default(field)} | {_cell(field.doc)} |")
     extra = record.beside()
     for key, schema in extra.beside.items() if extra else ():
-        rows.append(f"| `{key}` | {_cell(_json_type(schema))} | - | {_cell(schema.get('description', ''))} (beside `{extra.key if extra else ''}`) |")
+        meaning = f"{schema.get('description', '')} (beside `{extra.key if extra else ''}`)"
+        rows.append(f"| `{key}` | {_cell(_json_type(schema))} | - | {_cell(meaning)} |")
     return "\n".join(rows) if len(rows) > 2 else "It has no settings."
 
 
-def _type(kind: Kind) -> str:
+_OWN_KINDS: Mapping[type[Any], str] = {
+    MatchKind: "[conditions](#match)",
+    RewriteKind: "a [rewrite](#rewrite)",
+    SelectKind: "names, each with [conditions](#match)",
+}
+
+
+def _type(kind: Kind, anchors: Mapping[type[Any], str]) -> str:
     if isinstance(kind, OneOf):
-        return " or ".join(_type(one) for one in kind.kinds if not isinstance(one, Null))
+        return " or ".join(_type(one, anchors) for one in kind.kinds if not isinstance(one, Null))
     if isinstance(kind, ListOf):
         count = f"{kind.length} items" if kind.length else "list"
-        return f"{count}, each: {_type(kind.item)}"
+        return f"{count}, each: {_type(kind.item, anchors)}"
     if isinstance(kind, Record):
-        return "mapping, see below"
-    own: Mapping[type[Any], str] = {MatchKind: "mapping of [conditions](#match)", RewriteKind: "a [rewrite](#rewrite)", SelectKind: "names, each with [conditions](#match)"}
-    if type(kind) in own:
-        return own[type(kind)]
+        return f"[mapping](#{anchors[kind.type]})"
+    if type(kind) in _OWN_KINDS:
+        return _OWN_KINDS[type(kind)]
     if isinstance(kind, Own) and issubclass(kind.type, Rank | Width | Count | Size):
         return f"{kind.expected} ([notation](#notations))"
     return kind.expected
@@ -163,6 +177,8 @@ def _type(kind: Kind) -> str:
 def _default(field: Field) -> str:
     if field.required:
         return "required"
+    if is_dataclass(field.default) and all(getattr(field.default, one.name) == one.default for one in fields(field.default)):
+        return "its defaults"
     plain = to_plain(field.default)
     return "-" if plain in (None, "", [], {}) else f"`{_flow(plain)}`"
 
@@ -208,43 +224,44 @@ def _json_type(schema: JsonSchema) -> str:
 def _words() -> str:
     roles = ", ".join(f"`{role}`" for role in ROLES)
     ops = ", ".join(f"`{op}`" for op in OPS)
-    return (
-        f"Roles, found from the dataflow: {roles}.\n\nForms of `op`: {ops}. `matmul` is any form of a product with a weight; `embedding` is a "
-        "table, also one that is tied to the head."
-    )
+    forms = "`matmul` is any form of a product with a weight; `embedding` is a table, also one that is tied to the head."
+    return f"Roles, found from the dataflow: {roles}.\n\nForms of `op`: {ops}. {forms}"
 
 
 # ---- methods
 
 
 def _method_rows(methods: Mapping[str, type[Any]]) -> str:
-    rows = [f"| [`{name}`](#{name}) | {method.kind} | {_cell(_first_sentence(method.Spec.__doc__ or ''))} |" for name, method in methods.items()]
+    rows = [
+        f"| [`{name}`](#{name}) | {method.kind} | {_cell(_first_sentence(method.Spec.__doc__ or ''))} |" for name, method in methods.items()
+    ]
     kinds = dict.fromkeys(str(method.kind) for method in methods.values())
     return "\n".join(rows) + "\n\n" + "\n".join(f"* {kind}: {_KINDS.get(kind, '')}." for kind in kinds)
 
 
 def _method(name: str, method: type[Any]) -> list[str]:
-    first, *nested = _sections([(name, Record(method.Spec))])
-    shown = [_section(Section(name, first.record, (f"rewrite.{name}",)))]
+    first, *inner = _sections([(name, Record(method.Spec))])
+    nested = [
+        Section(f"{name} {section.title}", section.record, tuple(f"rewrite.{place}" for place in section.places)) for section in inner
+    ]
+    anchors = _anchors(nested)
+    shown = [_section(Section(name, first.record, (f"rewrite.{name}",)), anchors, "###")]
     automatic = getattr(method, "automatic", ())
     if automatic:
         shown.append(f"`auto` is accepted for {', '.join(f'`{key}`' for key in automatic)}; it needs a `budget`.")
-    for section in nested:
-        places = tuple(f"rewrite.{place}" for place in section.places)
-        shown.append(_section(Section(f"{name}: {section.title}", section.record, places), "###"))
-    return shown
+    return shown + [_section(section, anchors, "####") for section in nested]
 
 
 # ---- notations
 
 
 def _notations() -> str:
-    ranks = "\n".join(f"* `{{{key}: x}}`: {kind.expected}; {doc}." for key, (kind, doc) in RANK_KINDS.items())
+    ranks = "\n".join(f"* `{{{key}: x}}`: {_escaped(f'{kind.expected}; {doc}')}." for key, (kind, doc) in RANK_KINDS.items())
     beside = "\n".join(f"* `{key}`: {doc}." for key, doc in BESIDE_RANK.items())
     return f"""\
 ## Notations
 
-**rank.** {Rank.EXPECTED}.
+**Ranks.** {Rank.EXPECTED.capitalize()}.
 
 {ranks}
 
@@ -252,11 +269,11 @@ Beside `rank` or inside its mapping, not in both:
 
 {beside}
 
-**width.** A number of features, a percentage such as `"50%"`, or `auto`.
+**Widths.** A number of features, a percentage such as `"50%"`, or `auto`.
 
-**Counts.** {Count.EXPECTED}. Units: {_units(Count.UNITS)}.
+**Counts.** {_escaped(Count.EXPECTED[0].upper() + Count.EXPECTED[1:])}. Units: {_units(Count.UNITS)}.
 
-**Sizes.** {Size.EXPECTED}. Units: {_units(Size.UNITS)}.
+**Sizes.** {_escaped(Size.EXPECTED[0].upper() + Size.EXPECTED[1:])}. Units: {_units(Size.UNITS)}.
 
 **Comparisons** (`in_features`, `out_features`, `params`, `effective_rank`, `outlier_ratio`). {FORMS}. A list must hold as a whole.
 
@@ -299,11 +316,3 @@ def _escaped(text: str) -> str:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
-
-
-def named_keys(methods: Mapping[str, type[Any]]) -> frozenset[str]:
-    """Every key of the language: what the page must name."""
-    named: dict[str, MapTree] = {}
-    roots = [("", document_record(methods, named, [])), *((name, Record(method.Spec)) for name, method in methods.items())]
-    keys = {field.key for section in _sections(roots) for field in section.record.fields()}
-    return frozenset(keys | set(json_schema(methods)["$defs"]["match"]["properties"]) | set(methods))
