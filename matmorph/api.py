@@ -25,7 +25,7 @@ from matmorph.ir.losses import LossFunction
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.trace import read_examples, trace
-from matmorph.lifecycle import Values, adapters_of, loaded_job, merged_job
+from matmorph.lifecycle import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
 from matmorph.models import Model
 from matmorph.passes.adapters import Adapter
 from matmorph.passes.explain import Explanation
@@ -33,6 +33,7 @@ from matmorph.passes.explain import explain as explain_site
 from matmorph.passes.merging import Merged
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
+from matmorph.passes.supernet import Configuration
 from matmorph.passes.trainables import selectors
 from matmorph.report.model import Report
 from matmorph.saving import Job, save
@@ -192,13 +193,22 @@ class Compiled:
         """
         return Compiled(loaded_job(self._job, values), self._progress)
 
-    def merge(self, values: Values | None = None) -> Compiled:
+    def configured(self, configuration: Configuration) -> Compiled:
+        """A supernet (`glora: {search: true}`) in one configuration: {site: {"A": "lora", "E": "vector"}}, what is not named is none.
+
+        Raises InputError for a model without a supernet, and for a site, tensor or word that it does not have.
+        """
+        return Compiled(configured_job(self._job, configuration), self._progress)
+
+    def merge(self, values: Values | None = None, configuration: Configuration | None = None) -> Compiled:
         """The model with its adapters, trained (`values` as in `load_trained`) or as they are, merged into the weights beside them.
 
         A dense weight takes them in exactly, rounded once to its type; a quantised one is quantised anew with its own settings. `merged` of
-        the result and its report say what that cost. Raises InputError: nothing to merge, a base that takes nothing in, other values.
+        the result and its report say what that cost. `configuration`: of a supernet, as in `configured`. Raises InputError: nothing to
+        merge, a base that takes nothing in, other values, a supernet without a configuration.
         """
         start = self if values is None else self.load_trained(values)
+        start = start if configuration is None else start.configured(configuration)
         job, found = merged_job(start._job, start.adapters, None)
         result = Compiled(job, self._progress)
         result.merged, result._unmerged = found, start

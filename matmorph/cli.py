@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 import typer
 
 from matmorph.cli_adapters import adapter_app, merge_command
+from matmorph.cli_search import search_command
 from matmorph.cli_train import train_command
 from matmorph.errors import InputError, MatmorphError
 
@@ -43,6 +44,7 @@ app = typer.Typer(
 specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True)
 app.add_typer(specs_app, name="specs")
 app.command(name="train")(train_command)
+app.command(name="search")(search_command)
 app.command(name="merge", short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")
 

@@ -34,7 +34,16 @@ Prefix = Annotated[str, typer.Option("--prefix", metavar="PATH.", help="Leading 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def merge_command(folder: Folder, out: Out, trained: Trained = None, force: Force = False, as_json: Json = False) -> None:
+def merge_command(
+    folder: Folder,
+    out: Out,
+    trained: Trained = None,
+    configuration: Annotated[
+        Path | None, typer.Option("--configuration", metavar="FILE", help="Of a supernet: what `matmorph search` found (search.json).")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Merge the adapters of DIR into its weights and write a plain model.
 
     A dense weight takes them in exactly, a quantised one is quantised anew; the error of each is listed. The result is checked as compile
@@ -46,7 +55,8 @@ def merge_command(folder: Folder, out: Out, trained: Trained = None, force: Forc
 
     refuse_existing(out, force)
     job, adapters, values = _opened(folder, trained)
-    merged, found = merged_job(job, adapters, values or None)
+    chosen = None if configuration is None else read_configuration(configuration)
+    merged, found = merged_job(job, adapters, values or None, chosen)
     report = save(out, merged, force, silent)
     if as_json:
         parity = None if report.parity is None else asdict(report.parity)
@@ -195,6 +205,18 @@ def from_peft_command(
 
 
 # ---- shared by the commands
+
+
+def read_configuration(path: Path) -> Mapping[str, Mapping[str, str]]:
+    """The configuration that a search found, or a JSON file that holds one alone. InputError for a file that is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    found = data.get("configuration", data) if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(words, dict) for words in found.values()):
+        raise InputError(f"{path}: holds no configuration ({{site: {{tensor: word}}}})")
+    return found
 
 
 def _opened(folder: Path, trained: Path | None) -> tuple[Job, tuple[Adapter, ...], Mapping[str, Any]]:

@@ -161,7 +161,7 @@ def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | N
     if read_train_manifest(folder).supernet is not None:
         raise InputError(f"--validation: {folder} trains a supernet, which has no one accuracy; matmorph search judges its configurations")
     loader = load_batches(validation, batch_size, shuffle=False, transform=_trimming(trim))
-    metrics = _metrics(folder)
+    metrics = metrics_of(folder)
 
     def judged(trainer: Trainer) -> Mapping[str, float]:
         figures = trainer.evaluate(loader, metrics)
@@ -170,7 +170,7 @@ def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | N
     return judged
 
 
-def _metrics(folder: Path) -> dict[str, Metric]:
+def metrics_of(folder: Path) -> dict[str, Metric]:
     """Accuracy where the loss judges classes."""
     from matmorph.runtime.train_manifest import TRAIN_MANIFEST, read_train_manifest
 

@@ -18,6 +18,7 @@ from matmorph.passes.merging import Merged, merge
 from matmorph.passes.methods import method_table
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
+from matmorph.passes.supernet import Configuration, configured
 from matmorph.report.model import Report, SiteRow, Totals
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.saving import Job
@@ -64,10 +65,19 @@ def loaded_job(job: Job, source: Values) -> Job:
     return replace(job, graph=with_values(job.graph, values, where))
 
 
-def merged_job(job: Job, adapters: Sequence[Adapter], source: Values | None) -> tuple[Job, tuple[Merged, ...]]:
-    """The model with its adapters in its weights, and a line per site; its report says what merging cost. Errors as `merging.merge`."""
+def configured_job(job: Job, configuration: Configuration) -> Job:
+    """The model of a supernet in one configuration. InputError for what is no supernet, and for what it cannot be."""
+    return replace(job, graph=configured(job.graph, adapters_of(job), configuration))
+
+
+def merged_job(
+    job: Job, adapters: Sequence[Adapter], source: Values | None, configuration: Configuration | None = None
+) -> tuple[Job, tuple[Merged, ...]]:
+    """The model with its adapters in its weights, and a line per site; its report says what merging cost. `configuration`: of a supernet.
+    Errors as `merging.merge`."""
     methods = {name: method() for name, method in method_table().items()}
     start = job if source is None else loaded_job(job, source)
+    start = start if configuration is None else replace(start, graph=configured(start.graph, adapters, configuration))
     graph, found = merge(start.graph, adapters, methods)
     return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
 

@@ -36,6 +36,7 @@ LAYERS = (
     ("matmorph.unmerging",),
     ("matmorph.api",),
     ("matmorph.cli_train", "matmorph.cli_adapters"),
+    ("matmorph.cli_search",),
     ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
 )
 # Inside ir, for the modules that others build upon; the rest of ir only has to be free of cycles.
@@ -58,6 +59,7 @@ MAY_IMPORT_RUNTIME = (
     "matmorph.api",
     "matmorph.cli_train",
     "matmorph.cli_adapters",
+    "matmorph.cli_search",
     "matmorph.cli",
     "matmorph.demo",
     "matmorph.__main__",

@@ -111,7 +111,7 @@ def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Ten
             return two_factor_form(cores, adapter.in_features, adapter.scale)
         except ValueError as error:
             raise ExportError(f"{adapter.site}: its tensor train has no two-factor form: {error}") from error
-    if adapter.method not in METHODS:
+    if adapter.method not in METHODS:  # of whoever writes files for other programs
         raise InputError(f"{adapter.site}: {adapter.method} has no two-factor form; merge it instead")
     down, up = (tensors[part] for part in PARTS)
     lead = () if adapter.batch is None else (adapter.batch,)

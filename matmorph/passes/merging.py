@@ -70,12 +70,10 @@ def merge(
     current, found = _folded(trained, factors)
     added = {path: left for path, parts in sites.items() if (left := [adapter for adapter in parts if not _inside(adapter)])}
     updates = {path: _update(parts, factors, methods) for path, parts in added.items()}
-    for parts in added.values():
-        current = _shifted(current, parts, factors, methods)
     current = without(current, [const for parts in added.values() for adapter in parts for const in factors[adapter]]) if added else current
     for path, parts in added.items():
         put = _put_codes if parts[0].quantizer is not None else _put_dense
-        current, merged = put(current, parts, updates[path])
+        current, merged = put(_shifted(current, parts, factors, methods), parts, updates[path])
         found[path] = replace(merged, methods=_methods(sites[path]))
     verify(current)
     return current, tuple(found[path] for path in sites)
@@ -164,7 +162,8 @@ def _shifted(graph: Graph, parts: Sequence[Adapter], factors: Mapping[Adapter, S
     like = nodes[0].args[0].tensor
     holder = Value(f"{adapter.site}.bias", TensorType(like.dtype, (adapter.out_features,)))
     changed = {node: _with_bias(node, holder) for node in nodes}
-    return with_constants(graph, changed, {holder: (holder.name, new)}, factors[adapter][0])[0]
+    anchor = consts_of(graph, [adapter.base_consts["codes"]])[0]
+    return with_constants(graph, changed, {holder: (holder.name, new)}, anchor)[0]
 
 
 def _with_bias(node: Node, bias: Value) -> Node:

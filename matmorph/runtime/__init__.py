@@ -31,6 +31,7 @@ from matmorph.runtime.session import Session
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Batches, load_batches, trim_padding
+    from matmorph.runtime.evolution import SearchResult, SearchSettings, search
     from matmorph.runtime.fitting import StepInfo
     from matmorph.runtime.schedules import constant, cosine, linear
     from matmorph.runtime.trainer import Trainer
@@ -43,6 +44,8 @@ __all__ = [
     "ExecutionError",
     "InputMismatch",
     "ProviderError",
+    "SearchResult",
+    "SearchSettings",
     "Session",
     "SessionError",
     "StepInfo",
@@ -53,6 +56,7 @@ __all__ = [
     "cosine",
     "linear",
     "load_batches",
+    "search",
     "trim_padding",
 ]
 
@@ -64,6 +68,9 @@ _TRAINING = {
     "constant": "schedules",
     "cosine": "schedules",
     "linear": "schedules",
+    "search": "evolution",
+    "SearchResult": "evolution",
+    "SearchSettings": "evolution",
     "Trainer": "trainer",
 }
 """Module by the public name that it holds."""
