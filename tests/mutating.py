@@ -1,13 +1,18 @@
-"""Mutants: modules loaded anew with one text exchanged."""
+"""Mutants: modules loaded anew with one text exchanged, and the checks that must notice."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import pytest
+
+Check = Callable[[dict[str, ModuleType]], None]
+"""Asserts something of the modules that it is given."""
 
 
 @contextmanager
@@ -29,3 +34,21 @@ def mutated(modules: Sequence[str], where: str, old: str, new: str) -> Iterator[
         yield fresh
     finally:
         sys.modules.update({full[name]: module for name, module in real.items()})
+
+
+def killer(modules: Sequence[str], checks: Sequence[Check], where: str, old: str, new: str) -> str | None:
+    """The first check that fails on the mutant; None where it lives."""
+    with mutated(modules, where, old, new) as found:
+        for check in checks:
+            try:
+                check(found)
+            except (Exception, pytest.fail.Exception):
+                return check.__name__
+    return None
+
+
+def run_on_real_code(modules: Sequence[str], checks: Sequence[Check]) -> None:
+    """All checks on modules that were loaded anew, unchanged: what fails on a mutant must not fail on these."""
+    with mutated(modules, "", "", "") as found:
+        for check in checks:
+            check(found)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mutating import mutated
+from mutating import Check, killer, run_on_real_code
 from quantizing import METHODS, dense, loftq, parts_of, put_in, qlora, quantize, relative, stands_for
 from rewriting import LINEAR, graph_of, moment, only_site, rewritten, rule_of, run, weights_of
 
@@ -290,7 +289,7 @@ def check_refusals(m: dict[str, ModuleType]) -> None:
         m[REWRITE].rewrite(graph, [(find_sites(graph)[0], rule_of(quantize(quantizer="nf4")))], {"quantize": m[PLAIN].Quantize()})
 
 
-CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
+CHECKS: tuple[Check, ...] = (
     check_outputs,
     check_bias_of_two_axes,
     check_clipped,
@@ -302,26 +301,13 @@ CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
 )
 
 
-def killers(where: str, old: str, new: str) -> list[str]:
-    """The checks that fail; the first is enough."""
-    with mutated(MODULES, where, old, new) as modules:
-        for check in CHECKS:
-            try:
-                check(modules)
-            except (Exception, pytest.fail.Exception):
-                return [check.__name__]
-    return []
-
-
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(MODULES, LOFTQ, "class LoftQ:", "class LoftQ:") as modules:
-        for check in CHECKS:
-            check(modules)
+    run_on_real_code(MODULES, CHECKS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killers(*MUTANTS[name]), "no check noticed"
+    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"
 
 
 def test_dense_of_the_tests_is_that_of_the_library() -> None:

@@ -5,7 +5,6 @@ The checks are a digest of the planner's tests, against einsum over the cores an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from contracting import TorchOps, matrix_weight, random_cores, vector_weight
-from mutating import mutated
+from mutating import Check, killer, run_on_real_code
 
 MODULES = ("linalg.contraction", "linalg.contraction_rates", "linalg.contraction_cost")
 """In the order of their imports."""
@@ -151,24 +150,13 @@ def check_regret(m: dict[str, ModuleType]) -> None:
     assert m[COST].choose([candidate("near", 1, 4), candidate("far", 3, 3), offered[-1]]).plan.name == "near"
 
 
-CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (check_products, check_candidates, check_counts, check_choice, check_regret)
-
-
-def killers(where: str, old: str, new: str) -> list[str]:
-    """The checks that fail; the first is enough."""
-    with mutated(MODULES, where, old, new) as modules:
-        for check in CHECKS:
-            try:
-                check(modules)
-            except Exception:
-                return [check.__name__]
-    return []
+CHECKS: tuple[Check, ...] = (check_products, check_candidates, check_counts, check_choice, check_regret)
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    assert killers(PLANS, "class Step:", "class Step:") == []
+    run_on_real_code(MODULES, CHECKS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killers(*MUTANTS[name]), "no check noticed"
+    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"

@@ -5,13 +5,12 @@ The checks are a digest of the other tests of the method, against numpy in float
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from mutating import mutated
+from mutating import Check, killer, run_on_real_code
 from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError
@@ -155,7 +154,7 @@ def check_solvers(m: dict[str, ModuleType]) -> None:
     assert svd._certify(torch.diag(torch.arange(40, 0, -1, dtype=torch.float64)), blind, 2)[2] == float("inf")
 
 
-CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
+CHECKS: tuple[Check, ...] = (
     check_plain,
     check_whitened,
     check_ranks,
@@ -166,23 +165,10 @@ CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
 )
 
 
-def killers(where: str, old: str, new: str) -> list[str]:
-    """The checks that fail; the first is enough."""
-    with mutated(MODULES, where, old, new) as modules:
-        for check in CHECKS:
-            try:
-                check(modules)
-            except (Exception, pytest.fail.Exception):
-                return [check.__name__]
-    return []
-
-
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(MODULES, METHOD, "class LowRank:", "class LowRank:") as modules:
-        for check in CHECKS:
-            check(modules)
+    run_on_real_code(MODULES, CHECKS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killers(*MUTANTS[name]), "no check noticed"
+    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"

@@ -5,14 +5,13 @@ The checks are a digest of the other tests, against einsum and numpy in float64;
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from mutating import mutated
+from mutating import Check, killer, run_on_real_code
 
 MODULES = ("linalg.svd", "linalg.modes", "linalg.unfolding", "linalg.sweeps", "linalg.tensor_train")
 """In the order of their imports."""
@@ -233,7 +232,7 @@ def check_modes(m: dict[str, ModuleType]) -> None:
     assert modes.factors(6, 3, ones=False) is None
 
 
-CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
+CHECKS: tuple[Check, ...] = (
     check_matrix_form,
     check_vector_form,
     check_ranks,
@@ -245,23 +244,10 @@ CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (
 )
 
 
-def killers(where: str, old: str, new: str) -> list[str]:
-    """The checks that fail; the first is enough."""
-    with mutated(MODULES, where, old, new) as modules:
-        for check in CHECKS:
-            try:
-                check(modules)
-            except (Exception, pytest.fail.Exception):
-                return [check.__name__]
-    return []
-
-
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(MODULES, TRAIN, "class TensorTrain:", "class TensorTrain:") as modules:
-        for check in CHECKS:
-            check(modules)
+    run_on_real_code(MODULES, CHECKS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killers(*MUTANTS[name]), "no check noticed"
+    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"

@@ -3,7 +3,6 @@ trains. Oracle: numpy in float64, from the papers' formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod, sqrt
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import answers, difference, feeds, session
-from mutating import mutated
+from mutating import Check, killer, run_on_real_code
 from quantizing import dense, loftq, parts_of, qlora
 from rewriting import LINEAR, graph_of, only_site, rewritten, rule_of, run, weights_of
 from trains import METHODS, contracted, cores_of, matrix, tt, tt_lora
@@ -521,26 +520,13 @@ def check_bad_weight(m: dict[str, ModuleType]) -> None:
         m[REWRITE].rewrite(graph, [(find_sites(graph)[0], rule_of(tt(2), force=True))], {"tt": m[PLAIN].TT()})
 
 
-CHECKS: tuple[Callable[[dict[str, ModuleType]], None], ...] = (check_update, check_starts, check_replacing, check_padded, check_bad_weight)
-
-
-def killers(where: str, old: str, new: str) -> list[str]:
-    """The checks that fail; the first is enough."""
-    with mutated(MODULES, where, old, new) as modules:
-        for check in CHECKS:
-            try:
-                check(modules)
-            except (Exception, pytest.fail.Exception):
-                return [check.__name__]
-    return []
+CHECKS: tuple[Check, ...] = (check_update, check_starts, check_replacing, check_padded, check_bad_weight)
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(MODULES, LORA, "class TTLora:", "class TTLora:") as modules:
-        for check in CHECKS:
-            check(modules)
+    run_on_real_code(MODULES, CHECKS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killers(*MUTANTS[name]), "no check noticed"
+    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"
