@@ -78,7 +78,7 @@ def blocks_and_scores(name: str) -> tuple[Any, Graph, list[Any], dict[Site, Site
     sites = [site for block in blocks for site in block.sites]
     found = taylor(graph, sites, causal(name), 100, Train("causal_lm"), USE)
     nothing = torch.zeros(0)
-    stats = {site: SiteStats(nothing, 0, *pair) for site, pair in found.items()}
+    stats = {site: SiteStats(nothing, 0, input_taylor=pair[0], output_taylor=pair[1]) for site, pair in found.items()}
     return model, graph, blocks, stats, oracle(model, [site.path for site in sites], causal(name))
 
 
