@@ -21,6 +21,7 @@ import typer
 
 from matmorph.cli_adapters import adapter_app, merge_command
 from matmorph.cli_search import search_command
+from matmorph.cli_report import compare_command, diff_command, report_command
 from matmorph.cli_train import train_command
 from matmorph.errors import InputError, MatmorphError
 
@@ -47,6 +48,9 @@ app.command(name="train")(train_command)
 app.command(name="search")(search_command)
 app.command(name="merge", short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")
+app.command(name="report", short_help="Draw report.html of DIR anew, with times.")(report_command)
+app.command(name="compare", short_help="Two folders side by side.")(compare_command)
+app.command(name="diff", short_help="The graph around one matmul before and after.")(diff_command)
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face folder, package.module:factory or FILE.pt2.")]
 SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]

@@ -17,7 +17,7 @@ import torch
 import matmorph
 from matmorph.errors import CheckError
 from matmorph.exporters.adapters import Served, serve
-from matmorph.exporters.artifact import SPEC, Artifact, Described, refuse_existing, write_artifact
+from matmorph.exporters.artifact import AFTER, BEFORE, SPEC, Artifact, Described, graph_bytes, refuse_existing, write_artifact
 from matmorph.exporters.data_file import DataFile, FileInfo
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.exporters.onnx_model import OnnxInfo
@@ -91,6 +91,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         spec=spec,
         describe=describe,
         cases=vectors.cases,
+        more=_graphs(job.source, graph, training),
         companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,
@@ -116,6 +117,11 @@ def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None],
     training = prepare_training(graph, job.training, job.examples, job.spec.seed)
     progress("differentiating", 1, 1)
     return replace(training, adapters=describe_adapters(job), kept=kept_entries(job.graph, job.spec))
+
+
+def _graphs(source: Graph, graph: Graph, training: Training | None) -> dict[str, bytes]:
+    """What `matmorph diff` reads. Training files have the rewritten graph among them."""
+    return {BEFORE: graph_bytes(source), **({AFTER: graph_bytes(graph)} if training is None else {})}
 
 
 def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileInfo]:

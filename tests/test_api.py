@@ -28,6 +28,7 @@ from matmorph.runtime.check import main as check_main
 X = randn(3, 5, 8)
 INPUTS, AXES = {"x": X}, {"x": {0: "batch", 1: "seq"}}
 REPRODUCIBLE = ("model.onnx", "model.onnx.data", "check.npz", "spec.yaml")
+GRAPHS = ("source.ir", "graph.ir")
 PARITY = 1e-5
 """Torch and ONNX Runtime in float32 (6e-8 per rounding) on sums of at most some hundred terms, relative to max(1, |output|)."""
 
@@ -58,7 +59,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[mm.Compiled, Path]:
 
 def test_the_folder_is_complete_and_verifies(done: Any) -> None:
     _, folder = done
-    assert {path.name for path in folder.iterdir()} == {*REPRODUCIBLE, "report.json", "report.html", "manifest.json", "run.json"}
+    assert {path.name for path in folder.iterdir()} == {*REPRODUCIBLE, *GRAPHS, "report.json", "report.html", "manifest.json", "run.json"}
     result = check(folder)
     assert result.ok
     assert result.max_difference is not None
@@ -109,7 +110,7 @@ def test_graph_and_source(done: Any) -> None:
 def test_a_plan_has_the_same_rows_without_errors(done: Any) -> None:
     compiled, _ = done
     plan = mm.plan(seeded(Mlp), spec(), INPUTS, AXES)
-    blank = {"weight_error": None, "output_error": None, "bound": None, "notes": (), "parts": ()}
+    blank = {"weight_error": None, "output_error": None, "bound": None, "spectrum": None, "notes": (), "parts": ()}
     assert [replace(row, **blank) for row in compiled.report.sites] == [replace(row, **blank) for row in plan.sites]
     assert plan.totals == compiled.report.totals
     assert plan.parity is None
@@ -129,7 +130,7 @@ def test_a_model_on_meta_is_planned_not_compiled() -> None:
 def test_saved_twice_the_bytes_are_the_same(done: Any, tmp_path: Path) -> None:
     compiled, folder = done
     again = compiled.save(tmp_path / "again")
-    for name in (*REPRODUCIBLE, "report.json", "report.html", "manifest.json"):
+    for name in (*REPRODUCIBLE, *GRAPHS, "report.json", "report.html", "manifest.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("matmorph.reopening",),
     ("matmorph.unmerging",),
     ("matmorph.api",),
-    ("matmorph.cli_train", "matmorph.cli_adapters"),
+    ("matmorph.cli_train", "matmorph.cli_report", "matmorph.cli_adapters"),
     ("matmorph.cli_search",),
     ("matmorph.cli", "matmorph.demo", "matmorph.__main__"),
 )

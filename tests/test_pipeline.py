@@ -23,7 +23,7 @@ from matmorph.specs.load import load_spec
 
 METHODS = {name: method() for name, method in method_table().items()}
 X = randn(3, 5, 8)
-ERRORS = {"weight_error": None, "output_error": None, "bound": None, "notes": (), "parts": ()}
+ERRORS = {"weight_error": None, "output_error": None, "bound": None, "spectrum": None, "notes": (), "parts": ()}
 """What a plan cannot know."""
 
 

@@ -32,6 +32,7 @@ from matmorph.runtime.train_manifest import read_train_manifest
 
 TRAINING = {"grad.onnx", "eval.onnx", "apply.onnx", "trainable.safetensors", "train.json", "train_check.npz", "graph.ir"}
 PLAIN = {"model.onnx", "model.onnx.data", "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"}
+PLAIN |= {"source.ir", "graph.ir"}
 SPEC: Mapping[str, Any] = {
     "version": 1,
     "name": "toy",

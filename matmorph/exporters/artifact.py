@@ -23,6 +23,7 @@ from matmorph.exporters.lowering import Lowerings
 from matmorph.exporters.onnx_model import MODEL, OnnxInfo, Port, write_model
 from matmorph.exporters.vectors import Case
 from matmorph.ir.core import Graph
+from matmorph.ir.text import print_graph
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
@@ -31,6 +32,8 @@ FORMAT = 1
 """Of manifest.json; `matmorph.runtime` reads this one."""
 
 REPORT, PAGE, SPEC, CHECK, MANIFEST, RUN = "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"
+BEFORE, AFTER = "source.ir", "graph.ir"
+"""The graphs as text, without weights: of the source model, and as rewritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,9 @@ class Described:
 class Artifact:
     """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
-    run them, and what it raises leaves nothing behind; `companions`: writes further graphs on the open data file, and gives the hashes of
-    all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `adapters`: those that are inputs, for it
-    too."""
+    run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`:
+    writes further graphs on the open data file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`:
+    plain lines for the manifest; `adapters`: those that are inputs, for it too."""
 
     graph: Graph
     export: Export
@@ -57,6 +60,7 @@ class Artifact:
     describe: Callable[[Path, OnnxInfo], Described]
     cases: Sequence[Case]
     companions: Callable[[Path, DataFile], Mapping[str, FileInfo]] | None = None
+    more: Mapping[str, bytes] = field(default_factory=dict)
     run: Callable[[], Mapping[str, Any]] = dict
     notes: Sequence[str] = ()
     adapters: Mapping[str, Any] | None = None
@@ -75,7 +79,8 @@ def write_artifact(
     """
     with staged_folder(folder, force) as staging:
         info = _written_graphs(staging, artifact, progress)
-        files = {**info.files, **_written(staging, {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info))})}
+        beside = {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info)), **artifact.more}
+        files = {**info.files, **_written(staging, beside)}
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
         described = artifact.describe(staging, info)
         files |= _written(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
@@ -139,6 +144,35 @@ def json_bytes(data: Mapping[str, Any]) -> bytes:
         return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except ValueError as error:
         raise VerifyError(f"a figure that is not finite cannot be written to JSON ({error})") from error
+
+
+def graph_bytes(graph: Graph) -> bytes:
+    """The text form, without the lines of the model's own Python files: where those lie says nothing of the model."""
+    nodes = tuple(replace(node, origin=replace(node.origin, source=None)) for node in graph.nodes)
+    return print_graph(replace(graph, nodes=nodes)).encode()
+
+
+def rewrite_page(folder: Path, html: str) -> None:
+    """Another report.html into a folder, and its hash into the manifest where that lists the page. Each file is exchanged as a whole."""
+    record = _exchanged(folder / PAGE, html.encode())
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = data["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no manifest, or a damaged one: `check` says so
+    if isinstance(files, dict) and PAGE in files:
+        _exchanged(folder / MANIFEST, json_bytes({**data, "files": {**files, PAGE: record.to_dict()}}))
+
+
+def _exchanged(path: Path, data: bytes) -> FileInfo:
+    """Written beside, then renamed; what was there stays where that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return FileInfo(hashlib.sha256(data).hexdigest(), len(data))
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 from matmorph.errors import VerifyError
-from matmorph.exporters.artifact import json_bytes
+from matmorph.exporters.artifact import graph_bytes, json_bytes
 from matmorph.exporters.data_file import DATA, DataFile, FileInfo
 from matmorph.exporters.fingerprint import names_sha256, weights_sha256
 from matmorph.exporters.lowering import Lowerings
@@ -34,7 +34,6 @@ from matmorph.exporters.precision import computed_in
 from matmorph.exporters.training_vectors import TrainingVectors, vectors_bytes
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.losses import Loss
-from matmorph.ir.text import print_graph
 from matmorph.passes.adapters import GATES
 from matmorph.passes.methods.glora import COLUMNS, WORDS
 from matmorph.passes.trainables import Trainable
@@ -145,7 +144,7 @@ def write_training(
         {
             APPLY: apply.SerializeToString(deterministic=True),
             TRAINABLE: _tensors(training.trainables),
-            GRAPH: print_graph(_portable(training.graph)).encode(),
+            GRAPH: graph_bytes(training.graph),
             CHECK: vectors_bytes(training.vectors, precision, dtypes),
         },
     )
@@ -170,11 +169,6 @@ def _laid_out(trainables: Sequence[Trainable], kept: Mapping[str, int]) -> _Layo
 def _tensors(trainables: Sequence[Trainable]) -> bytes:
     """safetensors of the trainables, float32. The format orders tensors itself, so equal values give equal bytes."""
     return safetensors.torch.save({item.const.path: item.const.load().detach().cpu().float().contiguous() for item in trainables})
-
-
-def _portable(graph: Graph) -> Graph:
-    """The graph without the lines of the model's own Python files: where those lie says nothing of the model."""
-    return replace(graph, nodes=tuple(replace(node, origin=replace(node.origin, source=None)) for node in graph.nodes))
 
 
 def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:
