@@ -63,8 +63,8 @@ class _Sum:
 
 
 def asks_for_gradients(uses: Iterable[MethodUse], methods: Mapping[str, Method]) -> bool:
-    """Whether any of these methods has a preliminary phase under its settings."""
-    return any(hasattr(methods[use.method], "preliminary") and bool(methods[use.method].needs(use.spec)) for use in uses)
+    """Whether any of these methods can have a preliminary phase, so that batches may have labels."""
+    return any(hasattr(methods[use.method], "preliminary") for use in uses)
 
 
 def refuse_without_train(claims: Claims, methods: Mapping[str, Method], train: Train | None) -> None:
