@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def test_printed_text_is_compared(expected: str, printed: str, same: bool) -> No
     [
         "match: {role: mlp.fc1}\n",
         "rewrite:\n  low_rank: {rank: 4}\n",
-        "budget: {bytes: 40%}\n",
+        "tolerance: {weight_error: 0.5}\n",
         "extends: [low-rank-60]\n",
         "version: 1\nrules: [{match: {op: linear}, rewrite: keep}]\n",
     ],
@@ -141,7 +142,6 @@ def test_a_wrong_piece_stays_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["index.md"])
 def test_a_failing_page_fails(page: str, run: Runner, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise RuntimeError('broken on purpose')\n")
     (tmp_path / "out").mkdir()  # the page saves there, without force
     assert run(page, tmp_path) == 1
     assert "docs/index.md" in (tmp_path / "log.txt").read_text()
@@ -261,6 +261,16 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
     assert "extra_javascript" not in config
     for page in pages():
         assert not re.search(r"<(script|iframe|img|link)\b", (DOCS / page).read_text(encoding="utf-8")), page
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_docs_installs_what_it_needs_and_builds_strictly() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "-n", "docs"], capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    steps = done.stdout.splitlines()
+    install = next(number for number, line in enumerate(steps) if line.endswith("-c constraints.txt -e '.[docs]'"))
+    build = next(number for number, line in enumerate(steps) if "mkdocs build --strict" in line)
+    assert install < build
 
 
 @pytest.mark.full
