@@ -1,0 +1,285 @@
+"""Handwritten digits: a small ViT that knows 0 to 4 learns 5 to 9, by GLoRA with its search, SparseGrad, LoRA and full fine-tuning.
+
+The data are scikit-learn's (1797 real scans of 8 x 8 pixels, pip install scikit-learn). The ViT is pre-trained here on the classes 0 to 4
+with PyTorch; each method then tunes it on 200 images of 5 to 9 with a new head, on ONNX Runtime. The search judges its configurations on
+200 other images; the table is of the rest, which neither training nor search has seen.
+
+    python examples/digits.py [--small] [--limit N] [--threads N] [--seed N]
+
+State: what the optimizer keeps while it trains, parameters, gradient and two moments, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+
+import matmorph as mm
+from matmorph.passes.methods import method_table
+from matmorph.passes.supernet import spec_of
+from matmorph.runtime import Batches, SearchSettings, Session, Trainer, cosine, search
+
+Arrays = dict[str, np.ndarray]
+SIDE, PATCH, CLASSES, BATCH = 8, 2, 5, 32
+TRAIN, VALIDATION = 200, 200
+LAYERS = {"op": "matmul", "path": "blocks.**"}  # qkv, proj, fc1, fc2 of each layer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is; epochs are passes over the 200 images."""
+
+    width: int = 48
+    depth: int = 3
+    pretrain: int = 40
+    epochs: int = 60
+    supernet: int = 300
+    population: int = 50
+    rounds: int = 8
+
+
+SMALL = Sizes(width=16, depth=1, pretrain=4, epochs=3, supernet=4, population=6, rounds=2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table. `rewrite`: of every matmul of the layers; `lr`: learning rate; `trainable`: beside the head; `searched`: a
+    supernet; `calibrated`: what it adds depends on gradients of the training data."""
+
+    name: str
+    rewrite: Any
+    lr: float
+    trainable: str = "adapters"
+    searched: bool = False
+    calibrated: bool = False
+
+
+METHODS = (
+    Method("head alone", "keep", 5e-3, trainable="head.**"),
+    Method("LoRA, rank 4", {"lora": {"rank": 4, "alpha": 8}}, 5e-3),
+    Method("GLoRA, searched", {"glora": {"search": True, "rank": 4}}, 5e-3, searched=True),
+    Method("SparseGrad, 1 %", {"sparse_grad": {"keep": "1%"}}, 2e-3, calibrated=True),
+    Method("full fine-tuning", "keep", 1e-3, trainable="all"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method came to: accuracy in percent on the test images, seconds of an update, bytes of the state."""
+
+    name: str
+    accuracy: float
+    trainable: int
+    step: float
+    state: int
+    note: str = ""
+
+
+# ---- model and data
+
+
+class Block(nn.Module):
+    """A pre-norm layer: attention of four heads, and an MLP twice as wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(rows, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind()
+        x = x + self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Patches of 2 x 2 pixels, layers, the mean over patches, a head of five classes."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.patches = nn.Linear(PATCH * PATCH, width)
+        self.places = nn.Parameter(0.02 * torch.randn((SIDE // PATCH) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        grid = SIDE // PATCH
+        x = pixels.view(-1, grid, PATCH, grid, PATCH).transpose(2, 3).reshape(-1, grid * grid, PATCH * PATCH)
+        x = self.patches(x) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.head(self.norm(x).mean(1))}
+
+
+def digits(seed: int) -> tuple[Arrays, Arrays]:
+    """(0 to 4, 5 to 9 with labels from 0), each in random order; pixels from 0 to 1."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(seed).permutation(len(found.target))
+    pixels, labels = (found.data[order] / 16).astype(np.float32), found.target[order].astype(np.int64)
+    halves = (labels < CLASSES, labels >= CLASSES)
+    return tuple({"pixels": pixels[half], "labels": labels[half] % CLASSES} for half in halves)  # type: ignore[return-value]
+
+
+def cut(arrays: Mapping[str, np.ndarray], start: int, stop: int | None) -> Arrays:
+    return {name: array[start:stop] for name, array in arrays.items()}
+
+
+def pretrained(arrays: Arrays, sizes: Sizes, seed: int) -> ViT:
+    """The ViT after AdamW on the first five classes, with a new head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model, head = ViT(sizes.width, sizes.depth), nn.Linear(sizes.width, CLASSES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    loader = Batches(arrays, 64, seed=seed)
+    for epoch in range(sizes.pretrain):
+        for batch in loader.epoch(epoch):
+            loss = cross_entropy(model(torch.from_numpy(batch["pixels"]))["logits"], torch.from_numpy(batch["labels"]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.head = head
+    return model.eval().requires_grad_(True)
+
+
+# ---- one method
+
+
+def right(outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    return outputs["logits"].argmax(-1) == batch["labels"]
+
+
+def exported(model: ViT, method: Method, train: Arrays, folder: Path) -> mm.Compiled:
+    """The model with what the method adds, and its training graphs in `folder`."""
+    names = ["head.**"] if method.trainable == "head.**" else [method.trainable] if method.trainable == "all" else ["adapters", "head.**"]
+    asked = {
+        "loss": "cross_entropy",
+        "output": "logits",
+        "optimizer": {"adamw": {"lr": method.lr, "weight_decay": 0.01}},
+        "trainable": names,
+    }
+    spec = {"version": 1, "name": "digits", "rules": [{"name": "layers", "match": LAYERS, "rewrite": method.rewrite}], "train": asked}
+    example = {"pixels": torch.from_numpy(train["pixels"][:4])}
+    labelled = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in Batches(train, BATCH)]
+    more = {"calibration": labelled * 5} if method.calibrated else {}
+    compiled = mm.compile(model, spec, example, {"pixels": {0: "batch"}}, **more)
+    compiled.save(folder, train=True)
+    return compiled
+
+
+def tuned(folder: Path, train: Arrays, epochs: int, options: argparse.Namespace) -> tuple[Trainer, float]:
+    """A Trainer after its training, and the seconds of one update."""
+    trainer = Trainer(folder, "cpu", threads=options.threads, seed=options.seed, log=lambda line: None)
+    began = time.perf_counter()
+    trainer.fit(Batches(train, BATCH, seed=options.seed), epochs, schedule=cosine(warmup=0.1), clip=1.0, progress=False)
+    return trainer, (time.perf_counter() - began) / trainer.updates
+
+
+def run(method: Method, model: ViT, parts: Sequence[Arrays], sizes: Sizes, options: argparse.Namespace, place: Path) -> Row:
+    """Exports, trains, searches where there is a choice, and tests."""
+    train, validation, test = parts
+    folder = place / f"{METHODS.index(method)}"
+    compiled = exported(model, method, train, folder)
+    trainer, step = tuned(folder, train, sizes.supernet if method.searched else sizes.epochs, options)
+    length, loader = trainer.manifest.length, [dict(batch) for batch in Batches(test, 128, shuffle=False)]
+    state = 4 * length * (2 + len(trainer.manifest.states))
+    if not method.searched:
+        figures = trainer.evaluate(loader, {"accuracy": right})
+        return Row(method.name, 100 * figures["accuracy"], length, step, state)
+    children = sizes.population // 2
+    settings = SearchSettings(
+        sizes.population, min(10, sizes.population), children, children, rounds=sizes.rounds, limit=options.limit, seed=options.seed
+    )
+    judges = [dict(batch) for batch in Batches(validation, 128, shuffle=False)]
+    result = search(trainer, judges, right, settings, state=place / "search.json")
+    print("parameters  accuracy on the validation images: the Pareto front of the search")
+    for one in result.pareto:
+        print(f"{one.parameters:>10,}  {100 * one.fitness:.1f} %")
+    figures = trainer.evaluate(loader, {"accuracy": right}, configuration=result.named)
+    note = merged(compiled, trainer, model, result.named, result.best.configuration, test, place)
+    others = sum(one.size for one in trainer.manifest.parameters if ".glora." not in one.name)
+    return Row(method.name, 100 * figures["accuracy"], result.best.parameters + others, step, state, note)
+
+
+def merged(
+    compiled: mm.Compiled, trainer: Trainer, model: ViT, named: Any, configuration: Any, test: Arrays, place: Path
+) -> str:  # fmt: skip
+    """The found configuration as a spec of its own, compiled from the pre-trained model, merged and exported; how its answers compare."""
+    supernet = trainer.manifest.supernet
+    if supernet is None:
+        raise SystemExit("the training graphs are of no supernet")
+    spec = spec_of(compiled.spec, compiled.adapters, named)
+    example = {"pixels": torch.from_numpy(test["pixels"][:4])}
+    found = mm.compile(model, spec, example, {"pixels": {0: "batch"}})
+    values = supernet.values(trainer.parameters(), configuration)
+    ready = found.load_trained(values)
+    plain = ready.merge() if ready.adapters else ready
+    plain.save(place / "merged")
+    session = Session(place / "merged", "cpu", log=lambda line: None)
+    logits = session.run({"pixels": test["pixels"]})["logits"]
+    return f"merged and exported: {100 * float((logits.argmax(-1) == test['labels']).mean()):.1f} %"
+
+
+# ---- the whole of it
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"{'method':<18} {'accuracy':>9} {'trainable':>10} {'ms a step':>10} {'state KiB':>10}"]
+    for row in rows:
+        figures = f"{row.accuracy:>8.1f}% {row.trainable:>10,} {1000 * row.step:>10.1f} {row.state / 1024:>10.0f}"
+        lines.append(f"{row.name:<18} {figures}  {row.note}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        print("scikit-learn, which brings the digits, is not installed: pip install scikit-learn", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    sizes = SMALL if options.small else Sizes()
+    known, new = digits(options.seed)
+    parts = (cut(new, 0, TRAIN), cut(new, TRAIN, TRAIN + VALIDATION), cut(new, TRAIN + VALIDATION, None))
+    began = time.perf_counter()
+    model = pretrained(known, sizes, options.seed)
+    print(f"pre-trained on {len(known['labels'])} images of 0 to 4 in {time.perf_counter() - began:.0f} s")
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        for method in METHODS:
+            missing = isinstance(method.rewrite, dict) and not set(method.rewrite) <= set(method_table())
+            if missing:
+                continue
+            rows.append(run(method, model, parts, sizes, options, Path(place)))
+            print(f"{method.name}: {rows[-1].accuracy:.1f} %", flush=True)
+    print(f"{TRAIN} images to learn from, {len(parts[2]['labels'])} to test; {time.perf_counter() - began:.0f} s in all")
+    print(table(rows))
+    return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="everything tiny: seconds, and no accuracy to speak of")
+    parser.add_argument("--limit", type=int, default=4000, metavar="N", help="most parameters of a configuration of GLoRA")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
