@@ -30,11 +30,13 @@ from matmorph.models import Model
 from matmorph.passes.adapters import Adapter
 from matmorph.passes.explain import Explanation
 from matmorph.passes.explain import explain as explain_site
+from matmorph.passes.front import Front, refuse_unswept, sweep
 from matmorph.passes.merging import Merged
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
 from matmorph.passes.supernet import Configuration
 from matmorph.passes.trainables import selectors
+from matmorph.report.front import front_files
 from matmorph.report.model import Report
 from matmorph.saving import Job, save
 from matmorph.specs.load import load_spec as read_spec
@@ -123,7 +125,8 @@ def compile(
     traced = time.perf_counter()
     done = compile_graph(graph, loaded, _methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
-    return Compiled(Job(loaded, done.source, done.graph, done.report, examples, onnx_lowerings or {}, seconds), show)
+    job = Job(loaded, done.source, done.graph, done.report, examples, onnx_lowerings or {}, seconds, decisions=done.decisions)
+    return Compiled(job, show)
 
 
 def _seeded(spec: Spec, seed: int | None) -> Spec:
@@ -181,6 +184,17 @@ class Compiled:
         """The rewritten model as a torch module in eval mode, called like the source; made on first use (a copy of all weights)."""
         return to_torch(self.graph)
 
+    def pareto(self, points: int) -> Front:
+        """The smallest error at each of `points` sizes, at equal distances between the smallest that can be reached and the best choice
+        without a limit, from the candidates of this compile: nothing is decomposed again. `save(pareto=...)` writes it.
+
+        Raises InputError or SpecError for a spec without one budget of one limit.
+        """
+        refuse_unswept(self.spec, points)
+        if not self._job.decisions:
+            raise InputError("the candidates of a front are those of compile, and this model was read from its files")
+        return sweep(self._job.decisions[0], points)
+
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The factors that rules put in to be trained, one entry per method and site; () once they are merged."""
@@ -220,11 +234,11 @@ class Compiled:
             raise InputError("nothing to unmerge: this model was not made by merge")
         return self._unmerged
 
-    def save(self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None) -> Path:
+    def save(self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None, *, pareto: int | None = None) -> Path:
         """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.
 
         force: replace an existing artefact folder. train: write training graphs too, as the spec's `train:` says; None = where it has one
-        and nothing was merged.
+        and nothing was merged. pareto: write the front of so many budgets too (`pareto.json`, `pareto.svg`).
         Raises InputError (the folder exists, cannot be written, disk full; no `train:`), ExportError and CheckError (parity), with training
         graphs also SpecError (what trains).
         """
@@ -232,7 +246,8 @@ class Compiled:
         if train and asked is None:
             raise InputError("the spec says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
         wanted = not self.merged if train is None else train
-        return self._save(Path(folder), force, of_spec(asked) if asked is not None and wanted else None)
+        front = None if pareto is None else self.pareto(pareto)
+        return self._save(Path(folder), force, of_spec(asked) if asked is not None and wanted else None, front)
 
     def export_training(
         self,
@@ -274,8 +289,9 @@ class Compiled:
         asked = replace(asked, **{name: value for name, value in given.items() if value is not None})
         return self._save(Path(folder), force, replace(asked, labels=labels, label_shapes=label_shapes, keep=tuple(keep_outputs)))
 
-    def _save(self, folder: Path, force: bool, training: TrainRequest | None) -> Path:
-        report = save(folder, replace(self._job, training=training), force, self._progress)
+    def _save(self, folder: Path, force: bool, training: TrainRequest | None, front: Front | None = None) -> Path:
+        more = {} if front is None else front_files(front)
+        report = save(folder, replace(self._job, training=training, more=more), force, self._progress)
         self._job = replace(self._job, report=report)
         return folder
 

@@ -27,6 +27,7 @@ from matmorph.errors import InputError, MatmorphError
 
 if TYPE_CHECKING:
     from matmorph.models import Inputs, Model
+    from matmorph.passes.front import Front
     from matmorph.report.model import Report
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -129,7 +130,9 @@ def compile_command(
     train: Annotated[
         bool | None, typer.Option("--train/--no-train", help="Write training graphs too; by default where SPEC has train:.")
     ] = None,
-    pareto: Annotated[int | None, typer.Option("--pareto", metavar="N", help="Try N budgets (not supported yet).")] = None,
+    pareto: Annotated[
+        int | None, typer.Option("--pareto", metavar="N", help="Also the smallest errors at N sizes: table, pareto.json, pareto.svg.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
     every: Every = False,
     as_json: Json = False,
@@ -137,23 +140,26 @@ def compile_command(
     """Rewrite MODEL by SPEC and write DIR.
 
     The result is checked against torch on ONNX Runtime first; where a check fails nothing is written."""
-    if pareto is not None:
-        raise InputError("--pareto: not supported yet")
     from matmorph import api
     from matmorph.exporters.artifact import refuse_existing
+    from matmorph.passes.front import refuse_unswept
     from matmorph.report.table import print_plan
 
     refuse_existing(out, force)
     loaded = api.load_spec(spec)
     if train and loaded.train is None:
         raise InputError(f"--train: {spec} says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
+    if pareto is not None:
+        refuse_unswept(loaded, pareto)
     found = _resolve(model)
     batches = _calibration(found, calibration)
     with progress_bars(quiet=as_json) as show:
         compiled = api.compile(found.module, loaded, found.example_inputs, found.dynamic_shapes, calibration=batches, progress=show)
-        folder = compiled.save(out, force=force, train=train)
+        folder = compiled.save(out, force=force, train=train, pareto=pareto)
     _show(compiled.report, as_json, every, print_plan)
     if not as_json:
+        if pareto is not None:
+            _print_front(compiled.pareto(pareto))
         _print_saved(folder, compiled.report)
 
 
@@ -268,6 +274,13 @@ def _show(report: Report, as_json: bool, every: bool, draw: Callable[..., None])
     from matmorph.report.table import make_console
 
     draw(make_console(), report, every)
+
+
+def _print_front(front: Front) -> None:
+    from matmorph.report.front import print_front
+    from matmorph.report.table import make_console
+
+    print_front(make_console(), front)
 
 
 def _print_saved(folder: Path, report: Report) -> None:

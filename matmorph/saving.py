@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters import describe_adapters, find_adapters
+from matmorph.passes.budget import Decided
 from matmorph.passes.sparse_updates import inference_graph, kept_entries
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
@@ -43,7 +44,8 @@ PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxr
 class Job:
     """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
 
-    `training`: what training files are asked for, None = none. `source_sha256`: of the source's weights, None = those of `source`.
+    `training`: what training files are asked for, None = none. `decisions`: of the budgets. `more`: further files.
+    `source_sha256`: of the source's weights, None = those of `source`.
     """
 
     spec: Spec
@@ -55,6 +57,8 @@ class Job:
     seconds: Mapping[str, float]
     training: TrainRequest | None = None
     source_sha256: str | None = None
+    decisions: tuple[Decided, ...] = ()
+    more: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
@@ -91,7 +95,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         spec=spec,
         describe=describe,
         cases=vectors.cases,
-        more=_graphs(job.source, graph, training),
+        more={**job.more, **_graphs(job.source, graph, training)},
         companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,

@@ -174,9 +174,9 @@ def test_one_decomposition_per_site(graph: Graph, monkeypatch: pytest.MonkeyPatc
     seen: Counter[tuple[int, ...]] = Counter()
     real = curves.directions
 
-    def counted(w: torch.Tensor, factor: torch.Tensor | None = None) -> curves.Directions:
+    def counted(w: torch.Tensor, *metric: torch.Tensor | None) -> curves.Directions:
         seen[tuple(w.shape)] += 1
-        return real(w, factor)
+        return real(w, *metric)
 
     monkeypatch.setattr("matmorph.passes.methods.low_rank.directions", counted)
     report_of(graph, WHITE, {"parameters": "50%", "of": "matched"}, DATA)

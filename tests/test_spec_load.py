@@ -229,7 +229,7 @@ ERRORS = [
     (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is made of gradients of a loss, "
      "and the spec has none\n  for instance: train: {loss: cross_entropy}"),
     (RULES + "calibration: {sensitivity: fish}\n",
-     "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, fisher, got fish; did you mean fisher?"),
+     "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, output, fisher, got fish; did you mean fisher?"),
     (RULES + "export: {codebook: pack}\n",
      "specs/a.yaml:8:20: export.codebook: expected one of rebuild, packed, got pack; did you mean packed?"),
     (RULES + "export: {activations: int4}\n",
@@ -340,7 +340,13 @@ def test_library_specs() -> None:
     llama = ("llama2-7b", "llama3.1-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
     trains = ("tt-lora", "tt-mlp", "tt-lora-roberta", *(f"tt-lora-{name}" for name in llama))
     glora = ("bitfit", "channel-scale", "glora", "glora-search", "ssf")
-    assert library_names() == tuple(sorted((*names, *quantized, *glora, "transact-50", *trains)))
+    sparse = ("gmt", "meprop", "sparse-grad")
+    budgets = ("any-of-12", "any-of-9", "budget-40", "budget-60")
+    assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *budgets, "transact-50", *trains)))
+    for name in budgets:
+        spec = load_spec(name, METHODS)
+        assert spec.rules[0].is_open
+        assert spec.calibration.sensitivity == "output"
     for name in names:
         spec = load_spec(name, METHODS)
         assert (spec.name, spec.file, len(spec.rules)) == (name, name, 1)

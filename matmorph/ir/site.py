@@ -144,11 +144,12 @@ class Bound:
 class Spectrum:
     """Singular values of the matrix that was cut: `values[k]` is the one of number `at[k]` (1 = the largest) of `size`.
 
-    `of`: "W", or "W L" with L L^T the damped second moment of the input. A stack of experts has the roots of the sums of squares. `at` is
-    a selection, and may end before `size`: what the decomposition did not compute is not there.
+    `of`: "W", or "W L" with L L^T the damped second moment of the input, or "C^T W L" with C C^T that of the gradients at the output. A
+    stack of experts has the roots of the sums of squares. `at` is a selection, and may end before `size`: what the decomposition did not
+    compute is not there.
     """
 
-    of: Literal["W", "W L"]
+    of: Literal["W", "W L", "C^T W L"]
     size: int
     at: tuple[int, ...]
     values: tuple[float, ...]

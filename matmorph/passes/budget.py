@@ -1,7 +1,7 @@
 """`budget:`: the limits in numbers, the choice for every site that a rule leaves open, and what the report says of both.
 
-The objective is the sum over sites of weight * (relative error)^2; see `WEIGHTS`. What rules without a choice do is counted first; the
-open sites share what that leaves.
+The objective is the sum over sites of scale * (relative error)^2; see `candidates.Scale`. What rules without a choice do is counted first;
+the open sites share what that leaves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Cost, Reject, Site
 from matmorph.passes.allocate import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate
 from matmorph.passes.block_pass import of_block
-from matmorph.passes.candidates import Offer, Option, Sizes, describe, error_of, sizes_of, summed
+from matmorph.passes.candidates import Offer, Option, Scale, Sizes, describe, sizes_of, summed
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.reporting import dense_rows, weights_of
 from matmorph.passes.rewrite import Outcome, appraise, total_cost
@@ -55,7 +55,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decided:
-    """A selection without open rules, and the account and options that it came from."""
+    """A selection without open rules, and the account, options, candidates (one per option) and scales that it came from."""
 
     selection: Selection
     notes: tuple[str, ...]
@@ -63,6 +63,8 @@ class Decided:
     offers: tuple[Offer, ...]
     chosen: tuple[Option, ...]
     allocation: Allocation
+    candidates: tuple[tuple[Candidate, ...], ...]
+    scales: tuple[Scale, ...]
 
     @property
     def refused(self) -> tuple[Outcome, ...]:
@@ -142,28 +144,30 @@ def _amount(amount: Amount, base: int) -> int:
 
 
 def decide(
-    offers: tuple[Offer, ...], held: Account, selection: Selection, stats: Mapping[Site, SiteStats], weights: Sequence[float]
+    offers: tuple[Offer, ...], held: Account, selection: Selection, stats: Mapping[Site, SiteStats], scales: Sequence[Scale]
 ) -> Decided:
-    """The choice for every open site, exactly optimal. `offers` are measured, `weights` go with them. SpecError at the budget where it
+    """The choice for every open site, exactly optimal. `offers` are measured, `scales` go with them. SpecError at the budget where it
     cannot be met."""
-    candidates = [
-        [_candidate(option, weight, one.site in stats) for option in one.options] for one, weight in zip(offers, weights, strict=True)
-    ]
+    candidates = tuple(
+        tuple(_candidate(option, scale.of(option, one.site in stats)) for option in one.options)
+        for one, scale in zip(offers, scales, strict=True)
+    )
     found = allocate(candidates, held.left)
     if isinstance(found, Unreachable):
         raise unreachable(held, found, offers)
     chosen = tuple(one.options[index] for one, index in zip(offers, found.chosen, strict=True))
-    return Decided(_closed(selection, offers, chosen), tuple(_summary(held, found, offers, chosen)), held, offers, chosen, found)
+    notes = tuple(_summary(held, found, offers, chosen))
+    return Decided(_closed(selection, offers, chosen), notes, held, offers, chosen, found, candidates, tuple(scales))
 
 
-def _candidate(option: Option, weight: float, on_outputs: bool) -> Candidate:
+def _candidate(option: Option, error: float) -> Candidate:
     sizes = option.sizes
-    return Candidate(option.label, weight * error_of(option, on_outputs) ** 2, sizes.parameters, sizes.bytes, sizes.macs)
+    return Candidate(option.label, error, sizes.parameters, sizes.bytes, sizes.macs)
 
 
 def refuse_unreachable(held: Account, offers: Sequence[Offer]) -> None:
     """From shapes alone: SpecError for a limit below what any choice takes."""
-    candidates = [[_candidate(option, 0.0, on_outputs=False) for option in one.options] for one in offers]
+    candidates = [[_candidate(option, 0.0) for option in one.options] for one in offers]
     found = allocate(candidates, held.left)
     if isinstance(found, Unreachable):
         raise unreachable(held, found, offers)

@@ -75,7 +75,7 @@ def calibrate(
         return {}
     shapes = {keys[site]: _shape(site) for site in keys}
     spill = sum(8 * prod(shape) for shape in shapes.values()) > spill_above
-    sums = {key: _Sum(_zeros(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64)) for key, shape in shapes.items()}
+    sums = {key: _Sum(accumulator(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64)) for key, shape in shapes.items()}
     _stream(graph, sums, batches, samples, progress)
     return {site: _stats(site, sums[key]) for site, key in keys.items()}
 
@@ -84,7 +84,8 @@ def _shape(site: Site) -> tuple[int, ...]:
     return (*(() if site.batch is None else (site.batch,)), site.in_features, site.in_features)
 
 
-def _zeros(shape: tuple[int, ...], spill: bool) -> Tensor:
+def accumulator(shape: tuple[int, ...], spill: bool) -> Tensor:
+    """Zeros, float64; in a temporary file that is mapped into memory where they are to `spill`. InputError where there is no room."""
     if not spill:
         return torch.zeros(shape, dtype=torch.float64)
     size = 8 * prod(shape)

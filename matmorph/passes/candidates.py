@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from matmorph.ir.core import Const
 from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.passes.linalg.parallel import ordered_map
+from matmorph.passes.linalg.whiten import weighted
 from matmorph.passes.methods import Error, Method, SiteStats, dense_cost
-from matmorph.passes.methods.weights import readable
+from matmorph.passes.methods.weights import readable, weighting_of
 from matmorph.passes.pays import refuse_slow
 from matmorph.passes.rewrite import Outcome, appraise, total_cost
 from matmorph.passes.sizes import item_size
@@ -202,10 +204,38 @@ def error_of(option: Option, measured_on_outputs: bool) -> float:
     return float(found if found is not None else option.error.weight_error or 0.0)
 
 
-def energy(site: Site, stats: SiteStats | None) -> float:
-    """Mean squared norm of the site's output for one row, its bias left out; without statistics |W|^2, and for a table that of one row."""
+def energy(site: Site, stats: SiteStats | None, weighting: Tensor | None = None) -> float:
+    """Mean squared norm of the site's output for one row, its bias left out; without statistics |W|^2, and for a table that of one row.
+    With a `weighting` C that of C^T times the output."""
     w = readable(site, site.weight()).double()
     if stats is None:
         return float(w.square().sum()) / (site.out_features if site.form == "embedding" else 1)
-    rows = max(float(torch.as_tensor(stats.rows).sum()), 1.0)
-    return float(((w @ stats.second_moment.double()) * w).sum().clamp_min(0)) / rows
+    rows, seen = max(float(torch.as_tensor(stats.rows).sum()), 1.0), weighted(w, weighting)
+    return float(((seen @ stats.second_moment.double()) * seen).sum().clamp_min(0)) / rows
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What relative errors of one site count. `felt`: of a squared `felt_error`, None where there are none; `other`: of a squared output or
+    weight error. 1 without sensitivities: then errors of all sites count alike."""
+
+    felt: float | None
+    other: float
+
+    @property
+    def whole(self) -> float:
+        """Of an error of 1."""
+        return self.other if self.felt is None else self.felt
+
+    def of(self, option: Option, on_outputs: bool) -> float:
+        felt = option.error.felt_error
+        return self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2
+
+
+def scale_of(site: Site, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> Scale:
+    """`slopes`: of `passes.sensitivity`, None where none were gathered."""
+    if slopes is None:
+        return Scale(None, 1.0)
+    weighting = weighting_of(site, stats)
+    felt = None if weighting is None else energy(site, stats, weighting)
+    return Scale(felt, slopes[site] * energy(site, stats))

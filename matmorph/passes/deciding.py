@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matmorph.errors import SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Cost, Site
 from matmorph.passes.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
 from matmorph.passes.budget import Account, Decided, account, decide, plan_notes, refuse_unreachable
-from matmorph.passes.candidates import Offer, Option, energy, kept, label, measured, offer, settled, sizes_of, summed, within
+from matmorph.passes.candidates import Offer, Option, kept, label, measured, offer, scale_of, settled, sizes_of, summed, within
 from matmorph.passes.loss_gradients import WithoutLabels, label_names
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.preliminary import asks_for_gradients
 from matmorph.passes.select import Selection
-from matmorph.passes.sensitivity import fisher
+from matmorph.passes.sensitivity import Sensitivity
 from matmorph.passes.sizes import exported_sizes
 from matmorph.passes.taylor import reads_labels
 from matmorph.specs.schema import Export, Spec, Stage
@@ -72,26 +71,20 @@ def planned_notes(job: Open, methods: Methods, export: Export) -> tuple[str, ...
 
 
 def decided(
-    job: Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
+    job: Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], felt: Sensitivity | None, progress: Progress
 ) -> Decided:
     """One concrete choice for every open site and block. Raises SpecError for a budget that cannot be met, and without data."""
     held, offers = job.account(methods, spec.export), job.offers(methods, spec.export)
     refuse_unreachable(held, offers)
-    found, weights = appraised(job, offers, spec, methods, stats, batches, progress)
-    return decide(found, held, job.selection, stats, weights)
+    found = appraised(job, offers, methods, stats, progress)
+    slopes = None if felt is None else felt.slopes
+    return decide(found, held, job.selection, stats, [scale_of(one.site, stats.get(one.site), slopes) for one in found])
 
 
 def appraised(
-    job: Open,
-    offers: Sequence[Offer],
-    spec: Spec,
-    methods: Methods,
-    stats: Mapping[Site, SiteStats],
-    batches: Iterable[Any] | None,
-    progress: Progress,
-) -> tuple[tuple[Offer, ...], list[float]]:
-    """The offers with the errors of their options, and what a squared relative error of each counts."""
-    weights = _weights(job, spec, [one.site for one in offers], stats, batches, progress)
+    job: Open, offers: Sequence[Offer], methods: Methods, stats: Mapping[Site, SiteStats], progress: Progress
+) -> tuple[Offer, ...]:
+    """The offers with the errors of their options."""
     jobs = job.open_jobs
     found: list[Offer] = []
     for one in measured(offers[: len(offers) - len(jobs)], methods, stats, job.stage.tolerance):
@@ -101,23 +94,7 @@ def appraised(
         refuse_without_data(block_job, methods, stats)
         found.append(within(_block_errors(block_job, block_method(methods, block_job), one, stats), job.stage.tolerance))
         progress("decomposing", len(found), len(offers))
-    return tuple(found), weights
-
-
-def _weights(
-    job: Open, spec: Spec, sites: Sequence[Site], stats: Mapping[Site, SiteStats], batches: Iterable[Any] | None, progress: Progress
-) -> list[float]:
-    calibration = job.stage.calibration
-    if calibration.sensitivity == "none":
-        return [1.0] * len(sites)
-    if batches is None or spec.train is None:
-        raise SpecError("fisher needs calibration data with labels and none was given", keypath="calibration.sensitivity")
-
-    def show(done: int, total: int | None) -> None:
-        progress("differentiating", done, total)
-
-    found = fisher(job.graph, sites, batches, calibration.samples, spec.train, show)
-    return [found[site] * energy(site, stats.get(site)) for site in sites]
+    return tuple(found)
 
 
 def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph, methods: Methods) -> Iterable[Any] | None:

@@ -19,7 +19,7 @@ from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
 from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
-from matmorph.passes.budget import verdict
+from matmorph.passes.budget import Decided, verdict
 from matmorph.passes.calibrate import calibrate
 from matmorph.passes.deciding import Open, closed_part, decided, is_open, planned_notes, without_labels
 from matmorph.passes.kernel_costs import kernel_summary
@@ -29,6 +29,7 @@ from matmorph.passes.preliminary import refuse_without_train, with_gradients
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
 from matmorph.passes.select import Selection, layer_count, select
+from matmorph.passes.sensitivity import Sensitivity, sensitivity, with_moments
 from matmorph.passes.taylor import refuse_without_loss, with_taylor
 from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.report.model import Report, SiteRow
@@ -50,11 +51,12 @@ def silent(stage: str, done: int, total: int | None) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compilation:
-    """`source` as traced, `graph` as rewritten."""
+    """`source` as traced, `graph` as rewritten. `decisions`: of the stages that a budget decided, in order."""
 
     source: Graph
     graph: Graph
     report: Report
+    decisions: tuple[Decided, ...] = ()
 
 
 def inspect_graph(graph: Graph, name: str, precision: str = "fp32") -> Report:
@@ -189,6 +191,7 @@ def compile_graph(
     blocks = BlockPass(methods)
     rows: dict[str, SiteRow] = {}
     notes = list(graph.notes)
+    decisions: list[Decided] = []
     shots = [shot for stage in spec.stages for shot in shots_of(_for_export(stage, spec.export), methods)]
     for stage in shots:
         sites = find_sites(current)
@@ -197,10 +200,12 @@ def compile_graph(
         refuse_without_train(divided.claims, methods, spec.train)
         stats = _statistics(current, stage, divided, methods, (inputs, batches), spec.train, progress)
         stats = with_gradients(current, divided.claims, methods, stats, batches, spec.train, partial(progress, "differentiating"))
+        stats, felt = _felt(current, stage, spec, divided, stats, batches, inputs, progress)
         choice = None
         if is_open(divided):
             job = Open(current, graph, stage, selection, divided, sum(row.coded for row in rows.values()))
-            choice = decided(job, spec, methods, stats, batches, progress)
+            choice = decided(job, spec, methods, stats, felt, progress)
+            decisions.append(choice)
             selection = choice.selection
             divided = closed_part(_divided(current, sites, selection, methods))
         outcomes = build(
@@ -219,7 +224,7 @@ def compile_graph(
     own, inserted = _of_source(tuple(rows.values()), graph)
     sums = totals(graph, current, own, inserted, spec.export.precision)
     report = Report(name, spec.name, (*own, *inserted), sums, (*notes, *blocks.notes()))
-    return Compilation(graph, current, report)
+    return Compilation(graph, current, report, tuple(decisions))
 
 
 def _refuse_not_finite(graph: Graph) -> None:
@@ -283,6 +288,24 @@ def _statistics(
     needs = [(site, SECOND_MOMENT) for site in sites if site.applications]
     stats = calibrate(graph, needs, batches, samples, partial(progress, "calibrating"))
     return with_taylor(graph, divided.jobs, methods, stats, labelled, samples, train, partial(progress, "differentiating"))
+
+
+def _felt(
+    graph: Graph,
+    stage: Stage,
+    spec: Spec,
+    divided: Divided,
+    stats: Mapping[Site, SiteStats],
+    batches: Iterable[Any] | None,
+    inputs: Iterable[Any] | None,
+    progress: Progress,
+) -> tuple[Mapping[Site, SiteStats], Sensitivity | None]:
+    """Of the sites with statistics, and of tables that are left open; the statistics with it. `inputs`: the batches without labels."""
+    open_ = [site for site, rule in divided.claims if rule.is_open]
+    read = batches if stage.calibration.sensitivity == "fisher" else inputs
+    sites = list(dict.fromkeys((*stats, *open_)))
+    found = sensitivity(graph, stage.calibration, spec, sites, read, partial(progress, "differentiating"))
+    return with_moments(stats, found), found
 
 
 def _works(site: Site, rule: Rule, methods: Methods) -> bool:

@@ -65,6 +65,22 @@ def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def undo(steps: Sequence[Step], y: torch.Tensor) -> torch.Tensor:
+    """What the steps of `RowView.leave` made, back to rows [.., out]: they only rearrange."""
+    for op, args, *_ in reversed(steps):
+        y = _UNDO[op](y, *args)
+    return y
+
+
+_UNDO: Mapping[str, Callable[..., torch.Tensor]] = {
+    "aten.clone.default": lambda y: y,
+    "aten.transpose.int": lambda y, one, other: y.transpose(one, other),
+    "aten.permute.default": lambda y, order: y.permute(sorted(range(len(order)), key=order.__getitem__)),
+    "aten.squeeze.dim": lambda y, axis: y.unsqueeze(axis),
+    "aten.unflatten.int": lambda y, _, sizes: y.flatten(-len(sizes)),
+}
+
+
 def _as_it_is(site: Site, application: Application) -> RowView:
     return RowView()
 

@@ -70,10 +70,22 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How many calibration samples are read, and which gradients are gathered with them."""
+    """How many calibration samples are read, and what says how much an error at a site matters."""
 
     samples: int = field(default=256, metadata={"doc": "number of samples that are read (fewer where the data ends)", "minimum": 1})
-    sensitivity: Literal["none", "fisher"] = field(default="none", metadata={"doc": "fisher: gradients of train.loss weigh the errors"})
+    sensitivity: Literal["none", "output", "fisher"] = field(
+        default="none",
+        metadata={
+            "doc": "output: errors count as an output of the model feels them; fisher: as train.loss does; none: relative to each site"
+        },
+    )
+    output: str | None = field(
+        default=None, metadata={"doc": "the output of the model that sensitivity: output is about; the first by default"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.output is not None and self.sensitivity != "output":
+            raise ValueError(f"output goes with sensitivity: output, and it is {self.sensitivity}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,11 @@ W_r = U_r U_r^T W (`whiten.project`), and their squared error in any metric H is
     tr((W - W_r) H (W - W_r)^T) = tr(B) - sum_{i <= r} u_i^T B u_i
 
 so all ranks cost one eigenvalue problem and one product, also where H is not what was whitened with (damping, or none at all).
+
+Weighted on the output side (`whiten`), W_r = sum_{i <= r} a_i b_i^T with a_i = C^-T u_i and b_i = W^T C u_i, and the a_i are orthonormal
+only as C^T a_i. In any other metric
+
+    |W - W_r|_H^2 = tr(B) - 2 sum_{i <= r} a_i^T W H b_i + sum_{i, j <= r} (a_i^T a_j) (b_i^T H b_j)
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor
 
 from matmorph.passes.linalg.svd import one_thread
+from matmorph.passes.linalg.whiten import unweighted, weighted
 
 _RESOLVED = 1e-7
 """Singular values below this share of the largest are lost in a float64 Gram matrix (the root of its rounding, with a margin)."""
@@ -23,16 +29,22 @@ _RESOLVED = 1e-7
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
-    """All left singular vectors `u` [.., m, k] of W L for `w` [.., m, n], k = min(m, n), in descending order; float64."""
+    """All left singular vectors `u` [.., m, k] of W L for `w` [.., m, n], k = min(m, n), in descending order; float64. With a `weighting` C
+    those of C^T W L."""
 
     w: Tensor
     u: Tensor
+    weighting: Tensor | None = None
 
-    def relative_errors(self, second_moment: Tensor | None) -> Tensor:
-        """[k + 1]: the relative error at each rank 0 .. k, over a whole stack; of outputs, or of weights where there is no moment. Zeros
-        for a weight that is zero in that metric."""
-        inner = self.u.transpose(-2, -1) @ self.w
-        found, total = _energy(inner, second_moment).reshape(-1, inner.shape[-2]).sum(0), float(_energy(self.w, second_moment).sum())
+    def relative_errors(self, second_moment: Tensor | None, weighting: Tensor | None = None) -> Tensor:
+        """[k + 1]: the relative error at each rank 0 .. k, over a whole stack; of outputs, or of weights where there is no moment; as it is
+        felt behind the outputs where there is a `weighting`. Zeros for a weight that is zero in that metric."""
+        seen, inner = weighted(self.w, weighting), self.u.transpose(-2, -1) @ weighted(self.w, self.weighting)
+        if weighting is self.weighting:
+            gains = _energy(inner, second_moment)
+        else:
+            gains = _gains(weighted(unweighted(self.u, self.weighting), weighting), inner, seen, second_moment)
+        found, total = gains.reshape(-1, inner.shape[-2]).sum(0), float(_energy(seen, second_moment).sum())
         if total <= 0:
             return found.new_zeros(len(found) + 1)
         left = (total - torch.cat([found.new_zeros(1), found.cumsum(0)])).clamp_min(0)
@@ -40,14 +52,15 @@ class Directions:
         return (left / total).sqrt()
 
 
-def directions(w: Tensor, factor: Tensor | None = None) -> Directions:
-    """Of `w` [m, n] or a stack [E, m, n], with the whitening `factor` [.., n, n] where given. One eigenvalue problem of the shorter side
-    per matrix."""
+def directions(w: Tensor, factor: Tensor | None = None, weighting: Tensor | None = None) -> Directions:
+    """Of `w` [m, n] or a stack [E, m, n], with the whitening `factor` [.., n, n] and the `weighting` [m, m] where given. One eigenvalue
+    problem of the shorter side per matrix."""
     whole = w.double()
+    seen = weighted(whole, weighting)
     if whole.dim() == 2:
-        return Directions(whole, _left(whole if factor is None else whole @ factor.double()))
-    parts = [_left(one if factor is None else one @ factor[index].double()) for index, one in enumerate(whole)]
-    return Directions(whole, torch.stack(parts))
+        return Directions(whole, _left(seen if factor is None else seen @ factor.double()), weighting)
+    parts = [_left(one if factor is None else one @ factor[index].double()) for index, one in enumerate(seen)]
+    return Directions(whole, torch.stack(parts), weighting)
 
 
 def _left(a: Tensor) -> Tensor:
@@ -59,6 +72,14 @@ def _left(a: Tensor) -> Tensor:
     image = a @ vectors
     norms = torch.linalg.vector_norm(image, dim=0)
     return torch.where(norms > _RESOLVED * norms.max(), image / norms.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+
+
+def _gains(left: Tensor, inner: Tensor, w: Tensor, second_moment: Tensor | None) -> Tensor:
+    """By how much the squared error falls with each rank-one term `left` [.., m, k] times `inner` [.., k, n]."""
+    image = inner if second_moment is None else inner @ second_moment.double()
+    across = (left.transpose(-2, -1) @ left) * (image @ inner.transpose(-2, -1))
+    met = (image * (left.transpose(-2, -1) @ w)).sum(-1)
+    return 2 * (met - across.tril(-1).sum(-1)) - across.diagonal(dim1=-2, dim2=-1)
 
 
 def _energy(rows: Tensor, second_moment: Tensor | None) -> Tensor:

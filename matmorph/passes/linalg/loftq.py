@@ -7,7 +7,7 @@ Minimises |(W - Q - A B) L|_F over Q that a quantizer can represent and A B of r
 L = I is the paper. L = Cholesky factor of the second moment of the inputs (`whiten.whitening_factor`) measures the error on outputs: A B is
 then the truncated SVD of (W - Q) L, times L^-1, which is U U^T (W - Q) for its left singular vectors U. The quantizer works on weights in
 both cases. The error need not fall from one iterate to the next (the quantizer knows nothing of the low-rank part), so the best iterate is
-kept. One iteration is never worse than quantising alone (Eckart-Young).
+kept. A `weighting` C measures |C^T (W - Q - A B) L|_F, as `whiten` says. One iteration is never worse than quantising alone (Eckart-Young).
 
 `svd_first` swaps the two steps: Q_0 = 0, A_t B_t from W - Q_{t-1}, then Q_t = quantize(W - A_t B_t), which counts. A smaller error where W
 itself is close to low rank; worse after fine-tuning in the paper (table 6).
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize
 from matmorph.passes.linalg.svd import one_thread, truncated_svd
-from matmorph.passes.linalg.whiten import Whitening, project
+from matmorph.passes.linalg.whiten import Whitening, project, weighted
 
 GUARD = 1.0005
 """Error of each low-rank step over the smallest possible: proven where LAPACK did the step, extrapolated where a Krylov space did."""
@@ -95,13 +95,14 @@ def loftq(
     *,
     svd_first: bool = False,
     whitening: Whitening | None = None,
+    weighting: Tensor | None = None,
     seed: int = 0,
 ) -> LoftQResult:
     """`w` [out, in] quantised, with rank-`rank` factors; see the docstring of this module.
 
-    `whitening.factor` is [in, in]. Works in float64 for float64 weights, otherwise in float32 (codes are always chosen in float32).
-    Deterministic for one seed and thread count. Raises ValueError for a weight that is not a matrix or holds NaN or infinity, a rank
-    outside 1..min(out, in), fewer than one iteration, or a whitening factor of another size.
+    `whitening.factor` is [in, in], `weighting` [out, out]. Works in float64 for float64 weights, otherwise in float32 (codes are always
+    chosen in float32). Deterministic for one seed and thread count. Raises ValueError for a weight that is not a matrix or holds NaN or
+    infinity, a rank outside 1..min(out, in), fewer than one iteration, or a whitening factor of another size.
     """
     if w.dim() != 2:
         raise ValueError(f"LoftQ needs a matrix, not {w.dim()} axes")
@@ -113,7 +114,7 @@ def loftq(
         raise ValueError(f"the whitening factor is {list(whitening.factor.shape)}, the weight has {w.shape[1]} input features")
     work = w.detach() if w.dtype == torch.float64 else w.detach().float()
     factor = None if whitening is None else whitening.factor.to(work.dtype)
-    problem = _Problem(work, quantizer, rank, factor, seed)
+    problem = _Problem(work, quantizer, rank, factor, None if weighting is None else weighting.to(work.dtype), seed)
     with one_thread() if w.numel() < _THREADED else nullcontext():
         return problem.solve(iterations, problem.svd_first if svd_first else problem.quantize_first)
 
@@ -137,6 +138,7 @@ class _Problem:
     quantizer: Quantizer
     rank: int
     factor: Tensor | None
+    weighting: Tensor | None
     seed: int
 
     def solve(self, iterations: int, step: Callable[[_Iterate | None], _Iterate]) -> LoftQResult:
@@ -170,12 +172,13 @@ class _Problem:
 
     def low_rank(self, residual: Tensor, before: _Iterate | None) -> tuple[Tensor, Tensor, Subspace]:
         found = top_subspace(self.seen(residual), self.rank, start=None if before is None else before.basis, seed=self.seed)
-        down, up = project(residual, found.u)
+        down, up = project(residual, found.u, self.weighting)
         return up.T, down.T, found
 
     def seen(self, difference: Tensor) -> Tensor:
         """A difference of weights as the objective sees it."""
-        return difference if self.factor is None else difference @ self.factor
+        seen = weighted(difference, self.weighting)
+        return seen if self.factor is None else seen @ self.factor
 
     def size(self, difference: Tensor) -> float:
         return _norm(self.seen(difference))

@@ -3,6 +3,10 @@
 With H = sum of x x^T over the calibration rows and H = L L^T, the output error is tr((W - W') H (W - W')^T) = |(W - W') L|_F^2, so the best
 rank-r W' is the truncated SVD of W L, multiplied by L^-1 (SVD-LLM, arXiv 2403.07378). U_r S_r V_r^T L^-1 = U_r U_r^T W: the inverse is
 never formed, and directions that hardly occur in the data cost no accuracy.
+
+Weighted on the side of the outputs too: with G = C C^T the second moment of the gradients that reach the output, an error E of the weight
+changes what is differentiated by tr(G E H E^T) = |C^T E L|_F^2 in the mean square, gradients and inputs taken as independent (the Kronecker
+factored Fisher of K-FAC, arXiv 1503.05671). The best rank-r W' is then C^-T U_r U_r^T C^T W, U_r the left singular vectors of C^T W L.
 """
 
 from __future__ import annotations
@@ -64,16 +68,28 @@ def _factor(moment: Tensor, damping: float) -> Whitening:
     raise ValueError(f"the second moment of the input is not positive semidefinite: damping {used / _RAISE:g} does not help")
 
 
-def project(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def project(w: Tensor, u: Tensor, weighting: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(down [.., n, r], up [.., r, m]) with x @ down @ up = x @ (u u^T w)^T, for `w` [.., m, n] and orthonormal columns `u` [.., m, r].
 
-    For u = left singular vectors of w these are V sqrt(S) and sqrt(S) U^T; for those of w L they are the whitened factors. Both factors get
-    the same norm per rank-one term, so that neither leaves the range of a half-precision type."""
-    inner = u.transpose(-2, -1) @ w
+    For u = left singular vectors of w these are V sqrt(S) and sqrt(S) U^T; for those of w L they are the whitened factors; for those of
+    C^T w L, with `weighting` C [m, m] lower triangular, the weighted ones. Both factors get the same norm per rank-one term, so that
+    neither leaves the range of a half-precision type."""
+    inner, outer = u.transpose(-2, -1) @ weighted(w, weighting).to(u.dtype), unweighted(u, weighting).transpose(-2, -1)
     norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True)
-    balance = norms.sqrt()
+    sizes = 1.0 if weighting is None else torch.linalg.vector_norm(outer, dim=-1, keepdim=True)
+    balance = (norms / sizes).sqrt()
     down = torch.where(norms > 0, inner / balance.clamp_min(torch.finfo(inner.dtype).tiny), 0.0)
-    return down.transpose(-2, -1).contiguous(), (u.transpose(-2, -1) * balance).contiguous()
+    return down.transpose(-2, -1).contiguous(), (outer * balance).contiguous()
+
+
+def weighted(w: Tensor, weighting: Tensor | None) -> Tensor:
+    """C^T w; w itself without a weighting."""
+    return w if weighting is None else weighting.T @ w.to(weighting.dtype)
+
+
+def unweighted(u: Tensor, weighting: Tensor | None) -> Tensor:
+    """C^-T u in the type of u; u itself without a weighting."""
+    return u if weighting is None else torch.linalg.solve_triangular(weighting.T, u.to(weighting.dtype), upper=True).to(u.dtype)
 
 
 def relative_weight_error(w: Tensor, approximation: Tensor) -> float:

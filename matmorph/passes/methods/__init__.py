@@ -37,22 +37,39 @@ _BUILT_IN: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """What one choice would cost in accuracy; None where that error was not asked for (see `SiteRow` for both)."""
+    """What one choice would cost in accuracy; None where that error was not asked for (see `SiteRow` for the first two). `felt_error`:
+    |C^T (W - W') L| / |C^T W L|, as the model behind the site feels it (`passes.sensitivity`)."""
 
     weight_error: float | None = None
     output_error: float | None = None
+    felt_error: float | None = None
+
+    def times(self, rest: Error) -> Error:
+        """Of what an approximation leaves over, of which `rest` is left over in turn."""
+
+        def product(one: float | None, other: float | None) -> float | None:
+            return None if one is None or other is None else one * other
+
+        return Error(
+            product(self.weight_error, rest.weight_error),
+            product(self.output_error, rest.output_error),
+            product(self.felt_error, rest.felt_error),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteStats:
     """Calibration statistics of a site's input: `second_moment` = sum of x x^T over `rows` rows, [in, in]; for an expert stack [E, in, in]
-    and the number of rows of each expert, [E]. `gradients`: by its weight, of `passes.preliminary`. `input_taylor` [in] and `output_taylor` [out], float64: `passes.taylor`, where asked for."""
+    and the number of rows of each expert, [E]. `gradients`: by its weight, of `passes.preliminary`. `input_taylor` [in] and `output_taylor`
+    [out], float64: `passes.taylor`, where asked for. `output_moment` [out, out], float64: of the gradients at its output, summed over the
+    rows of a sample, where they were gathered (`passes.sensitivity`)."""
 
     second_moment: Tensor
     rows: int | Tensor
     gradients: GradientStats | None = None
     input_taylor: Tensor | None = None
     output_taylor: Tensor | None = None
+    output_moment: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
-from matmorph.ir.core import Value
+from matmorph.ir.core import Const, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
 from matmorph.passes.linalg.quantize import quantize
-from matmorph.passes.linalg.whiten import Whitening, relative_output_error, relative_weight_error
+from matmorph.passes.linalg.whiten import Whitening
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
@@ -34,7 +35,7 @@ from matmorph.passes.methods.quantized_base import (
     size_notes,
     with_bits,
 )
-from matmorph.passes.methods.weights import readable, stored, whitening_of, widened
+from matmorph.passes.methods.weights import curve_errors, error_between, readable, stored, weighting_of, whitening_of, widened
 from matmorph.specs.schema import Rank
 
 
@@ -51,6 +52,10 @@ class LoftQSpec(QuantizedSpec):
     damping: float = field(
         default=1e-4,
         metadata={"doc": "share of the mean of the second moment's diagonal that whitening adds to it", "minimum": 0, "maximum": 1},
+    )
+    factors: Literal["keep", "fp16"] = field(
+        default="keep",
+        metadata={"doc": "type the factors are stored in: that of the weight, or half precision, widened when the session loads them"},
     )
     alpha: float | None = field(
         default=None, metadata={"doc": "the factors' product is scaled by alpha / rank, and they are divided by it", "exclusive_minimum": 0}
@@ -89,7 +94,7 @@ class LoftQ:
         return [Choice(rank, bits=one) for one in bits for rank in ranks]
 
     def cost(self, site: Site, spec: LoftQSpec, choice: Choice) -> Cost:
-        return quantized_cost(site, with_bits(spec, choice), choice.rank or 0)
+        return quantized_cost(site, with_bits(spec, choice), choice.rank or 0, _factor_type(site, spec))
 
     def errors(self, site: Site, spec: LoftQSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         """Of the first iterate, which later ones only improve on: one quantisation and one decomposition of what it leaves over for all
@@ -104,8 +109,8 @@ class LoftQ:
         self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
     ) -> tuple[LoftQResult, tuple[str, ...]]:
         """The alternation, and what whitening had to note. Raises RewriteError as `build`."""
-        whitening = _whitening(site, spec, stats)
-        return _solved(site, spec, choice, weight, whitening, seed), whitening.notes if whitening else ()
+        whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats) if spec.whiten else None
+        return _solved(site, spec, choice, weight, whitening, weighting, seed), whitening.notes if whitening else ()
 
     def build(self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), and for scales or factors outside their type."""
@@ -113,11 +118,11 @@ class LoftQ:
         base = base_of(site, spec, found.quantized, b)
         scale = spec.adapter_scale
         up_t, down_t = (found.A, found.B) if scale == 1 else found.factors(scale)
-        factors = {"down": stored(site, down_t.T), "up": stored(site, up_t.T)}
+        factors = {"down": _stored(site, spec, down_t.T), "up": _stored(site, spec, up_t.T)}
         down, up = (b.const(name, factor) for name, factor in factors.items())
 
         def body(rows: Value) -> Value:
-            update = b.matmul(b.matmul(rows, down, name="down"), up, name="up")
+            update = _product(b, _product(b, rows, down), up)
             scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
@@ -127,13 +132,37 @@ class LoftQ:
             lambda: self.merge({"base": base.dense(), **factors, "scale": found.A.new_tensor(scale)})[0],
             choice=choice,
             adds_bias=True,
-            notes=(*notes, *_iterate_notes(spec, found), *size_notes(site, spec)),
+            notes=(*notes, *_iterate_notes(spec, found, stats is not None and stats.output_moment is not None), *size_notes(site, spec)),
         )
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not loftq's."""
         update = (widened(parts["down"]) @ widened(parts["up"])).T
         return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
+
+
+def _factor_type(site: Site, spec: LoftQSpec) -> str:
+    return "float16" if spec.factors == "fp16" else site.const.tensor.dtype
+
+
+def _stored(site: Site, spec: LoftQSpec, factor: Tensor) -> Tensor:
+    """In the type of the weight and, where that is asked for, of half precision. RewriteError where one cannot hold it."""
+    narrow = stored(site, factor)
+    if spec.factors == "keep":
+        return narrow
+    half = narrow.half()
+    if not bool(torch.isfinite(half).all()):
+        raise RewriteError(f"{site.path}: the factors leave the range of float16")
+    return half
+
+
+def _product(b: FragmentBuilder, rows: Value, factor: Const) -> Value:
+    """rows @ factor; a factor in another type is cast, a node of constants that is folded when a session loads."""
+    name = factor.path.rpartition(".")[2]
+    if factor.tensor.dtype == rows.tensor.dtype:
+        return b.matmul(rows, factor, name=name)
+    wide = b("aten._to_copy.default", factor, dtype=rows.tensor.torch_dtype)
+    return b("aten.matmul.default", rows, wide, name=name)
 
 
 RANKS = (4, 8, 16, 32, 64)
@@ -147,20 +176,20 @@ def _ranks(site: Site, rank: Rank) -> list[int]:
 
 def _curve(site: Site, spec: LoftQSpec, w: Tensor, factor: Tensor | None, stats: SiteStats | None) -> list[Error]:
     """The errors at every rank, relative to W."""
-    rest = w.double() - quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize().double()
-    found = directions(rest, factor)
-    weight = found.relative_errors(None) * relative_weight_error(w, w - rest)
-    if stats is None:
-        return [Error(float(error)) for error in weight]
-    output = found.relative_errors(stats.second_moment) * relative_output_error(w, w - rest, stats.second_moment)
-    return [Error(float(one), float(other)) for one, other in zip(weight, output, strict=True)]
+    dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
+    weighting = weighting_of(site, stats)
+    found = directions(w.double() - dense.double(), factor, weighting if spec.whiten else None)
+    alone = error_between(w, dense, stats, weighting)
+    return [alone.times(left) for left in curve_errors(found, stats, weighting)]
 
 
 def _whitening(site: Site, spec: LoftQSpec, stats: SiteStats | None) -> Whitening | None:
     return whitening_of(site, "loftq", stats, spec.damping) if spec.whiten else None
 
 
-def _solved(site: Site, spec: LoftQSpec, choice: Choice, weight: Tensor, whitening: Whitening | None, seed: int) -> LoftQResult:
+def _solved(
+    site: Site, spec: LoftQSpec, choice: Choice, weight: Tensor, whitening: Whitening | None, weighting: Tensor | None, seed: int
+) -> LoftQResult:
     w = readable(site, weight)
     try:
         return loftq(
@@ -170,15 +199,16 @@ def _solved(site: Site, spec: LoftQSpec, choice: Choice, weight: Tensor, whiteni
             spec.iterations,
             svd_first=spec.svd_first,
             whitening=whitening,
+            weighting=weighting,
             seed=seed,
         )
     except ValueError as error:
         raise RewriteError(f"{site.const.path}: {error}") from error
 
 
-def _iterate_notes(spec: LoftQSpec, found: LoftQResult) -> tuple[str, ...]:
+def _iterate_notes(spec: LoftQSpec, found: LoftQResult, weighed: bool) -> tuple[str, ...]:
     """The kept iterate next to the last one and to the quantizer alone."""
-    what = "output error" if spec.whiten else "weight error"
+    what = "error that it minimises" if spec.whiten and weighed else "output error" if spec.whiten else "weight error"
     kept, last = found.kept + 1, len(found.errors)
     other = f", {found.errors[-1]:.4g} after iteration {last}" if kept != last else ""
     return (f"{what} {found.error:.4g} after iteration {kept} of {last} (kept){other}, {found.quantized_only:.4g} without factors",)

@@ -26,9 +26,9 @@ from matmorph.passes.linalg.svd import (
     singular_values,
     truncated_svd,
 )
-from matmorph.passes.linalg.whiten import Whitening, project
+from matmorph.passes.linalg.whiten import Whitening, project, weighted
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
-from matmorph.passes.methods.weights import FLOATS, readable, stored, whitening_of, widened
+from matmorph.passes.methods.weights import FLOATS, curve_errors, readable, stored, weighting_of, whitening_of, widened
 from matmorph.specs.schema import Rank
 
 
@@ -37,7 +37,9 @@ class LowRankSpec:
     """Two factors of inner size `rank`.
 
     `{error: e}` bounds the weight error |W - W'|/|W| of a plain rewrite and the output error on the calibration data of a whitened one;
-    `{energy: e}` counts squared singular values of W, or of W L with L L^T the damped second moment of the input.
+    `{energy: e}` counts squared singular values of W, or of W L with L L^T the damped second moment of the input. Where sensitivities were
+    gathered (`calibration.sensitivity`), whitened means C^T W L with C C^T the damped second moment of the gradients at the output, for
+    `error` too.
     """
 
     rank: Rank = field(metadata={"doc": "inner size of the two factors"})
@@ -91,21 +93,19 @@ class LowRank:
     def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         """Weight errors and, with statistics, output errors of all ranks, from one decomposition (see `linalg.curves`)."""
         w = readable(site, site.weight())
-        whitening = _whitening(site, spec, stats)
-        found = directions(w, None if whitening is None else whitening.factor)
-        weight = found.relative_errors(None)
-        output = None if stats is None else found.relative_errors(stats.second_moment)
-        ranks = [min(choice.rank or 0, len(weight) - 1) for choice in choices]
-        return [Error(float(weight[rank]), None if output is None else float(output[rank])) for rank in ranks]
+        whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats)
+        factor = None if whitening is None else whitening.factor
+        errors = curve_errors(directions(w, factor, weighting if spec.whiten else None), stats, weighting)
+        return [errors[min(choice.rank or 0, len(errors) - 1)] for choice in choices]
 
     def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
         w = readable(site, b.weight())
-        whitening = _whitening(site, spec, stats)
-        objective = _objective(w, whitening)
+        whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats) if spec.whiten else None
+        objective = _objective(w, whitening, weighting)
         rank = _rank(site, spec, choice, objective)
         found = truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)
-        factors = [stored(site, factor) for factor in project(w, found.u.to(w.dtype))]
+        factors = [stored(site, factor) for factor in project(w, found.u.to(w.dtype), weighting)]
         down, up = (b.const(name, factor) for name, factor in zip(("down", "up"), factors, strict=True))
 
         def body(rows: Value) -> Value:
@@ -116,8 +116,8 @@ class LowRank:
             [down, up],
             lambda: self.merge({"down": factors[0], "up": factors[1]})[0],
             choice=Choice(rank),
-            bound=_bound(w, objective, found, whitening),
-            spectrum=_spectrum(found.spectrum, rank, "W" if whitening is None else "W L", min(site.in_features, site.out_features)),
+            bound=_bound(w, objective, found, whitening) if weighting is None else None,
+            spectrum=_spectrum(found.spectrum, rank, _seen(whitening, weighting), min(site.in_features, site.out_features)),
             notes=(*(whitening.notes if whitening else ()), *_solver_note(found)),
         )
 
@@ -170,9 +170,9 @@ def _whitening(site: Site, spec: LowRankSpec, stats: SiteStats | None) -> Whiten
     return whitening_of(site, "low_rank", stats, spec.damping) if spec.whiten else None
 
 
-def _objective(w: Tensor, whitening: Whitening | None) -> Tensor:
-    """The matrix whose truncated SVD is wanted: W, or W L in float64."""
-    return w if whitening is None else w.double() @ whitening.factor
+def _objective(w: Tensor, whitening: Whitening | None, weighting: Tensor | None) -> Tensor:
+    """The matrix whose truncated SVD is wanted: W, or W L or C^T W L in float64."""
+    return w if whitening is None else weighted(w.double(), weighting) @ whitening.factor
 
 
 def _solver_note(found: Truncated) -> tuple[str, ...]:
@@ -184,7 +184,11 @@ POINTS = 48
 """Singular values of one site that a report keeps: what a drawing can show."""
 
 
-def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L"], size: int) -> Spectrum:
+def _seen(whitening: Whitening | None, weighting: Tensor | None) -> Literal["W", "W L", "C^T W L"]:
+    return "W" if whitening is None else "W L" if weighting is None else "C^T W L"
+
+
+def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L", "C^T W L"], size: int) -> Spectrum:
     """Every value of a short spectrum; of a long one even steps, ever wider ones from both ends, where spectra bend, and the chosen rank.
     Five digits: the rest is rounding."""
     known, third = len(values), POINTS // 3

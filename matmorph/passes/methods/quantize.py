@@ -13,7 +13,6 @@ from torch import Tensor
 
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 from matmorph.passes.linalg.quantize import quantize
-from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
@@ -26,7 +25,7 @@ from matmorph.passes.methods.quantized_base import (
     size_notes,
     with_bits,
 )
-from matmorph.passes.methods.weights import readable, widened
+from matmorph.passes.methods.weights import error_between, readable, weighting_of, widened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +56,11 @@ class Quantize:
 
     def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
+        weighting = weighting_of(site, stats)
 
         def error(chosen: QuantizeSpec) -> Error:
             dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, chosen))).dequantize()
-            output = None if stats is None else relative_output_error(w, dense, stats.second_moment)
-            return Error(relative_weight_error(w, dense), output)
+            return error_between(w, dense, stats, weighting)
 
         return [error(with_bits(spec, choice)) for choice in choices]
 

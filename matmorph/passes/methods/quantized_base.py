@@ -154,14 +154,14 @@ def arrays(site: Site, spec: QuantizedSpec) -> tuple[Array, ...]:
     return ("codes", "uint8", codes), scales, *zeros
 
 
-def quantized_cost(site: Site, spec: QuantizedSpec, rank: int = 0) -> Cost:
-    """Of the base and of two factors of inner size `rank` in the weight's type."""
+def quantized_cost(site: Site, spec: QuantizedSpec, rank: int = 0, factor_type: str | None = None) -> Cost:
+    """Of the base and of two factors of inner size `rank`, in the weight's type where `factor_type` says no other."""
     factors = rank * (site.in_features + site.out_features)
     counts: dict[str, int] = {}
     for _, dtype, shape in arrays(site, spec):
         counts[dtype] = counts.get(dtype, 0) + prod(shape)
     if factors:
-        kind = site.const.tensor.dtype
+        kind = factor_type or site.const.tensor.dtype
         counts[kind] = counts.get(kind, 0) + factors
     shift = site.in_features if spec.quantizer == "uniform_clipped" else 0
     return Cost(

@@ -21,7 +21,6 @@ from matmorph.passes.linalg.contraction import TrainShape, matrix_train
 from matmorph.passes.linalg.modes import Modes, balanced_modes, modes_problem, padded_modes
 from matmorph.passes.linalg.svd import Solver
 from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, round_tt, split_modes, tt_svd
-from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
 from matmorph.passes.methods.tt_base import (
     ContractionSpec,
@@ -37,7 +36,7 @@ from matmorph.passes.methods.tt_base import (
     times_text,
     train_cost,
 )
-from matmorph.passes.methods.weights import readable, stored, widened
+from matmorph.passes.methods.weights import error_between, readable, stored, weighting_of, widened
 from matmorph.specs.ranks import Ranks
 
 CORES = 3
@@ -164,7 +163,7 @@ def _error(site: Site, weight: Tensor, train: TensorTrain, stats: SiteStats | No
     """Of the matrix [out, in] in the corner of what the train stands for."""
     w = readable(site, weight)
     dense = reconstruct(train)[: w.shape[0], : w.shape[1]]
-    return Error(relative_weight_error(w, dense), None if stats is None else relative_output_error(w, dense, stats.second_moment))
+    return error_between(w, dense, stats, weighting_of(site, stats))
 
 
 def train_of(parts: Mapping[str, Tensor]) -> TensorTrain:

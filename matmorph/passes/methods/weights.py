@@ -9,12 +9,23 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.site import Site
+from matmorph.passes.linalg.curves import Directions
 from matmorph.passes.linalg.svd import largest
-from matmorph.passes.linalg.whiten import Whitening, whitening_factor
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.linalg.whiten import (
+    Whitening,
+    relative_output_error,
+    relative_weight_error,
+    weighted,
+    whitening_factor,
+)
+from matmorph.passes.methods import Error, SiteStats
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Types of weights that methods can read."""
+
+GRADIENT_DAMPING = 1e-2
+"""Share of the mean of its diagonal that is added to the second moment of the gradients: it is estimated on few samples, and what they do
+not feel others may."""
 
 
 def readable(site: Site, w: Tensor) -> Tensor:
@@ -46,3 +57,35 @@ def whitening_of(site: Site, method: str, stats: SiteStats | None, damping: floa
         return whitening_factor(stats.second_moment, stats.rows, damping)
     except ValueError as error:
         raise RewriteError(f"{site.path}: {error}") from error
+
+
+def weighting_of(site: Site, stats: SiteStats | None) -> Tensor | None:
+    """C [out, out], lower triangular, with C C^T = the damped second moment of the gradients at the site's output; None where none was
+    gathered, or where no gradient reaches the site. RewriteError where it is no second moment."""
+    if stats is None or stats.output_moment is None or not bool(stats.output_moment.any()):
+        return None
+    try:
+        return whitening_factor(stats.output_moment, 1, GRADIENT_DAMPING).factor
+    except ValueError as error:
+        raise RewriteError(f"{site.path}: {error}") from error
+
+
+def error_between(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Error:
+    """All errors of a dense approximation that the statistics allow."""
+    weight = relative_weight_error(w, approximation)
+    if stats is None:
+        return Error(weight)
+    output = relative_output_error(w, approximation, stats.second_moment)
+    if weighting is None:
+        return Error(weight, output)
+    felt = relative_output_error(weighted(w, weighting), weighted(approximation, weighting), stats.second_moment)
+    return Error(weight, output, felt)
+
+
+def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor | None) -> list[Error]:
+    """The same at every rank 0 .. min(out, in) of a decomposition."""
+    weight = found.relative_errors(None).tolist()
+    output = [None] * len(weight) if stats is None else found.relative_errors(stats.second_moment).tolist()
+    judged = stats is not None and weighting is not None
+    felt = found.relative_errors(stats.second_moment, weighting).tolist() if judged and stats is not None else [None] * len(weight)
+    return [Error(*three) for three in zip(weight, output, felt, strict=True)]
