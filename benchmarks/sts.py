@@ -3,10 +3,12 @@
 `low_rank`: the encoder's linears keep 80, 60 and 40 % of their parameters, by whitened SVD (calibrated on 512 training sentences) and by
 plain SVD. `quantized`: each quantizer on the same linears, alone, with LoftQ factors (rank 16, 5 iterations) and with whitened ones; u2 is
 uniform 2-bit without anything, u2-search has zero points and searched scales. `trains`: the 12 MLP matmuls as tensor trains of 2 and 3
-cores (tt-mlp and its like), beside plain low_rank factors with as many parameters. `--specs` adds specs by name or path (quantize-u4 takes
+cores (tt-mlp and its like), beside plain low_rank factors with as many parameters. `budgets`: ranks, bits and methods shared out over the
+same linears, at 60 and 40 % of their parameters and 12 and 9 % of their bytes, by what the last hidden states feel (the library's specs);
+`relative` adds up the relative output error of each matmul instead. `--specs` adds specs by name or path (quantize-u4 takes
 the embedding tables too). The rewritten model is written as an artefact and run by ONNX Runtime; `--torch` runs the compiled torch module.
 
-    python benchmarks/sts.py [--data DIR] [--sets low_rank quantized trains] [--specs quantize-u4] [--torch] [--json]
+    python benchmarks/sts.py [--data DIR] [--sets low_rank quantized trains budgets] [--specs quantize-u4] [--torch] [--json]
         [--ratios 80 60 40] [--methods whitened plain] [--quantizers nf4 nf2 u2 u2-search] [--forms quantize loftq whitened]
 """
 
@@ -32,7 +34,7 @@ from matmorph.runtime import Session
 
 CALIBRATION = 512
 BATCH = 64
-SETS = ["low_rank", "quantized", "trains"]
+SETS = ["low_rank", "quantized", "trains", "budgets"]
 Array = np.ndarray[Any, Any]
 Encoder = Callable[[Mapping[str, Array]], Array]
 """Feeds -> last hidden state."""
@@ -126,6 +128,21 @@ def train_spec(name: str) -> dict[str, Any]:
     return {"version": 1, "name": name, "extends": ["tt-mlp"], "rules": [{"name": "mlp", "expect": 12, "rewrite": TRAINS[name]}]}
 
 
+BUDGETS: Mapping[str, dict[str, Any]] = {
+    "budget-60": {},
+    "budget-40": {},
+    "any-of-12": {},
+    "any-of-9": {},
+    "budget-60 relative": {"sensitivity": "none"},
+    "budget-40 relative": {"sensitivity": "none"},
+}
+
+
+def budget_spec(name: str) -> dict[str, Any]:
+    """A library spec, or one whose errors are relative to each matmul."""
+    return {"version": 1, "name": name, "extends": [name.split()[0]], "calibration": {"samples": CALIBRATION, **BUDGETS[name]}}
+
+
 def named_spec(name: str) -> dict[str, Any]:
     """A library spec, or one in a file, under its own name."""
     return {"version": 1, "name": Path(name).stem, "extends": [name]}
@@ -135,7 +152,12 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The specs to measure; of each set only the first with --tiny."""
     low = [spec(ratio, method) for method in options.methods for ratio in options.ratios]
     quantized = [quantized_spec(quantizer, form) for quantizer in options.quantizers for form in options.forms]
-    sets = {"low_rank": low, "quantized": quantized, "trains": [train_spec(name) for name in TRAINS]}
+    sets = {
+        "low_rank": low,
+        "quantized": quantized,
+        "trains": [train_spec(name) for name in TRAINS],
+        "budgets": [budget_spec(name) for name in BUDGETS],
+    }
     few = 1 if options.tiny else None
     return [made for name in options.sets for made in sets[name][:few]] + [named_spec(name) for name in options.specs[:few]]
 

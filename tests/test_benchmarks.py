@@ -34,6 +34,7 @@ SCRIPTS = (
     "run",
     "ort_quantizers",
     "gallery",
+    "allocate_time",
 )
 Load = Callable[[str], ModuleType]
 
@@ -271,8 +272,8 @@ def test_sts_reads_pairs_and_spreads_its_samples(load: Load, toy_data: Path) -> 
 @pytest.mark.full
 def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tiny(load("sts"), capsys, "--data", str(toy_data), "--methods", "plain", "--forms", "loftq")
-    assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "mlp low_rank", "quantize-u4"]
-    assert rows[4]["mb"] < rows[2]["mb"] < rows[3]["mb"] < rows[1]["mb"] < rows[0]["mb"]
+    assert [row["model"] for row in rows] == ["dense", "plain-80", "nf4 loftq", "mlp low_rank", "budget-60", "quantize-u4"]
+    assert rows[5]["mb"] < rows[2]["mb"] < rows[3]["mb"] < rows[1]["mb"] < rows[0]["mb"]
     assert all(-100 <= row["spearman"] <= 100 for row in rows)
     assert rows[1]["parameters"] < rows[0]["parameters"]
 
