@@ -20,6 +20,7 @@ pytestmark = pytest.mark.no_cover
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = (
     "sts",
+    "prune",
     "low_rank",
     "loftq",
     "quantized",
@@ -276,6 +277,18 @@ def test_sts_runs_on_toy_data(load: Load, toy_data: Path, capsys: pytest.Capture
     assert rows[5]["mb"] < rows[2]["mb"] < rows[3]["mb"] < rows[1]["mb"] < rows[0]["mb"]
     assert all(-100 <= row["spearman"] <= 100 for row in rows)
     assert rows[1]["parameters"] < rows[0]["parameters"]
+
+
+@pytest.mark.full
+def test_prune_prints_quality_beside_time(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, plain, fitted = tiny(load("prune"), capsys, "--data", str(toy_data), "--forms", "plain", "compensated")
+    assert [row["model"] for row in (dense, plain, fitted)] == ["dense", "plain", "compensated"]
+    assert dense["output_error"] == 0
+    assert (dense["time_ratio"], dense["mac_ratio"]) == (1, 1)
+    assert plain["parameters"] == fitted["parameters"] == dense["parameters"] - 6 * (2 * 384 * 768 + 768)
+    per_layer = 12 * 384**2 + 2 * 8 * 384  # MACs per token of all matmuls, and of the attention over 8 keys
+    assert plain["mac_ratio"] == pytest.approx(1 - 6 * 2 * 384 * 768 / (6 * per_layer), rel=0.02), "the pooler is left out here"
+    assert 0 < fitted["output_error"] < plain["output_error"]
 
 
 def test_missing_data_is_said_plainly(
