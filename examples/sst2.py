@@ -3,17 +3,22 @@
 Needs the folder of SST-2 with `sst2-train.tsv` and `sst2-dev.tsv` (a header line, then label TAB sentence). Both sides start from the same
 numbers and see the same batches in the same order; no dropout on either. Then the adapter is merged, exported, verified, and asked again.
 
-    python examples/sst2.py --data FOLDER [--method lora | loftq-u4 | tt-lora] [--samples N] [--dev N] [--lr X] [--threads N] [--no-peer]
+    python examples/sst2.py --data FOLDER [--method lora | loftq-u4 | tt-lora | glora | sparse_grad ...] [--samples N] [--dev N] [--lr X]
+                            [--threads N] [--no-peer]
 
 lora: LoRA r8 on the six matmuls of each layer, beside PEFT's. loftq-u4: the same matmuls in 4 bits with LoftQ factors of rank 8, beside
 PEFT's LoRA on that base made dense again. tt-lora: tensor-train updates of them, which PEFT does not have, beside the compiled module under
-torch's autograd.
+torch's autograd; glora, which scales and shifts the weights by factors of rank 4, as many numbers as LoRA's, likewise. sparse_grad: as many
+entries of each weight as LoRA has numbers for it learn at a step; its optimizer has no counterpart in torch. Several methods: one after the
+other, and a table of them at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import math
 import sys
 import tempfile
 import time
@@ -37,7 +42,19 @@ REWRITES: Mapping[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 8, "alpha": 16}},
     "loftq-u4": {"loftq": {"quantizer": "uniform", "bits": 4, "block_size": 32, "rank": 8, "alpha": 16}},
     "tt-lora": {"tt_lora": {"rank": 8, "alpha": 16}},
+    "glora": {"glora": {"A": "lora", "B": "lora", "rank": 4}},
 }
+RULES: Mapping[str, list[dict[str, Any]]] = {
+    **{name: [{"name": "adapters", "match": LAYERS, "rewrite": rewrite}] for name, rewrite in REWRITES.items()},
+    "sparse_grad": [  # LoRA r8 has 8 (in + out) numbers for a weight
+        {"name": "attention", "match": {**LAYERS, "role": "attention.*"}, "rewrite": {"sparse_grad": {"keep": 8 * (384 + 384)}}},
+        {"name": "mlp", "match": {**LAYERS, "role": "mlp.*"}, "rewrite": {"sparse_grad": {"keep": 8 * (384 + 1536)}}},
+    ],
+}
+RATES: Mapping[str, float] = {"sparse_grad": 5e-4}
+"""Learning rate by method; 2e-3 for the others."""
+NO_PEER: Mapping[str, str] = {"sparse_grad": "torch has no optimizer that updates the largest entries alone"}
+STEPS = 30  # batches whose gradients make the bases of sparse_grad
 
 
 class Classifier(nn.Module):
@@ -111,10 +128,10 @@ def torch_logits(module: nn.Module) -> Callable[[Batch], np.ndarray]:
 
 def peer(method: str, compiled: mm.Compiled) -> tuple[str, nn.Module]:
     """The same model in PyTorch, from the same numbers; parameters that train are those with requires_grad."""
-    if method == "tt-lora":
+    if method in ("tt-lora", "glora"):
         module = compiled.module
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(".tt_lora." in name or name.startswith("head."))
+            parameter.requires_grad_(f".{method.replace('-', '_')}." in name or name.startswith("head."))
         return "PyTorch", module
     from peft import LoraConfig, get_peft_model
 
@@ -171,41 +188,75 @@ def train_peer(module: nn.Module, data: Sequence[Batch], lr: float) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
+    torch.set_num_threads(options.threads)
     files = {name: options.data / f"sst2-{name}.tsv" for name in ("train", "dev")}
     for path in files.values():
         if not path.is_file():
             print(f"{path} is not there: name the folder of SST-2 with --data", file=sys.stderr)
             return 2
-    torch.set_num_threads(options.threads)
     train = batches(*chosen(*read(files["train"]), options.samples))
     dev = batches(*chosen(*read(files["dev"]), options.dev), seed=None, size=64)
     print(f"{sum(len(batch['labels']) for batch in train)} samples to learn from, {sum(len(batch['labels']) for batch in dev)} to judge by")
 
+    rows = [tuned(method, options, train, dev) for method in options.method]
+    if len(rows) > 1:
+        print("\n".join(table(rows)))
+    return 0 if all(row["verified"] for row in rows) else 1
+
+
+def tuned(method: str, options: argparse.Namespace, train: Sequence[Batch], dev: Sequence[Batch]) -> dict[str, Any]:
+    """One method from the untuned model to the merged file; what it took and gave."""
     example = tensors(train[0])
     axes = {0: "batch", 1: "seq"}
-    spec = {"version": 1, "name": options.method, "rules": [{"name": "adapters", "match": LAYERS, "rewrite": REWRITES[options.method]}]}
-    compiled = mm.compile(Classifier().eval(), spec, example, {"input_ids": axes, "attention_mask": axes})
+    spec = {"version": 1, "name": method, "rules": RULES[method], "train": {"loss": "cross_entropy", "output": "logits"}}
+    labelled = [{**tensors(batch), "labels": torch.from_numpy(batch["labels"])} for batch in train[:STEPS]]
+    if method == "sparse_grad":
+        spec["rules"] = [with_steps(rule, len(labelled)) for rule in RULES[method]]
+    began = time.perf_counter()
+    shapes = {"input_ids": axes, "attention_mask": axes}
+    compiled = mm.compile(Classifier().eval(), spec, example, shapes, calibration=labelled if method == "sparse_grad" else None)
+    prepared = time.perf_counter() - began
+    lr = options.lr or RATES.get(method, 2e-3)
     with tempfile.TemporaryDirectory() as place:
-        compiled.export_training(
-            f"{place}/train",
-            loss="cross_entropy",
-            output="logits",
-            optimizer=mm.AdamW(lr=options.lr, weight_decay=WEIGHT_DECAY),
-            trainable=["adapters", "head.**"],
-        )
+        compiled.export_training(f"{place}/train", optimizer=mm.AdamW(lr=lr, weight_decay=WEIGHT_DECAY), trainable=["adapters", "head.**"])
         trainer = Trainer(f"{place}/train", threads=options.threads, log=lambda line: None)
         began = time.perf_counter()
         (loss,) = trainer.fit(train, schedule=linear(warmup=WARMUP), clip=CLIP)
         seconds = time.perf_counter() - began
-        print(f"{trainer.manifest.length} trainable numbers, {trainer.updates} updates, mean loss {loss:.4f}")
+        length, learning = trainer.manifest.length, learning_numbers(Path(place) / "train" / "train.json")
+        some = "" if learning == length else f", of which {learning} learn at each step"
+        print(f"{method}: {length} trainable numbers{some}, {trainer.updates} updates, mean loss {loss:.4f}")
         ours, predicted = accuracy(trained_logits(trainer), dev)
         print(f"matmorph, ONNX Runtime: dev accuracy {ours:.2f} %, {seconds:.0f} s of training")
-        if not options.no_peer:
-            name, module = peer(options.method, compiled)
-            seconds = train_peer(module, train, options.lr)
+        if method in NO_PEER:
+            print(f"no peer: {NO_PEER[method]}")
+        elif not options.no_peer:
+            name, module = peer(method, compiled)
+            theirs_seconds = train_peer(module, train, lr)
             theirs, _ = accuracy(torch_logits(module), dev)
-            print(f"{name}: dev accuracy {theirs:.2f} %, {seconds:.0f} s of training; difference {ours - theirs:+.2f} points")
-        return finish(compiled, trainer, dev, predicted, f"{place}/merged")
+            print(f"{name}: dev accuracy {theirs:.2f} %, {theirs_seconds:.0f} s of training; difference {ours - theirs:+.2f} points")
+        verified = finish(compiled, trainer, dev, predicted, f"{place}/merged")
+    state = 4 * length * (1 + len(trainer.manifest.states)) / 1e6
+    row = {"method": method, "learning": learning, "state MB": state, "ms per step": 1e3 * seconds / trainer.updates}
+    return {**row, "prepared s": prepared, "accuracy": ours, "verified": verified}
+
+
+def with_steps(rule: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The rule for no more calibration batches than there are."""
+    return {**rule, "rewrite": {"sparse_grad": {**rule["rewrite"]["sparse_grad"], "steps": steps}}}
+
+
+def learning_numbers(train_json: Path) -> int:
+    """How many numbers take part in an update."""
+    parameters = json.loads(train_json.read_text(encoding="utf-8"))["parameters"]
+    return sum(one.get("keep", math.prod(one["shape"])) for one in parameters)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`learning`: numbers that take part in an update. `state MB`: parameters and moments. `prepared s`: tracing, bases, rewriting."""
+    cells = [list(rows[0]), *([f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
 
 
 def trained_logits(trainer: Trainer) -> Callable[[Batch], np.ndarray]:
@@ -219,8 +270,8 @@ def trained_logits(trainer: Trainer) -> Callable[[Batch], np.ndarray]:
     return run
 
 
-def finish(compiled: mm.Compiled, trainer: Trainer, dev: Sequence[Batch], predicted: np.ndarray, folder: str) -> int:
-    """Merges, exports, verifies, and asks the merged model again."""
+def finish(compiled: mm.Compiled, trainer: Trainer, dev: Sequence[Batch], predicted: np.ndarray, folder: str) -> bool:
+    """Merges, exports, verifies, and asks the merged model again; whether all is well."""
     merged = compiled.merge(trainer.parameters())
     merged.save(folder)
     result = check(folder)
@@ -230,16 +281,16 @@ def finish(compiled: mm.Compiled, trainer: Trainer, dev: Sequence[Batch], predic
     worst = max(site.error for site in merged.merged)
     print(f"merged (largest error of a weight {worst:.1e}), exported, {'verified' if result.ok else 'NOT verified'}: ", end="")
     print(f"dev accuracy {after:.2f} %, {same} of {len(predicted)} predictions are the same")
-    return 0 if result.ok else 1
+    return result.ok
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--method", choices=list(REWRITES), default="lora")
+    parser.add_argument("--method", choices=list(RULES), nargs="+", default=["lora"])
     parser.add_argument("--samples", type=int, default=1_000_000, metavar="N", help="sentences to learn from, at random")
     parser.add_argument("--dev", type=int, default=1_000_000, metavar="N", help="sentences to judge by")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="default: 2e-3, of sparse_grad 5e-4")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
     return parser.parse_args(arguments)

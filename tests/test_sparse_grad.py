@@ -469,8 +469,8 @@ def refused(settings: Mapping[str, Any], message: str, kind: type[Exception] = S
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ("0%", "expected a percentage > 0% and <= 100%, got 0%"),
-        ("101%", "expected a percentage > 0% and <= 100%, got 101%"),
+        ("0%", 'expected a percentage > 0% and <= 100%, got the text "0%"'),
+        ("101%", 'expected a percentage > 0% and <= 100%, got the text "101%"'),
         (0, "expected a whole number >= 1, got 0"),
         (257, "keep 257 is above the entries of every matched weight; the largest has 256 (first)"),
     ],
