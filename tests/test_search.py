@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from supernets import WORDS, mutated, supernet
+from tiny_training import batch, write_training
 
 import matmorph as mm
 from matmorph.cli import main
@@ -298,17 +299,40 @@ def test_train_search_compile_and_merge(run: Run, place: Path) -> None:
     assert not (place / "third").exists()
 
 
-def test_search_of_what_is_no_supernet(run: Run, place: Path) -> None:
-    (place / "plain.yaml").write_text(SPEC.replace("search: true", "A: vector").replace("rank: 2", "rank: 1"))
-    model = __import__("toy_search").net()
-    mm.compile(model.module, str(place / "plain.yaml"), model.example_inputs, model.dynamic_shapes).save(place / "plain")
-    trainer = Trainer(place / "plain", "cpu", threads=1, log=lambda line: None)
+def test_search_of_what_is_no_supernet(run: Run, tmp_path: Path) -> None:
+    folder = write_training(tmp_path / "plain")
+    trainer = Trainer(folder, "cpu", threads=1, log=lambda line: None)
     with pytest.raises(InputMismatch, match="there is nothing to search"):
         search(trainer, [])
-    trainer.save_parameters(place / "plain.safetensors")
-    code, _, error = run("search", "plain", "--data", "valid.npz", "--trained", "plain.safetensors", "--out", "none")
+    trainer.save_parameters(tmp_path / "plain.safetensors")
+    words = ("--data", "valid.npz", "--trained", str(tmp_path / "plain.safetensors"), "--out", str(tmp_path / "none"))
+    code, _, error = run("search", str(folder), *words)
     assert code == 2
     assert "there is nothing to search" in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_values_put_into_a_trainer(tmp_path: Path) -> None:
+    """By name and from both kinds of file; what does not fit is refused."""
+    folder = write_training(tmp_path / "plain")
+    first, second = (Trainer(folder, "cpu", threads=1, log=lambda line: None) for _ in range(2))
+    first.step(batch(4))
+    first.save_parameters(tmp_path / "values.safetensors")
+    first.save(tmp_path / "checkpoint.safetensors")
+    for source in (tmp_path / "values.safetensors", tmp_path / "checkpoint.safetensors", first.parameters()):
+        second.load_parameters({name: np.zeros_like(value) for name, value in first.parameters().items()})
+        second.load_parameters(source)
+        assert all(np.array_equal(value, first.parameters()[name]) for name, value in second.parameters().items())
+    for values, message in (
+        ({"fc.wait": np.zeros(3)}, "no trainable parameter is called 'fc.wait'"),
+        ({"fc.bias": np.zeros(4)}, "fc.bias has shape"),
+        ({"fc.bias": np.array([0.0, np.nan, 0.0])}, "fc.bias has NaN or infinity"),
+    ):
+        with pytest.raises(InputMismatch, match=message):
+            second.load_parameters(values)
+    other = write_training(tmp_path / "other", fingerprint="c" * 64)
+    with pytest.raises(InputMismatch, match="was trained on another model"):
+        Trainer(other, "cpu", threads=1, log=lambda line: None).load_parameters(tmp_path / "values.safetensors")
 
 
 # mutants of the search itself
