@@ -29,6 +29,7 @@ SCRIPTS = (
     "plan_7b",
     "train_memory",
     "train_step",
+    "sparse_grad",
     "tensor_train",
     "tensor_train_plans",
     "product_rates",

