@@ -106,8 +106,8 @@ def _environment() -> Environment:
 
 
 def breakable(path: str) -> Markup:
-    """A dotted path that may be broken behind its dots and underscores."""
-    return Markup(str(escape(path)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+    """A dotted path that may be broken behind its dots."""
+    return Markup(str(escape(path)).replace(".", ".<wbr>"))
 
 
 def square(cell: Cell) -> Markup:
