@@ -55,9 +55,7 @@ class LoftQSpec(QuantizedSpec):
     )
     factors: Literal["keep", "fp16"] = field(
         default="keep",
-        metadata={
-            "doc": "type the factors are stored in: that of the weight, or half precision (with export.precision: keep; fp32 widens them in the file)"
-        },
+        metadata={"doc": "type the factors are stored in: the weight's, or half precision (with export.precision: keep; fp32 widens them)"},
     )
     alpha: float | None = field(
         default=None, metadata={"doc": "the factors' product is scaled by alpha / rank, and they are divided by it", "exclusive_minimum": 0}
