@@ -20,9 +20,11 @@ from rich.console import Console
 
 from matmorph import api
 from matmorph.errors import InputError
-from matmorph.exporters.artifact import RUN, refuse_existing
+from matmorph.exporters.artifact import RUN, refuse_existing, rewrite_page
 from matmorph.exporters.onnx_model import export_onnx
 from matmorph.models import calibration_sentences, minilm, tokenize
+from matmorph.report.html import html_page
+from matmorph.report.reading import read_folder
 from matmorph.report.table import make_console, parity_line, print_plan
 from matmorph.runtime import Session
 from matmorph.specs.schema import Export
@@ -68,6 +70,7 @@ def run_demo(out: Path, spec: str, progress: Callable[[str, int, int | None], No
     similarities = [(left, right, *_similarities((left, right), model.module, session)) for left, right in PAIRS]
     timing = _time(compiled, session, out)
     _record(out, {"batch": TIMING_BATCH, "dense_s": timing.dense, "rewritten_s": timing.rewritten, "provider": timing.provider})
+    rewrite_page(out, html_page(*read_folder(out)))  # now with these times
 
     def finish() -> None:
         console = make_console()
