@@ -197,6 +197,20 @@ def test_train_step_runs_beside_torch(load: Load, capsys: pytest.CaptureFixture[
         assert row["ort_peak_mb"] > row["ort_growth_mb"] > 0
 
 
+@pytest.mark.full  # four processes that import the runtime
+def test_sparse_grad_prints_both_ratios(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny(load("sparse_grad"), capsys)
+    assert [row["method"] for row in rows] == ["full", "sparse_grad", "fixed", "none"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["step_ms"] / rows[0]["step_ms"], rel=1e-12)  # float64 rounding
+        assert row["over"] == pytest.approx(row["ratio"] / row["predicted"], rel=1e-12)
+        assert row["peak_mb"] > row["growth_mb"] > 0
+    # Of 16 tokens: 3 products of tokens with each MLP weight, all others of the step, and the rotations
+    assert rows[3]["predicted"] == 1 < rows[1]["predicted"] == rows[2]["predicted"]
+    assert [row["numbers"] for row in rows] == [4096, 4096, 40, 4096]
+    assert rows[2]["state_mb"] == pytest.approx(3 * 4 * 40 / 1e6)
+
+
 @pytest.mark.full
 def test_gallery_measures_one_spec(load: Load, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [fits, other] = tiny(load("gallery"), capsys, "--data", str(toy_data), "--specs", "quantize-u4", "tt-lora-roberta")
