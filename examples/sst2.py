@@ -271,15 +271,25 @@ def trained_logits(trainer: Trainer) -> Callable[[Batch], np.ndarray]:
 
 
 def finish(compiled: mm.Compiled, trainer: Trainer, dev: Sequence[Batch], predicted: np.ndarray, folder: str) -> bool:
-    """Merges, exports, verifies, and asks the merged model again; whether all is well."""
-    merged = compiled.merge(trainer.parameters())
-    merged.save(folder)
+    """Merges, exports, verifies, and asks the merged model again; whether all is well. A base in codes is rounded anew by merging, so the
+    model that keeps the trained factors beside its codes is asked too."""
+    values = trainer.parameters()
+    merged = compiled.merge(values)
+    worst = max(site.error for site in merged.merged)
+    well = asked(merged, f"merged (largest error of a weight {worst:.1e})", dev, predicted, folder)
+    if any(site.quantizer is not None for site in merged.merged):
+        well &= asked(compiled.load_trained(values), "factors kept beside the codes", dev, predicted, f"{folder}-kept")
+    return well
+
+
+def asked(model: mm.Compiled, what: str, dev: Sequence[Batch], predicted: np.ndarray, folder: str) -> bool:
+    """Writes the model, checks the files and compares its predictions; whether the files are well."""
+    model.save(folder, train=False)
     result = check(folder)
     session = Session(folder, log=lambda line: None)
     after, again = accuracy(lambda batch: session.run({name: batch[name] for name in ("input_ids", "attention_mask")})["logits"], dev)
     same = int((again == predicted).sum())
-    worst = max(site.error for site in merged.merged)
-    print(f"merged (largest error of a weight {worst:.1e}), exported, {'verified' if result.ok else 'NOT verified'}: ", end="")
+    print(f"{what}, exported, {'verified' if result.ok else 'NOT verified'}: ", end="")
     print(f"dev accuracy {after:.2f} %, {same} of {len(predicted)} predictions are the same")
     return result.ok
 
