@@ -60,6 +60,15 @@ def test_patches_are_squares(script: ModuleType) -> None:
     assert torch.nonzero(moved).flatten().tolist() == [1 * 4 + 3]
 
 
+def test_one_row_of_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
+    monkeypatch.setattr(script, "METHODS", script.METHODS[:1])
+    assert script.main(["--small", "--threads", "1"]) == 0
+    *_, header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["method", "accuracy", "trainable", "ms", "a", "step", "state", "KiB"]
+    assert re.fullmatch(r"head alone +[\d.]+% +85 +[\d.]+ +1", row)  # 16 x 5 + 5 numbers
+
+
 @pytest.mark.full
 def test_a_small_run(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
