@@ -228,6 +228,20 @@ class Compiled:
         result.merged, result._unmerged = found, start
         return result
 
+    def save_adapter(self, path: str | os.PathLike[str], values: Values | None = None) -> Path:
+        """Writes the adapters, trained (`values` as in `load_trained`) or as they are, as one `.onnx_adapter` file.
+
+        Sessions of this model exported with `export.adapters: inputs` load it, whatever its rank. Raises InputError: no adapters, values of
+        another model, something beside the factors was trained; AdapterError for a place that cannot be written.
+        """
+        if not self.adapters:
+            raise InputError("there is no adapter to save: no rule added one, or they are merged")
+        found, where = ({}, str(path)) if values is None else read_values(values)
+        if found:
+            self.load_trained(found)  # refuses what the model does not take
+        save_adapters(self._job, self.adapters, found, where, Path(path))
+        return Path(path)
+
     def unmerge(self) -> Compiled:
         """The model before `merge`: the stored base and the adapters beside it, to the bit. InputError where nothing was merged."""
         if self._unmerged is None:

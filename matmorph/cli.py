@@ -203,12 +203,17 @@ def demo(
 
 @specs_app.command(name="list")
 def specs_list() -> None:
-    """Names of the library specs."""
+    """Names of the library specs, and what each makes of MiniLM (measured by benchmarks/gallery.py)."""
+    from matmorph.specs.gallery import dense_line, figures, figures_line
     from matmorph.specs.load import library_names, library_text
 
-    for name in library_names():
+    texts = {name: library_text(name) for name in library_names()}
+    measured = figures(texts)
+    for name, text in texts.items():
         print(name)
-        print(textwrap.fill(_about(library_text(name)), width=79, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(figures_line(measured.get(name)), width=79, initial_indent="  ", subsequent_indent="  "))
+    print(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
 
 
 @specs_app.command(name="show")

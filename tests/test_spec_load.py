@@ -342,8 +342,7 @@ def test_library_specs() -> None:
     glora = ("bitfit", "channel-scale", "glora", "glora-search", "ssf")
     sparse = ("gmt", "meprop", "sparse-grad")
     budgets = ("any-of-12", "any-of-9", "budget-40", "budget-60")
-    sparse = ("gmt", "meprop", "sparse-grad")
-    assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *sparse, *budgets, "transact-50", *trains)))
+    assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *budgets, "transact-50", *trains)))
     for name in budgets:
         spec = load_spec(name, METHODS)
         assert spec.rules[0].is_open

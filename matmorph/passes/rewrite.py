@@ -16,7 +16,7 @@ from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
 from matmorph.passes.blocks import Block
 from matmorph.passes.fragment import SiteScope
 from matmorph.passes.linalg.parallel import ordered_map
@@ -67,6 +67,7 @@ class Outcome:
     keeps_dense: bool = False
     block: Block | None = None
     patch: Patch | None = None
+    spectrum: Spectrum | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -288,6 +289,7 @@ def _measured(
         nodes=scope.close(fragments, keeps_node),
         consts=tuple(const for fragment in fragments for const in fragment.consts),
         keeps_dense=keeps_node or any(site.const in node.inputs() for item in fragments for part in item.parts for node in part),
+        spectrum=fragments[0].spectrum,
     )
 
 
