@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 import typer
 
 from matmorph.cli_adapters import adapter_app, merge_command
-from matmorph.cli_search import search_command
 from matmorph.cli_report import compare_command, diff_command, report_command
+from matmorph.cli_search import search_command
 from matmorph.cli_train import train_command
 from matmorph.errors import InputError, MatmorphError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from contracting import TorchOps, matrix_weight, random_cores, vector_weight
-from mutating import Check, killer, run_on_real_code
+from mutating import UNCHANGED, Check, killer
 
 MODULES = ("linalg.contraction", "linalg.contraction_rates", "linalg.contraction_cost")
 """In the order of their imports."""
@@ -154,7 +154,7 @@ CHECKS: tuple[Check, ...] = (check_products, check_candidates, check_counts, che
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    run_on_real_code(MODULES, CHECKS)
+    assert killer(MODULES, CHECKS, *UNCHANGED) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from mutating import Check, killer, run_on_real_code
+from mutating import UNCHANGED, Check, killer
 from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError
@@ -166,7 +166,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    run_on_real_code(MODULES, CHECKS)
+    assert killer(MODULES, CHECKS, *UNCHANGED) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from mutating import Check, killer, run_on_real_code
+from mutating import UNCHANGED, Check, killer
 
 MODULES = ("linalg.svd", "linalg.modes", "linalg.unfolding", "linalg.sweeps", "linalg.tensor_train")
 """In the order of their imports."""
@@ -245,7 +245,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    run_on_real_code(MODULES, CHECKS)
+    assert killer(MODULES, CHECKS, *UNCHANGED) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)

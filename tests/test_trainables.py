@@ -124,7 +124,8 @@ def test_no_adapters_in_a_plain_model() -> None:
     assert at.train is not None
     with pytest.raises(SpecError) as caught:
         resolve(plain, at.train.trainable)
-    assert str(caught.value) == "train.trainable[0]: the model has no adapters: no rule put in lora, tt_lora, loftq, qlora, glora or sparse_grad"
+    said = "the model has no adapters: no rule put in lora, tt_lora, loftq, qlora, glora or sparse_grad"
+    assert str(caught.value) == f"train.trainable[0]: {said}"
 
 
 def test_an_error_names_the_place_in_the_spec(graph: Graph, tmp_path: pytest.TempPathFactory) -> None:
