@@ -349,7 +349,7 @@ def test_readme_specs_are_right(tmp_path: Path) -> None:
     from matmorph.specs.load import load_spec
 
     specs = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(specs) == 4
+    assert len(specs) == 5
     for number, text in enumerate(specs):
         file = tmp_path / f"spec-{number}.yaml"
         file.write_text(text)
