@@ -3,9 +3,10 @@
 Without an argument it writes a small random BERT first, so that nothing is downloaded: python examples/hf_folder.py [FOLDER]
 """
 
-import subprocess
 import sys
 from pathlib import Path
+
+from matmorph.cli import main as command
 
 SPEC = """\
 version: 1
@@ -32,9 +33,13 @@ def small_bert(folder: Path) -> Path:
 
 
 def matmorph(*words: str) -> None:
-    """One command, its output on the terminal; stops where it fails."""
+    """What the command line does with these words; ends where they fail."""
     print("$ matmorph", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "matmorph", *words], check=True)
+    try:
+        command(words)
+    except SystemExit as done:
+        if done.code:
+            raise
 
 
 def main() -> None:

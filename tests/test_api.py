@@ -331,6 +331,7 @@ def test_expert_stacks(tmp_path: Path) -> None:
     assert compiled.report.sites[0].rank == 6
 
 
+@pytest.mark.full  # test_zoo_parity has it too; this one through the public calls
 def test_experts_of_mixtral(tmp_path: Path) -> None:
     module, inputs, axes = ZOO["mixtral"].build()
     compiled = mm.compile(module, spec(rank=5, match={"role": "moe.{gate_up,down}"}), inputs, axes, calibration=[inputs])

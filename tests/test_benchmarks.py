@@ -102,12 +102,14 @@ def test_low_rank_prints_time_beside_flops(load: Load, capsys: pytest.CaptureFix
         assert row["over"] == pytest.approx(row["low_rank_ms"] / row["dense_ms"] / 0.25, rel=1e-12)  # float64 rounding
 
 
+@pytest.mark.full
 def test_compile_time_prints_ratios_of_what_it_timed(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     [row] = tiny(load("compile_time"), capsys)
     assert row["ratio"] == pytest.approx(row["ours_s"] / (row["export_s"] + row["svd_s"]), rel=1e-12)  # float64 rounding
     assert row["ratio_solver"] == pytest.approx(row["ours_s"] / (row["export_s"] + row["solver_s"]), rel=1e-12)
 
 
+@pytest.mark.full
 def test_plan_7b_plans_the_configurations_widths(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     [row] = tiny(load("plan_7b"), capsys)
     assert row["sites"] == 14

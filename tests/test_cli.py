@@ -80,8 +80,8 @@ class StandIn:
             raise self.raises
         return SimpleNamespace(report=make_report(), save=self.save)
 
-    def save(self, folder: Path, force: bool = False, train: bool | None = None) -> Path:
-        self.calls.append(("save", (folder,), {"force": force, "train": train}))
+    def save(self, folder: Path, force: bool = False, train: bool | None = None, *, pareto: int | None = None) -> Path:
+        self.calls.append(("save", (folder,), {"force": force, "train": train, "pareto": pareto}))
         return folder
 
     def given(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_python_dash_m_is_the_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["compil"], "No such command 'compil'. Did you mean 'compile'?"),
+        (["compil"], "No such command 'compil'. Did you mean 'compile', 'compare'?"),
         (["plan", "minilm"], "Missing option '--spec'"),
         (["plan", "minilm", "--sepc", "x"], "--spec"),
         (["compile", "minilm", "--spec", "x", "--out", "o", "--pareto", "many"], "Invalid value for '--pareto'"),
@@ -174,7 +174,7 @@ def test_compile_prints_table_parity_and_folder(run: Run, api: StandIn, tmp_path
     assert f"wrote {out}/ (check it anywhere with: matmorph verify {out})" in done.out
     _, options = api.given("compile")
     assert options["calibration"] == ["own batch"]
-    assert api.given("save") == ((out,), {"force": False, "train": None})
+    assert api.given("save") == ((out,), {"force": False, "train": None, "pareto": None})
 
 
 def test_compile_json_is_the_report_alone(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -194,9 +194,14 @@ def test_calibration_file_replaces_the_models_own(run: Run, api: StandIn, tmp_pa
 # ---- refusals before any work
 
 
-def test_options_of_later_versions(run: Run, api: StandIn, tmp_path: Path) -> None:
-    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--pareto", "3")
-    assert done == Done(2, "", "--pareto: not supported yet\n")
+def test_a_front_needs_a_budget(run: Run, api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matmorph.passes.methods import method_table
+    from matmorph.specs.load import load_spec
+
+    monkeypatch.setattr(api, "load_spec", lambda source: load_spec(source, method_table()))
+    done = run("compile", "minilm", "--spec", "low-rank-60", "--out", tmp_path / "out", "--pareto", "3")
+    assert (done.code, done.out) == (2, "")
+    assert "budget" in done.err
     assert api.calls == []
 
 
@@ -214,7 +219,7 @@ def test_whether_training_graphs_are_written(
 ) -> None:
     monkeypatch.setattr(api, "load_spec", lambda source: SimpleNamespace(train="as the spec says"))
     assert run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", *option).code == 0
-    assert api.given("save") == ((tmp_path / "out",), {"force": False, "train": given})
+    assert api.given("save") == ((tmp_path / "out",), {"force": False, "train": given, "pareto": None})
 
 
 def test_an_existing_folder_needs_force(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -224,7 +229,7 @@ def test_an_existing_folder_needs_force(run: Run, api: StandIn, tmp_path: Path) 
     assert "--force" in done.err
     assert api.calls == []
     assert run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path, "--force").code == 0
-    assert api.given("save")[1] == {"force": True, "train": None}
+    assert api.given("save")[1] == {"force": True, "train": None, "pareto": None}
 
 
 def test_a_file_in_the_way_is_never_replaced(run: Run, api: StandIn, tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "last for kept": (LOFTQ, "found.kept + 1, len", "len(found.errors), len"),
     "factors exchanged": (
         LOFTQ,
-        '{"down": stored(site, down_t.T), "up": stored(site, up_t.T)}',
-        '{"down": stored(site, up_t), "up": stored(site, down_t)}',
+        '{"down": _stored(site, spec, down_t.T), "up": _stored(site, spec, up_t.T)}',
+        '{"down": _stored(site, spec, up_t), "up": _stored(site, spec, down_t)}',
     ),
     "codes train": (BASE, 'trainable=False, kind="buffer"', "trainable=True"),
     "zero points forgotten": (BASE, "rows, codes, scales, zeros, b.bias()", "rows, codes, scales, None, b.bias()"),

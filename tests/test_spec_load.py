@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from spec_methods import METHODS, LoraSpec, LowRankSpec, Modes, NoSettings
 
 from matmorph.errors import Position, SpecError
+from matmorph.passes.methods import method_table
 from matmorph.specs.dump import dump_resolved
 from matmorph.specs.load import library_names, library_text, load_spec
 from matmorph.specs.optimizers import Lion, Optimizer
@@ -344,7 +345,7 @@ def test_library_specs() -> None:
     budgets = ("any-of-12", "any-of-9", "budget-40", "budget-60")
     assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *budgets, "transact-50", *trains)))
     for name in budgets:
-        spec = load_spec(name, METHODS)
+        spec = load_spec(name, method_table())
         assert spec.rules[0].is_open
         assert spec.calibration.sensitivity == "output"
     for name in names:
