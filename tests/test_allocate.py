@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +174,18 @@ def test_a_rounded_answer_above_the_limit_is_repaired(monkeypatch: pytest.Monkey
     assert found.totals["parameters"] == 100
     assert found.gap == pytest.approx(0.5), "held against the bound of the looser program"
     assert calls == [{"parameters": 149}, {"parameters": 148}]
+
+
+def test_what_the_solver_prints_stays_off_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    milp = module.milp
+
+    def talking(*costs: Any, **program: Any) -> Any:
+        os.write(1, b"HighsMipSolverData says something\n")
+        return milp(*costs, **program)
+
+    monkeypatch.setattr(module, "milp", talking)
+    assert module._solved(np.array([1.0, 2.0]), integrality=np.array([1, 1])).status == 0
+    os.write(1, b"a report\n")
+    said = capfd.readouterr()
+    assert said.out == "a report\n"
+    assert said.err == "HighsMipSolverData says something\n"

@@ -7,7 +7,10 @@ held in exact integer arithmetic, whatever the solver's tolerances.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd, isfinite
@@ -292,7 +295,7 @@ def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tup
     """(choice, proven lower bound of the objective), None where the program has no solution."""
     program = _program(offers, limits)
     rows = [LinearConstraint(program.use, -np.inf, program.left)] if len(program.left) else []
-    solution = milp(
+    solution = _solved(
         program.costs,
         integrality=np.ones(len(program.costs), dtype=np.int64),
         bounds=Bounds(0, 1),
@@ -307,6 +310,29 @@ def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tup
     return chosen, float(solution.mip_dual_bound) / program.scale
 
 
+def _solved(costs: Floats, **program: Any) -> Any:
+    """`milp`, whose stray lines go to stderr: now and then HiGHS prints one, which must not get into a report on stdout."""
+    with _stdout_to_stderr():
+        return milp(costs, **program)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """For what native code prints; without effect where the process has no such files."""
+    try:
+        kept = os.dup(1)
+    except OSError:
+        yield
+        return
+    try:
+        sys.stdout.flush()
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Resource, int]:
     """What the choice takes whose largest (total / limit) is smallest: the program of least t with total_r <= t limit_r."""
     count = sum(len(offer) for offer in offers)
@@ -315,7 +341,7 @@ def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Re
     within = LinearConstraint(np.hstack([usage, -np.ones((len(limits), 1))]), -np.inf, 0)
     owners = np.repeat(np.arange(len(offers)), np.diff(ends))
     one_each = csr_array((np.ones(count), (owners, np.arange(count))), shape=(len(offers), count + 1))
-    solution = milp(
+    solution = _solved(
         np.array([0.0] * count + [1.0]),
         integrality=np.array([1] * count + [0]),
         bounds=Bounds(0, np.array([1.0] * count + [np.inf])),
