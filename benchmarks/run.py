@@ -33,7 +33,7 @@ REMARKS: Mapping[str, str] = {
     "loftq": "PEFT refuses to run LoftQ on a CPU; its own function runs here with the one line that names the device exchanged.",
     "tensor_train": "tensorly's randomized solver comes nearest in time; its error is slightly larger.",
     "tensor_train_plans": "`inf`: more than 10 x dense, not timed further. tltorch's layer is exported as it is, an Einsum.",
-    "train_step": "onnxsim does not take the BERT here (dynamic shapes, GELU); its row then says so.",
+    "train_step": "onnxsim's own training loop does not take this BERT; the note gives its words.",
     "ort_quantizers": "Dynamic int8 of ONNX Runtime is the fastest on this CPU; it computes in 8 bits too, per column and without blocks.",
 }
 
@@ -98,13 +98,13 @@ def section(name: str, result: Mapping[str, Any]) -> list[str]:
         return [*lines, f"Not run: {result['skipped']}.", ""]
     lines += [*table(result["rows"]), ""]
     lines += [f"* {note}" for note in (*result["notes"], *([REMARKS[name]] if name in REMARKS else []))]
-    load = result["environment"]["load"]
-    return [*lines, f"* load average at the end {load}; took {result['seconds']:.0f} s", ""]
+    around = result["environment"]
+    return [*lines, f"* threads {around['threads']}, load average at the end {around['load']}; took {result['seconds']:.0f} s", ""]
 
 
 def page(report: Mapping[str, Any]) -> str:
     """The documentation page: every row as it was measured."""
-    around = ", ".join(f"{name} {value}" for name, value in report["environment"].items() if name != "load")
+    around = ", ".join(f"{name} {value}" for name, value in report["environment"].items() if name not in ("load", "threads"))
     installed = ", ".join(f"{name} {value}" for name, value in report["peers"].items())
     lines = [
         "# Benchmarks",
