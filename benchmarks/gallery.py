@@ -2,7 +2,7 @@
 
 Every spec of the library is compiled (512 training sentences for calibration), written and run by ONNX Runtime on all dev pairs; then a
 batch of 16 sentences runs in turn with the dense model, equal threads, medians. A spec that does not fit MiniLM says why. `--write` keeps
-the figures for `matmorph specs list`.
+the figures for `matmorph specs list`; those of specs that were not run stay.
 
     python benchmarks/gallery.py [--specs NAME ...] [--data DIR] [--write] [--json]
 """
@@ -10,6 +10,7 @@ the figures for `matmorph specs list`.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from matmorph.errors import MatmorphError
 from matmorph.exporters.onnx_model import export_onnx
 from matmorph.models import Model, calibration_sentences, minilm, tokenize
 from matmorph.runtime import Session
-from matmorph.specs.gallery import FILE, text_hash
+from matmorph.specs.gallery import FILE, gallery, text_hash
 from matmorph.specs.load import library_names, library_text
 from matmorph.specs.schema import Export
 
@@ -39,7 +40,7 @@ def measured(name: str, model: Model, batches: Any, data: Any, dense: onnxruntim
     try:
         compiled = mm.compile(model.module, name, model.example_inputs, dynamic_shapes=model.dynamic_shapes, calibration=batches)
     except MatmorphError as error:
-        return {**row, "reason": str(error).splitlines()[0].split(";")[0].split(": ")[-1]}
+        return {**row, "reason": re.sub(r"^rule [^:]+: (\S+: )?", "", error.message.split(";")[0])}
     with tempfile.TemporaryDirectory() as folder:
         saved = compiled.save(Path(folder) / "out")
         session = Session(saved, "cpu", threads=threads)
@@ -78,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append({**measured(name, model, batches, data, session, options.threads), "sha256": text_hash(library_text(name))})
             say(f"{name}: {rows[-1]['reason'] or rows[-1]['spearman']}")
     if options.write:
-        result = {"model": "minilm", "pairs": pairs, "dense": original, "environment": environment(options.threads), "rows": rows}
+        kept = [row for row in gallery()["rows"] if row["spec"] in library_names() and row["spec"] not in options.specs]
+        every = sorted([*kept, *rows], key=lambda row: row["spec"])
+        result = {"model": "minilm", "pairs": pairs, "dense": original, "environment": environment(options.threads), "rows": every}
         (LIBRARY / FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shown = [{key: value for key, value in row.items() if key != "sha256"} for row in rows]
     finish(options, shown, [f"{pairs} pairs; dense: {original['bytes'] / 1e6:.1f} MB, Spearman {original['spearman']}"])

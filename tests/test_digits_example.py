@@ -65,8 +65,8 @@ def test_one_row_of_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(script, "METHODS", script.METHODS[:1])
     assert script.main(["--small", "--threads", "1"]) == 0
     *_, header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["method", "accuracy", "trainable", "ms", "a", "step", "state", "KiB"]
-    assert re.fullmatch(r"head alone +[\d.]+% +85 +[\d.]+ +1", row)  # 16 x 5 + 5 numbers
+    assert header.split() == ["method", "accuracy", "trainable", "ms", "a", "step", "state", "KiB", "rate", "updates"]
+    assert re.fullmatch(r"head alone +[\d.]+% +85 +[\d.]+ +1 +0.003 +21", row)  # 16 x 5 + 5 numbers
 
 
 @pytest.mark.full
