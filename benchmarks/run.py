@@ -115,8 +115,9 @@ def page(report: Mapping[str, Any]) -> str:
         "",
         f"* Machine and versions: {around}",
         f"* Peers: {installed}",
-        "",
     ]
+    missing = [name for name in scripts() if name not in report["results"]]
+    lines += [f"* Not measured in this run: {', '.join(missing)}", ""] if missing else [""]
     for name, result in report["results"].items():
         lines += section(name, result)
     return "\n".join(lines).rstrip() + "\n"
