@@ -19,7 +19,7 @@ from typing import Any
 import onnxruntime
 import torch
 from _common import ROOT, data_folder, environment, finish, parser, session_options, tell
-from sts import CALIBRATION, calibration, read, score, torch_encoder
+from sts import calibration, dev_pairs, score, torch_encoder
 
 import matmorph as mm
 from matmorph.demo import TIMING_BATCH, TIMING_ROUNDS, medians
@@ -61,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = data_folder(options.data, "stsb")
     torch.set_num_threads(options.threads)
     say = tell(options)
-    human, left, right = read(folder / "sts-dev.csv")
-    pairs, samples = (20, 16) if options.tiny else (len(human), CALIBRATION)
-    data = (human[:pairs], left[:pairs], right[:pairs])
+    data, samples = dev_pairs(folder, options.tiny)
+    pairs = len(data[0])
     model, batches = minilm(), calibration(folder, samples)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
     original = {"bytes": size, "spearman": round(score(torch_encoder(model.module), data), 2)}

@@ -24,7 +24,7 @@ import onnx
 import onnxruntime
 import torch
 from _common import data_folder, finish, parser, session_options, tell
-from sts import CALIBRATION, calibration, read, score
+from sts import CALIBRATION, calibration, dev_pairs, score
 
 import matmorph as mm
 from matmorph.demo import TIMING_BATCH, TIMING_ROUNDS, medians
@@ -134,9 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # the peer's line for every node
     say = tell(options)
-    human, left, right = read(folder / "sts-dev.csv")
-    pairs, samples = (20, 16) if options.tiny else (len(human), CALIBRATION)
-    data = (human[:pairs], left[:pairs], right[:pairs])
+    data, samples = dev_pairs(folder, options.tiny)
+    pairs = len(data[0])
     model, batches = minilm(), calibration(folder, samples)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:

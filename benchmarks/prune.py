@@ -21,7 +21,7 @@ import onnxruntime
 import torch
 from _common import data_folder, finish, parser, session_options, tell
 from scipy.stats import spearmanr
-from sts import CALIBRATION, Array, calibration, embed, read, torch_encoder
+from sts import CALIBRATION, Array, calibration, dev_pairs, embed, torch_encoder
 
 import matmorph as mm
 from matmorph.demo import medians
@@ -69,13 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = data_folder(options.data, "stsb")
     torch.set_num_threads(options.threads)
     say = tell(options)
-    human, left, right = read(folder / "sts-dev.csv")
-    pairs, samples = (20, 16) if options.tiny else (len(human), CALIBRATION)
+    data, samples = dev_pairs(folder, options.tiny)
+    pairs = len(data[0])
     if options.tiny:
         options.batch, options.tokens, options.rounds = 2, 8, 2
     model = minilm()
     batches = calibration(folder, samples)
-    data = (human[:pairs], left[:pairs], right[:pairs])
     made = {"dense": dense_spec(), **{form: spec(options.width, form) for form in options.forms}}
     vectors: dict[str, Array] = {}
     reports: dict[str, Any] = {}

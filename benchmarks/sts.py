@@ -47,6 +47,13 @@ def read(path: Path) -> tuple[list[float], list[str], list[str]]:
     return [float(row[4]) for row in rows], [row[5] for row in rows], [row[6] for row in rows]
 
 
+def dev_pairs(folder: Path, tiny: bool) -> tuple[tuple[list[float], list[str], list[str]], int]:
+    """(scores and sentences of the pairs to judge by, how many sentences to calibrate on)."""
+    human, left, right = read(folder / "sts-dev.csv")
+    pairs, samples = (20, 16) if tiny else (len(human), CALIBRATION)
+    return (human[:pairs], left[:pairs], right[:pairs]), samples
+
+
 def spread(items: Sequence[str], number: int) -> list[str]:
     """`number` items at equal distances: the file is ordered by genre."""
     number = min(number, len(items))
@@ -198,9 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = data_folder(options.data, "stsb")
     torch.set_num_threads(options.threads)
     say = tell(options)
-    human, left, right = read(folder / "sts-dev.csv")
-    pairs, samples = (20, 16) if options.tiny else (len(human), CALIBRATION)
-    data = (human[:pairs], left[:pairs], right[:pairs])
+    data, samples = dev_pairs(folder, options.tiny)
+    pairs = len(data[0])
     model = minilm()
     batches = calibration(folder, samples)
     dense = sum(parameter.numel() for parameter in model.module.parameters())

@@ -248,11 +248,13 @@ class Compiled:
             raise InputError("nothing to unmerge: this model was not made by merge")
         return self._unmerged
 
-    def save(self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None, *, pareto: int | None = None) -> Path:
+    def save(
+        self, folder: str | os.PathLike[str], force: bool = False, train: bool | None = None, *, pareto: int | Front | None = None
+    ) -> Path:
         """Writes the artefact folder, whole or not at all, after ONNX Runtime has agreed with torch on its check vectors.
 
         force: replace an existing artefact folder. train: write training graphs too, as the spec's `train:` says; None = where it has one
-        and nothing was merged. pareto: write the front of so many budgets too (`pareto.json`, `pareto.svg`).
+        and nothing was merged. pareto: write the front of so many budgets, or this one, too (`pareto.json`, `pareto.svg`).
         Raises InputError (the folder exists, cannot be written, disk full; no `train:`), ExportError and CheckError (parity), with training
         graphs also SpecError (what trains).
         """
@@ -260,7 +262,7 @@ class Compiled:
         if train and asked is None:
             raise InputError("the spec says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
         wanted = not self.merged if train is None else train
-        front = None if pareto is None else self.pareto(pareto)
+        front = self.pareto(pareto) if isinstance(pareto, int) else pareto
         return self._save(Path(folder), force, of_spec(asked) if asked is not None and wanted else None, front)
 
     def export_training(

@@ -155,11 +155,12 @@ def compile_command(
     batches = _calibration(found, calibration)
     with progress_bars(quiet=as_json) as show:
         compiled = api.compile(found.module, loaded, found.example_inputs, found.dynamic_shapes, calibration=batches, progress=show)
-        folder = compiled.save(out, force=force, train=train, pareto=pareto)
+        front = None if pareto is None else compiled.pareto(pareto)
+        folder = compiled.save(out, force=force, train=train, pareto=front)
     _show(compiled.report, as_json, every, print_plan)
     if not as_json:
-        if pareto is not None:
-            _print_front(compiled.pareto(pareto))
+        if front is not None:
+            _print_front(front)
         _print_saved(folder, compiled.report)
 
 

@@ -142,7 +142,7 @@ MUTANTS = {
     "energies exchanged": ("top_share(gradient, wanted.count), top_share(rotated, wanted.count)",
                            "top_share(rotated, wanted.count), top_share(gradient, wanted.count)"),
     "fewer batches than asked for": ("if done < steps and short is not None:", "if False:"),
-    "labels of one's own": ("        if missing:\n", "        if False:\n"),
+    "labels of one's own": ("    if missing:\n", "    if False:\n"),
     "anything is a gradient": ("if not bool(torch.isfinite(gradient).all()):", "if False:"),
     "no loss is needed": ("if train is None else []", "if False else []"),
     "at other weights": ("const.load().detach().reshape(-1)", "const.load().detach().neg().reshape(-1)"),
@@ -153,11 +153,14 @@ NOTICED_BY = {
     "fewer batches than asked for": refusals, "labels of one's own": refusals, "anything is a gradient": refusals,
     "no loss is needed": settings, "at other weights": bases,
 }  # fmt: skip
+ELSEWHERE = {"labels of one's own": "loss_gradients"}
+"""Mutants of what the module calls."""
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_killed(name: str) -> None:
     old, new = MUTANTS[name]
     killers = (AssertionError, KeyError, NameError, TypeError, SpecError, InputError, torch.linalg.LinAlgError, pytest.fail.Exception)
-    with mutated(["preliminary"], "preliminary", old, new) as modules, pytest.raises(killers):
+    where = ELSEWHERE.get(name, "preliminary")
+    with mutated(["loss_gradients", "preliminary"], where, old, new) as modules, pytest.raises(killers):
         NOTICED_BY[name](modules["preliminary"])

@@ -45,7 +45,7 @@ class _Judged:
 
 def label_names(graph: Graph, train: Train) -> tuple[str, ...]:
     """What the batches must have beside the model's inputs. InputError for a loss that does not fit the model's outputs."""
-    return tuple(name for name, _ in label_inputs(_loss(train), graph))
+    return tuple(name for name, _ in label_inputs(loss_of(train), graph))
 
 
 def loss_gradients(
@@ -65,7 +65,7 @@ def loss_gradients(
     judged = _with_loss(graph, train)
     done = 0
     for number, batch in enumerate(batches):
-        inputs, labels = _split(judged, batch, number, unlabelled)
+        inputs, labels = split_labels(batch, number, tuple(judged.labels), graph.device, unlabelled)
         tensors, count = cut_batch(graph, bound_batch(graph, inputs, number), samples - done)
         known = {**dict(zip(graph.inputs, tensors, strict=True)), **{value: labels[name][:count] for name, value in judged.labels.items()}}
         found = differentiated(judged.nodes, known, values, lambda held: held[judged.loss] * held[judged.count])
@@ -77,27 +77,30 @@ def loss_gradients(
             break
 
 
-def _loss(train: Train) -> Loss:
+def loss_of(train: Train) -> Loss:
+    """The loss that the spec names."""
     return Loss(train.loss, train.output, train.ignore_index)
 
 
 def _with_loss(graph: Graph, train: Train) -> _Judged:
     inference = Inference(graph.ranges, graph.device)
     b = Builder(graph, inference=inference)
-    labels = {name: Value(f"label.{name}", kind) for name, kind in label_inputs(_loss(train), graph)}
-    written = write_loss(b, inference, _loss(train), graph, labels)
+    labels = {name: Value(f"label.{name}", kind) for name, kind in label_inputs(loss_of(train), graph)}
+    written = write_loss(b, inference, loss_of(train), graph, labels)
     return _Judged(graph, (*graph.nodes, *b.nodes), labels, written.loss, written.count)
 
 
-def _split(judged: _Judged, batch: Any, number: int, unlabelled: Unlabelled) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    names = tuple(judged.labels)
+def split_labels(
+    batch: Any, number: int, names: Sequence[str], device: str, unlabelled: Unlabelled
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the model's inputs, the labels `names` on the device) of batch `number`, from 0. Raises `unlabelled` where one is missing."""
     missing = [name for name in names if not isinstance(batch, Mapping) or name not in batch]
     if missing:
         raise unlabelled(
             f"calibration batch {number + 1} has no {', '.join(missing)}",
             f"a batch is a mapping of the model's inputs and {', '.join(names)}",
         )
-    labels = {name: _tensor(batch[name], judged.graph.device) for name in names}
+    labels = {name: _tensor(batch[name], device) for name in names}
     return {name: leaf for name, leaf in batch.items() if name not in names}, labels
 
 

@@ -161,11 +161,6 @@ def _planned(claimed: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Out
     return found
 
 
-def _claimed(selection: Selection) -> list[tuple[Site, Rule]]:
-    """Sites that a rule rewrites; `keep` owns sites and leaves them."""
-    return [(claim.site, claim.rule) for claim in selection.claims if claim.rule is not None and claim.rule.rewrite]
-
-
 def compile_graph(
     graph: Graph,
     spec: Spec,

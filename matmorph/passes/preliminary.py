@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +19,10 @@ from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.gradient import GRAD, LOSS_SCALE, THETA, gradient_graph
-from matmorph.ir.losses import Loss
 from matmorph.ir.site import Site
 from matmorph.passes.calibrate import Progress, bound_batch
 from matmorph.passes.linalg.hosvd import Bases, GradientGrams, GradientStats, top_share
-from matmorph.passes.loss_gradients import label_names
+from matmorph.passes.loss_gradients import label_names, loss_of, split_labels
 from matmorph.passes.methods import Method, Preliminary, SiteStats
 from matmorph.specs.schema import MethodUse, Rule, Train
 
@@ -160,8 +158,7 @@ class _Source:
     @classmethod
     def of(cls, graph: Graph, asked: Sequence[_Asked], batches: Iterable[Any], train: Train, progress: Progress | None) -> _Source:
         consts = tuple(dict.fromkeys(one.site.const for one in asked))
-        loss = Loss(train.loss, train.output, train.ignore_index)
-        return cls(graph, gradient_graph(graph, consts, loss), consts, asked, batches, label_names(graph, train), progress)
+        return cls(graph, gradient_graph(graph, consts, loss_of(train)), consts, asked, batches, label_names(graph, train), progress)
 
     def gradients(self, steps: int) -> Iterator[tuple[int, Gradients]]:
         """(number from 0, the gradients) of the first `steps` batches."""
@@ -184,18 +181,11 @@ class _Source:
             )
 
     def _of_batch(self, theta: Tensor, batch: Any, number: int) -> Gradients:
-        missing = [name for name in self.labels if not isinstance(batch, Mapping) or name not in batch]
-        if missing:
-            raise self.asked[0].error(
-                f"takes gradients of a loss, and calibration batch {number + 1} has no {', '.join(missing)}",
-                f"a batch is a mapping of the model's inputs and {', '.join(self.labels)}",
-            )
         device = self.graph.device
-        plain = {name: leaf for name, leaf in batch.items() if name not in self.labels}
+        plain, labels = split_labels(batch, number, self.labels, device, self._unlabelled)
         tensors = dict(zip(self.graph.inputs, bound_batch(self.graph, plain, number), strict=True))
         given = {entry.name: tensors[entry.value] for entry in self.graph.signature.inputs if entry.value is not None}
-        given |= {name: _tensor(batch[name]).to(device) for name in self.labels}
-        given |= {THETA: theta, LOSS_SCALE: torch.ones((), dtype=theta.dtype, device=device)}
+        given |= {**labels, THETA: theta, LOSS_SCALE: torch.ones((), dtype=theta.dtype, device=device)}
         entries = [entry for entry in self.gradient.signature.inputs if entry.value is not None]
         with torch.no_grad():
             results = dict(zip(self.gradient.signature.outputs, evaluate(self.gradient, [given[e.name] for e in entries]), strict=True))
@@ -207,6 +197,5 @@ class _Source:
                 raise InputError(f"the gradient of the loss by {site.path} is NaN or infinite on calibration batch {number + 1}")
         return found
 
-
-def _tensor(leaf: Any) -> Tensor:
-    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else torch.as_tensor(leaf)
+    def _unlabelled(self, what: str, hint: str) -> SpecError:
+        return self.asked[0].error(f"takes gradients of a loss, and {what}", hint)
