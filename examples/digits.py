@@ -3,11 +3,13 @@
 The data are scikit-learn's (1797 real scans of 8 x 8 pixels, pip install scikit-learn). The ViT is pre-trained here on the classes 0 to 4
 with PyTorch; each method then tunes it on 200 images of 5 to 9 with a new head, on ONNX Runtime. 200 other images choose: the learning rate
 of each method out of three, the configuration of the search. The table is of the rest, which neither training nor choosing has seen. A
-supernet trains longer, because each step reaches one of its configurations; its learning rate is fixed.
+supernet trains longer, because each step reaches one of its configurations; its learning rate is fixed. Everything is done for several
+seeds, which divide the images anew: on 400 test images one run says little about a difference of a point.
 
-    python examples/digits.py [--small] [--limit N] [--threads N] [--seed N]
+    python examples/digits.py [--small] [--limit N] [--threads N] [--seed N] [--runs N]
 
-State: what the optimizer keeps while it trains, parameters, gradient and two moments, float32.
+The table has the mean accuracy of the runs, and the lowest and the highest. State: what the optimizer keeps while it trains, parameters,
+gradient and two moments, float32.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import matmorph as mm
-from matmorph.passes.methods import method_table
 from matmorph.passes.supernet import spec_of
 from matmorph.runtime import Batches, SearchSettings, Session, Trainer, cosine, search
 
@@ -78,7 +80,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What a method came to: accuracy in percent on the test images, seconds of an update, bytes of the state, learning rate."""
+    """What a method came to in one run: accuracy in percent on the test images, seconds of an update, bytes of the state, learning rate;
+    `merged`: accuracy of the searched configuration after it was merged and exported."""
 
     name: str
     accuracy: float
@@ -87,7 +90,7 @@ class Row:
     state: int
     lr: float
     updates: int
-    note: str = ""
+    merged: float | None = None
 
 
 # ---- model and data
@@ -225,15 +228,15 @@ def run(method: Method, model: ViT, parts: Sequence[Arrays], sizes: Sizes, optio
     for one in result.pareto:
         print(f"{one.parameters:>10,}  {100 * one.fitness:.1f} %")
     figures = trainer.evaluate(loader, {"accuracy": right}, configuration=result.named)
-    note = merged(compiled, trainer, model, result.named, result.best.configuration, test, place)
+    after = merged(compiled, trainer, model, result.named, result.best.configuration, test, place)
     others = sum(one.size for one in trainer.manifest.parameters if ".glora." not in one.name)
-    return replace(row, accuracy=100 * figures["accuracy"], trainable=result.best.parameters + others, note=note)
+    return replace(row, accuracy=100 * figures["accuracy"], trainable=result.best.parameters + others, merged=after)
 
 
 def merged(
     compiled: mm.Compiled, trainer: Trainer, model: ViT, named: Any, configuration: Any, test: Arrays, place: Path
-) -> str:  # fmt: skip
-    """The found configuration as a spec of its own, compiled from the pre-trained model, merged and exported; how its answers compare."""
+) -> float:  # fmt: skip
+    """The found configuration as a spec of its own, compiled from the pre-trained model, merged and exported; its accuracy there."""
     supernet = trainer.manifest.supernet
     if supernet is None:
         raise SystemExit("the training graphs are of no supernet")
@@ -246,20 +249,37 @@ def merged(
     plain.save(place / "merged")
     session = Session(place / "merged", "cpu", log=lambda line: None)
     logits = session.run({"pixels": test["pixels"]})["logits"]
-    return f"merged and exported: {100 * float((logits.argmax(-1) == test['labels']).mean()):.1f} %"
+    return 100 * float((logits.argmax(-1) == test["labels"]).mean())
 
 
 # ---- the whole of it
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'method':<18} {'accuracy':>9} {'trainable':>10} {'ms a step':>10} {'state KiB':>10} {'rate':>7} {'updates':>8}"]
-    for row in rows:
-        figures = (
-            f"{row.accuracy:>8.1f}% {row.trainable:>10,} {1000 * row.step:>10.1f} {row.state / 1024:>10.0f} {row.lr:>7g} {row.updates:>8}"
-        )
-        lines.append(f"{row.name:<18} {figures}  {row.note}".rstrip())
+def table(rows: Mapping[str, Sequence[Row]]) -> str:
+    """A line for each method, of its rows in all runs: means, and the range of what differs."""
+    lines = [f"{'method':<17} {'accuracy':>8} {'range':>12} {'trainable':>10} {'ms a step':>10} {'state KiB':>10} {'updates':>8}  rates"]
+    for name, found in rows.items():
+        scores = [row.accuracy for row in found]
+        numbers = f"{mean(scores):>7.1f}% {min(scores):>5.1f}-{max(scores):.1f}% {mean([row.trainable for row in found]):>10,.0f}"
+        step, state = 1000 * mean([row.step for row in found]), mean([row.state for row in found]) / 1024
+        after = [row.merged for row in found if row.merged is not None]
+        note = f"  merged and exported: {mean(after):.1f} %" if after else ""
+        rates = ", ".join(f"{row.lr:g}" for row in found)
+        lines.append(f"{name:<17} {numbers} {step:>10.1f} {state:>10.0f} {found[0].updates:>8}  {rates}{note}")
     return "\n".join(lines)
+
+
+def one_run(sizes: Sizes, seed: int, options: argparse.Namespace) -> list[Row]:
+    """Every method on the images as this seed divides them."""
+    known, new = digits(seed)
+    parts = (cut(new, 0, TRAIN), cut(new, TRAIN, TRAIN + VALIDATION), cut(new, TRAIN + VALIDATION, None))
+    print(f"seed {seed}: {len(known['labels'])} of 0 to 4 to pre-train on; {TRAIN} of 5 to 9 to learn, {len(parts[2]['labels'])} for tests")
+    model, rows = pretrained(known, sizes, seed), []
+    with tempfile.TemporaryDirectory() as place:
+        for method in METHODS:
+            rows.append(run(method, model, parts, sizes, argparse.Namespace(**{**vars(options), "seed": seed}), Path(place)))
+            print(f"{method.name}: {rows[-1].accuracy:.1f} %", flush=True)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,23 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("scikit-learn, which brings the digits, is not installed: pip install scikit-learn", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    sizes = SMALL if options.small else Sizes()
-    known, new = digits(options.seed)
-    parts = (cut(new, 0, TRAIN), cut(new, TRAIN, TRAIN + VALIDATION), cut(new, TRAIN + VALIDATION, None))
     began = time.perf_counter()
-    model = pretrained(known, sizes, options.seed)
-    print(f"pre-trained on {len(known['labels'])} images of 0 to 4 in {time.perf_counter() - began:.0f} s")
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        for method in METHODS:
-            missing = isinstance(method.rewrite, dict) and not set(method.rewrite) <= set(method_table())
-            if missing:
-                continue
-            rows.append(run(method, model, parts, sizes, options, Path(place)))
-            print(f"{method.name}: {rows[-1].accuracy:.1f} %", flush=True)
-    print(f"{TRAIN} images to learn from, {len(parts[2]['labels'])} to test; {time.perf_counter() - began:.0f} s in all")
-    print(table(rows))
+    runs = [one_run(SMALL if options.small else Sizes(), options.seed + index, options) for index in range(options.runs)]
+    print(f"{len(runs)} runs on {options.threads} threads in {time.perf_counter() - began:.0f} s")
+    print(table({method.name: [rows[index] for rows in runs] for index, method in enumerate(METHODS)}))
     return 0
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -294,7 +308,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="everything tiny: seconds, and no accuracy to speak of")
     parser.add_argument("--limit", type=int, default=4000, metavar="N", help="most parameters of a configuration of GLoRA")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next takes the next number")
+    parser.add_argument("--runs", type=positive, default=3)
     return parser.parse_args(arguments)
 
 

@@ -246,18 +246,26 @@ def _exported_program(path: Path) -> Model:
 def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     """Batches of at most `batch` samples from an .npz or .safetensors file keyed by input name, first axis = samples.
 
-    The batches have the structure of `model.example_inputs`. Raises InputError on a file that is missing or of another kind, keys
-    other than the inputs', inputs of different lengths, or shapes and types that do not fit.
+    The batches have the structure of `model.example_inputs`; where the file has `labels` too, for methods that read gradients of a loss,
+    they are mappings. Raises InputError on a file that is missing or of another kind, keys other than the inputs' and `labels`, inputs
+    of different lengths, or shapes and types that do not fit.
     """
+    from matmorph.ir.losses import LABELS
+
     examples = _named_examples(model)
     arrays = _read_archive(path)
-    if set(arrays) != set(examples):
+    labelled = LABELS in arrays and LABELS not in examples
+    if set(arrays) - ({LABELS} if labelled else set()) != set(examples):
         raise InputError(
             f"{path}: keys {', '.join(sorted(arrays)) or '(none)'} do not name the model's inputs {', '.join(examples)}",
-            [f"not an input: {key}{did_you_mean(key, examples)}" for key in sorted(set(arrays) - set(examples))]
+            [f"not an input: {key}{did_you_mean(key, [*examples, LABELS])}" for key in sorted(set(arrays) - set(examples))]
             + [f"missing: {key}" for key in examples if key not in arrays],
         )
     tensors = {name: _fitted(path, name, arrays[name], example) for name, example in examples.items()}
+    if labelled:
+        tensors[LABELS] = arrays[LABELS]
+        if not arrays[LABELS].dim():
+            raise InputError(f"{path}: {LABELS} is one number; its first axis must be the samples")
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"{path}: inputs have different numbers of samples: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
@@ -265,8 +273,7 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     if samples == 0:
         raise InputError(f"{path}: holds no samples")
     parts: list[dict[str, Any]] = [{name: t[start : start + batch] for name, t in tensors.items()} for start in range(0, samples, batch)]
-    as_call: Callable[[dict[str, Any]], Inputs] = dict if isinstance(model.example_inputs, Mapping) else lambda part: tuple(part.values())
-    return [as_call(part) for part in parts]
+    return [dict(part) if labelled or isinstance(model.example_inputs, Mapping) else tuple(part.values()) for part in parts]
 
 
 def _named_examples(model: Model) -> dict[str, Any]:

@@ -196,3 +196,35 @@ def test_the_training_example_runs(place: Path, capsys: pytest.CaptureFixture[st
     before, after = (float(number) for number in first.removeprefix("loss ").split(" -> "))
     assert after < before / 2  # 20 steps on one batch of 32 noise samples: it is learnt by heart
     assert last == "torch.Size([32, 4])"
+
+
+LABELLED = """version: 1
+name: sparse
+rules:
+  - name: all
+    match: {op: linear}
+    rewrite: {sparse_grad: {keep: 10%, steps: 2}}
+train: {loss: mse}
+"""
+
+
+def test_labels_in_a_calibration_file(run: Run, place: Path) -> None:
+    """A method that reads gradients of a loss takes them; one that reads inputs alone leaves them."""
+    (place / "sparse.yaml").write_text(LABELLED)
+    rng = np.random.default_rng(0)
+    x, labels = (rng.standard_normal((32, 24), dtype=np.float32) for _ in range(2))
+    np.savez(place / "labelled.npz", input=x, labels=labels)
+    np.savez(place / "plain.npz", input=x)
+    np.savez(place / "narrow.npz", input=x, labels=labels[:, :5])
+    for spec in ("sparse.yaml", "toy.yaml"):
+        code, _, err = run("compile", "toy_models:mlp", "--spec", spec, "--out", spec.split(".")[0], "--calibration", "labelled.npz")
+        assert (code, err) == (0, "")
+    assert (place / "sparse" / "grad.onnx").is_file()
+    for data, said in (
+        ("plain.npz", "sparse.yaml:6:15: rule all: sparse_grad takes gradients of a loss, and calibration batch 1 has no labels"),
+        ("narrow.npz", "calibration batch 1: axis 1 of input labels must be 24, got 5"),
+    ):
+        code, out, err = run("compile", "toy_models:mlp", "--spec", "sparse.yaml", "--out", "none", "--calibration", data)
+        assert (code, out) == (2, "")
+        assert err.splitlines()[0] == said
+    assert not (place / "none").exists()

@@ -63,20 +63,34 @@ def test_patches_are_squares(script: ModuleType) -> None:
 def test_one_row_of_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
     monkeypatch.setattr(script, "METHODS", script.METHODS[:1])
-    assert script.main(["--small", "--threads", "1"]) == 0
+    assert script.main(["--small", "--threads", "1", "--runs", "1"]) == 0
     *_, header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["method", "accuracy", "trainable", "ms", "a", "step", "state", "KiB", "rate", "updates"]
-    assert re.fullmatch(r"head alone +[\d.]+% +85 +[\d.]+ +1 +0.003 +21", row)  # 16 x 5 + 5 numbers
+    assert header.split() == ["method", "accuracy", "range", "trainable", "ms", "a", "step", "state", "KiB", "updates", "rates"]
+    assert re.fullmatch(r"head alone +[\d.]+% +[\d.]+-[\d.]+% +85 +[\d.]+ +1 +21  0.003", row)  # 16 x 5 + 5 numbers
+
+
+def test_the_table_is_of_all_runs(script: ModuleType) -> None:
+    rows = [script.Row("GLoRA", accuracy, size, 0.002, 2048, 5e-3, 7, merged=accuracy) for accuracy, size in ((90.0, 100), (93.0, 200))]
+    _, line = script.table({"GLoRA": rows}).splitlines()
+    assert line.split("  ")[0] == "GLoRA"
+    assert re.fullmatch(r"GLoRA +91.5% +90.0-93.0% +150 +2.0 +2 +7  0.005, 0.005  merged and exported: 91.5 %", line)
+
+
+@pytest.mark.parametrize("runs", ["0", "-1", "two"])
+def test_a_number_of_runs_is_positive(script: ModuleType, runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--runs", runs])
+    assert "argument --runs: invalid positive value" in capsys.readouterr().err
 
 
 @pytest.mark.full
 def test_a_small_run(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
-    assert script.main(["--small", "--threads", "1", "--limit", "700"]) == 0
+    assert script.main(["--small", "--threads", "1", "--limit", "700", "--runs", "1"]) == 0
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if re.search(r"\d%\s+[\d,]+", line)]
-    assert [line[:18].strip() for line in rows] == [method.name for method in script.METHODS]
+    assert [line[:17].strip() for line in rows] == [method.name for method in script.METHODS]
     (searched,) = (line for line in rows if line.startswith("GLoRA"))
-    accuracy, trainable = re.findall(r"([\d.]+)%\s+([\d,]+)", searched)[0]
+    accuracy, trainable = re.findall(r"([\d.]+)% +[\d.]+-[\d.]+% +([\d,]+)", searched)[0]
     assert int(trainable.replace(",", "")) <= 700 + 85  # with the head
     assert searched.endswith(f"merged and exported: {accuracy} %")

@@ -314,6 +314,30 @@ def test_positional_inputs_take_the_names_of_forward(tmp_path: Path) -> None:
     assert torch.equal(batches[0][0], torch.ones(3, 4))
 
 
+@pytest.mark.parametrize("mapping", [True, False])
+def test_labels_come_with_the_inputs(tmp_path: Path, mapping: bool) -> None:
+    """In batches that are mappings, whatever the example inputs are; the loss judges their type."""
+    np.savez(tmp_path / "c.npz", input=np.ones((20, 4), dtype=np.float32), labels=np.arange(20, dtype=np.int16))
+    example = torch.zeros(2, 4)
+    batches = read_calibration(tmp_path / "c.npz", Model(torch.nn.Linear(4, 3), {"input": example} if mapping else (example,)))
+    assert [sorted(batch) for batch in batches] == [["input", "labels"]] * 2  # type: ignore[arg-type]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == list(range(20))  # type: ignore[call-overload]
+
+
+def test_labels_of_another_length(tmp_path: Path) -> None:
+    model = Model(torch.nn.Linear(4, 3), (torch.zeros(2, 4),))
+    for labels, message in ((np.zeros(19), "different numbers of samples: input 20, labels 19"), (np.zeros(()), "labels is one number")):
+        np.savez(tmp_path / "c.npz", input=np.ones((20, 4), dtype=np.float32), labels=labels)
+        with pytest.raises(InputError, match=message):
+            read_calibration(tmp_path / "c.npz", model)
+
+
+def test_an_input_may_be_called_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", labels=np.ones((3, 4), dtype=np.float32))
+    (batch,) = read_calibration(tmp_path / "c.npz", Model(torch.nn.Identity(), {"labels": torch.zeros(2, 4)}))
+    assert torch.equal(batch["labels"], torch.ones(3, 4))  # type: ignore[call-overload]
+
+
 def _without_mask(found: dict[str, Any]) -> dict[str, Any]:
     return {"input_id": found["input_ids"]}
 

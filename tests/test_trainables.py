@@ -125,7 +125,8 @@ def test_no_adapters_in_a_plain_model() -> None:
     with pytest.raises(SpecError) as caught:
         resolve(plain, at.train.trainable)
     said = "the model has no adapters: no rule put in lora, tt_lora, loftq, qlora, glora or sparse_grad"
-    assert str(caught.value) == f"train.trainable[0]: {said}"
+    hint = "trainable: all takes the model's own parameters; compile --no-train writes no training graphs"
+    assert str(caught.value) == f"train.trainable[0]: {said}\n  {hint}"
 
 
 def test_an_error_names_the_place_in_the_spec(graph: Graph, tmp_path: pytest.TempPathFactory) -> None:

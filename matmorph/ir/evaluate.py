@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,15 +82,24 @@ def bind(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[A
     """
     leaves = _flatten_call(graph, args, kwargs)
     found: list[Any] = []
-    sizes: dict[str, tuple[int, str]] = {}
+    named: list[tuple[str, Value, Any]] = []
     for entry, leaf in zip(graph.signature.inputs, leaves, strict=True):
         if entry.value is None:
             if leaf is not entry.literal and leaf != entry.literal:
                 raise InputError(f"input {entry.name} was traced as {entry.literal!r} and is fixed to it, got {leaf!r}")
             continue
-        _check_tensor(graph, entry.name, entry.value, leaf, sizes)
+        named.append((entry.name, entry.value, leaf))
         found.append(leaf)
+    check_tensors(graph, named)
     return found
+
+
+def check_tensors(graph: Graph, named: Iterable[tuple[str, Value, Any]]) -> None:
+    """(name, what the graph has there, what was given) of inputs: InputError for a wrong dtype, rank, fixed size or range, and where two
+    tensors give an axis different sizes."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, value, leaf in named:
+        _check_tensor(graph, name, value, leaf, sizes)
 
 
 def _flatten_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -227,6 +227,8 @@ class _Entry:
 
 
 LABELS = "labels"
+OF_CLASSES = ("cross_entropy", "causal_lm")
+"""Losses whose labels are indices along the last axis of the output."""
 FUNCTION = "function"
 LOSSES: Mapping[str, _Entry] = {
     "cross_entropy": _Entry(_classes, _cross_entropy),

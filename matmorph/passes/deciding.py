@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from matmorph.ir.core import Graph
+from matmorph.ir.losses import LABELS
 from matmorph.ir.site import Cost, Site
 from matmorph.passes.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
 from matmorph.passes.budget import Account, Decided, account, decide, plan_notes, refuse_unreachable
 from matmorph.passes.candidates import Offer, Option, kept, label, measured, offer, scale_of, settled, sizes_of, summed, within
-from matmorph.passes.loss_gradients import WithoutLabels, label_names
+from matmorph.passes.loss_gradients import dropped, label_names
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.preliminary import asks_for_gradients
 from matmorph.passes.select import Selection
@@ -98,13 +99,15 @@ def appraised(
 
 
 def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph, methods: Methods) -> Iterable[Any] | None:
-    """What the model itself reads: the batches without labels, where gradients of a loss are asked for."""
+    """What the model itself reads: the batches without labels, so that one set of labelled data serves every spec."""
     uses = [use for stage in spec.stages for rule in stage.rules for uses in rule.alternatives for use in uses]
     asked = any(stage.calibration.sensitivity == "fisher" for stage in spec.stages)
     asked = asked or reads_labels(uses, methods) or asks_for_gradients(uses, methods)
-    if batches is None or spec.train is None or not asked:
-        return batches
-    return WithoutLabels(batches, label_names(graph, spec.train))
+    if batches is None:
+        return None
+    if asked and spec.train is not None:
+        return dropped(batches, label_names(graph, spec.train))
+    return dropped(batches, {LABELS} - {entry.name for entry in graph.signature.inputs})
 
 
 # blocks

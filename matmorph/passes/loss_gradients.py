@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matmorph.errors import SpecError
+from matmorph.errors import InputError, SpecError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value
-from matmorph.ir.evaluate import run_node
+from matmorph.ir.evaluate import check_tensors, run_node
 from matmorph.ir.infer import Inference
-from matmorph.ir.losses import Loss, label_inputs, write_loss
+from matmorph.ir.losses import LABELS, OF_CLASSES, Loss, judged, label_inputs, write_loss
+from matmorph.ir.types import TensorType
 from matmorph.passes.calibrate import Progress, bound_batch, cut_batch
 from matmorph.specs.schema import Train
 
@@ -62,13 +63,13 @@ def loss_gradients(
     The loss is a mean; its gradient is taken times its count, so that sums over batches do not depend on how the samples are divided.
     Raises `unlabelled` where a batch has no labels, InputError as `calibrate`.
     """
-    judged = _with_loss(graph, train)
+    behind, classes = _with_loss(graph, train), classes_of(graph, train)
     done = 0
     for number, batch in enumerate(batches):
-        inputs, labels = split_labels(batch, number, tuple(judged.labels), graph.device, unlabelled)
-        tensors, count = cut_batch(graph, bound_batch(graph, inputs, number), samples - done)
-        known = {**dict(zip(graph.inputs, tensors, strict=True)), **{value: labels[name][:count] for name, value in judged.labels.items()}}
-        found = differentiated(judged.nodes, known, values, lambda held: held[judged.loss] * held[judged.count])
+        inputs, labels = labelled_batch(graph, behind.labels, classes, batch, number, unlabelled)
+        tensors, count = cut_batch(graph, inputs, samples - done)
+        known = {**dict(zip(graph.inputs, tensors, strict=True)), **{value: labels[name][:count] for name, value in behind.labels.items()}}
+        found = differentiated(behind.nodes, known, values, lambda held: held[behind.loss] * held[behind.count])
         yield Slopes(found, count)
         done += count
         if progress is not None:
@@ -90,22 +91,59 @@ def _with_loss(graph: Graph, train: Train) -> _Judged:
     return _Judged(graph, (*graph.nodes, *b.nodes), labels, written.loss, written.count)
 
 
-def split_labels(
-    batch: Any, number: int, names: Sequence[str], device: str, unlabelled: Unlabelled
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the model's inputs, the labels `names` on the device) of batch `number`, from 0. Raises `unlabelled` where one is missing."""
-    missing = [name for name in names if not isinstance(batch, Mapping) or name not in batch]
+def labelled_batch(
+    graph: Graph, labels: Mapping[str, Value], classes: Classes | None, batch: Any, number: int, unlabelled: Unlabelled
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(the model's inputs in `graph.inputs` order, the labels by name) of batch `number`, from 0, on the graph's device.
+
+    Raises `unlabelled` where one is missing, InputError for labels of another type or shape and for classes that the model has not.
+    """
+    missing = [name for name in labels if not isinstance(batch, Mapping) or name not in batch]
     if missing:
         raise unlabelled(
             f"calibration batch {number + 1} has no {', '.join(missing)}",
-            f"a batch is a mapping of the model's inputs and {', '.join(names)}",
+            f"a batch is a mapping of the model's inputs and {', '.join(labels)}",
         )
-    labels = {name: _tensor(batch[name], device) for name in names}
-    return {name: leaf for name, leaf in batch.items() if name not in names}, labels
+    inputs = bound_batch(graph, _dropped(batch, tuple(labels)), number)
+    found = {name: _label(batch[name], value.tensor, graph.device) for name, value in labels.items()}
+    given = [(name, labels[name], tensor) for name, tensor in found.items()]
+    named = [(entry.name, entry.value) for entry in graph.signature.inputs if entry.value is not None]
+    try:
+        check_tensors(graph, [*((name, value, inputs[graph.inputs.index(value)]) for name, value in named), *given])
+        if classes is not None:
+            classes.check(found[LABELS])
+    except InputError as error:
+        raise InputError(f"calibration batch {number + 1}: {error.message}", error.details) from error
+    return inputs, found
 
 
-def _tensor(leaf: Any, device: str) -> Tensor:
-    return (torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else torch.as_tensor(leaf)).to(device)
+def _label(leaf: Any, kind: TensorType, device: str) -> Tensor:
+    """Integers of any width and floating-point numbers of any precision are taken for the loss's own."""
+    tensor = (torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else torch.as_tensor(leaf)).to(device)
+    same = tensor.is_floating_point() == kind.torch_dtype.is_floating_point and tensor.dtype != torch.bool
+    return tensor.to(kind.torch_dtype) if same else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """Which labels a loss over classes takes: 0 to `count` - 1, and `ignored`, which does not count."""
+
+    count: int
+    ignored: int
+
+    def check(self, labels: Tensor) -> None:
+        wrong = labels[((labels < 0) | (labels >= self.count)) & (labels != self.ignored)]
+        if wrong.numel():
+            raise InputError(f"labels are classes, 0 to {self.count - 1}, or {self.ignored}, which does not count; found {int(wrong[0])}")
+
+
+def classes_of(graph: Graph, train: Train) -> Classes | None:
+    """None for a loss of other labels than classes, and where their number is no constant."""
+    loss = loss_of(train)
+    last = judged(loss, graph)[1].tensor.shape[-1:]
+    if loss.name not in OF_CLASSES or not isinstance(last[0], int):
+        return None
+    return Classes(last[0], loss.ignore_index)
 
 
 def differentiated(
@@ -135,14 +173,21 @@ def differentiated(
     return {value: (known[value].detach(), gradient) for value, gradient in zip(probes, found, strict=True)}
 
 
-class WithoutLabels:
-    """Batches without the labels that gradients read: what the model itself is given."""
+def dropped(batches: Iterable[Any], names: Collection[str]) -> Iterable[Any]:
+    """The batches without the entries `names`; a list stays one, so that its samples can be counted."""
+    return [_dropped(batch, names) for batch in batches] if isinstance(batches, list | tuple) else _Dropped(batches, names)
 
-    def __init__(self, batches: Iterable[Any], names: Sequence[str]) -> None:
+
+def _dropped(batch: Any, names: Collection[str]) -> Any:
+    return {name: leaf for name, leaf in batch.items() if name not in names} if isinstance(batch, Mapping) else batch
+
+
+class _Dropped:
+    """Batches that are read when they are asked for, and again for every stage."""
+
+    def __init__(self, batches: Iterable[Any], names: Collection[str]) -> None:
         self._batches = batches
-        self._names = frozenset(names)
+        self._names = names
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            plain = isinstance(batch, Mapping)
-            yield {name: leaf for name, leaf in batch.items() if name not in self._names} if plain else batch
+        return (_dropped(batch, self._names) for batch in self._batches)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from matmorph.errors import InputError, SpecError
-from matmorph.ir.core import Const, Graph
+from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.gradient import GRAD, LOSS_SCALE, THETA, gradient_graph
 from matmorph.ir.site import Site
-from matmorph.passes.calibrate import Progress, bound_batch
+from matmorph.passes.calibrate import Progress
 from matmorph.passes.linalg.hosvd import Bases, GradientGrams, GradientStats, top_share
-from matmorph.passes.loss_gradients import label_names, loss_of, split_labels
+from matmorph.passes.loss_gradients import Classes, classes_of, label_names, labelled_batch, loss_of
 from matmorph.passes.methods import Method, Preliminary, SiteStats
 from matmorph.specs.schema import MethodUse, Rule, Train
 
@@ -152,13 +152,17 @@ class _Source:
     consts: tuple[Const, ...]
     asked: Sequence[_Asked]
     batches: Iterable[Any]
-    labels: tuple[str, ...]
+    labels: Mapping[str, Value]
+    classes: Classes | None
     progress: Progress | None
 
     @classmethod
     def of(cls, graph: Graph, asked: Sequence[_Asked], batches: Iterable[Any], train: Train, progress: Progress | None) -> _Source:
         consts = tuple(dict.fromkeys(one.site.const for one in asked))
-        return cls(graph, gradient_graph(graph, consts, loss_of(train)), consts, asked, batches, label_names(graph, train), progress)
+        gradient = gradient_graph(graph, consts, loss_of(train))
+        names = label_names(graph, train)
+        labels = {entry.name: entry.value for entry in gradient.signature.inputs if entry.name in names and entry.value is not None}
+        return cls(graph, gradient, consts, asked, batches, labels, classes_of(graph, train), progress)
 
     def gradients(self, steps: int) -> Iterator[tuple[int, Gradients]]:
         """(number from 0, the gradients) of the first `steps` batches."""
@@ -182,8 +186,8 @@ class _Source:
 
     def _of_batch(self, theta: Tensor, batch: Any, number: int) -> Gradients:
         device = self.graph.device
-        plain, labels = split_labels(batch, number, self.labels, device, self._unlabelled)
-        tensors = dict(zip(self.graph.inputs, bound_batch(self.graph, plain, number), strict=True))
+        inputs, labels = labelled_batch(self.graph, self.labels, self.classes, batch, number, self._unlabelled)
+        tensors = dict(zip(self.graph.inputs, inputs, strict=True))
         given = {entry.name: tensors[entry.value] for entry in self.graph.signature.inputs if entry.value is not None}
         given |= {**labels, THETA: theta, LOSS_SCALE: torch.ones((), dtype=theta.dtype, device=device)}
         entries = [entry for entry in self.gradient.signature.inputs if entry.value is not None]

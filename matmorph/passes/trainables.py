@@ -95,7 +95,7 @@ def _trains(const: Const) -> bool:
 
 def _or_refused(found: list[Const], selector: ParameterSelector, reason: str) -> list[Const]:
     if not found:
-        raise _error(selector, reason)
+        raise _error(selector, reason, ["trainable: all takes the model's own parameters; compile --no-train writes no training graphs"])
     return found
 
 

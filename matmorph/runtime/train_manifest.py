@@ -32,12 +32,14 @@ PRECISIONS = ("fp32", "fp16", "bf16", "keep")
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One trainable tensor: `offset` of its first scalar in the flat vector, row-major from there; `name` as in the compiled module."""
+    """One trainable tensor: `offset` of its first scalar in the flat vector, row-major from there; `name` as in the compiled module;
+    `keep`: how many of its entries an update changes, None = all."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     segment: str
+    keep: int | None = None
 
     @property
     def size(self) -> int:
@@ -83,6 +85,11 @@ class TrainManifest:
     def inputs(self) -> tuple[TensorInfo, ...]:
         """What a batch holds: the model's inputs, then the labels."""
         return (*self.features, *(info for info in self.labels if info not in self.features))
+
+    @property
+    def update_rule(self) -> Mapping[str, Any]:
+        """What apply.onnx computes: the optimizer's settings, and how many entries of a tensor change where not all do."""
+        return {**self.optimizer, **{f"kept entries of {one.name}": one.keep for one in self.parameters if one.keep is not None}}
 
     @property
     def graph_inputs(self) -> tuple[str, ...]:
@@ -145,7 +152,8 @@ def _parameter(data: Any, where: str) -> Parameter:
     table = typed(data, dict, where)
     shape = tuple(typed(size, int, f"{where}.shape") for size in entry(table, "shape", list, f"{where}."))
     name, segment = (entry(table, key, str, f"{where}.") for key in ("name", "segment"))
-    return Parameter(name, shape, entry(table, "offset", int, f"{where}."), segment)
+    keep = entry(table, "keep", int, f"{where}.") if "keep" in table else None
+    return Parameter(name, shape, entry(table, "offset", int, f"{where}."), segment, keep)
 
 
 def _segment(data: Any, where: str) -> Segment:

@@ -225,7 +225,7 @@ class Trainer:
         vectors = {name: self._vectors.get(name) for name in self._vectors.names}
         about = {
             **self._fingerprints(),
-            "optimizer": dict(self._manifest.optimizer),
+            "optimizer": dict(self._manifest.update_rule),
             "settings": {name: getattr(self, name) for name in _SETTINGS},
             "counts": {"step": self._step, "skips": self._skips, "epochs": self._epochs},
             "loss_scale": self._scale.to_dict(),
@@ -380,13 +380,11 @@ def _check_belongs(checkpoint: Path, about: Mapping[str, Any], folder: Path, man
                 f"{checkpoint}: was trained on another model: the {key} of its {what} is {there:.16}, {folder} has {here:.16}"
             )
     given = {key: value for key, value in dict(about.get("optimizer", {})).items() if key not in _SETTINGS}
-    wanted = {key: value for key, value in manifest.optimizer.items() if key not in _SETTINGS}
-    if given != wanted:
-        raise CheckpointError(f"{checkpoint}: was trained by another optimizer: {_table(given)}; {folder} has {_table(wanted)}")
-
-
-def _table(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
+    wanted = {key: value for key, value in manifest.update_rule.items() if key not in _SETTINGS}
+    differing = [key for key in {**given, **wanted} if given.get(key) != wanted.get(key)][:3]  # there may be one for every tensor
+    if differing:
+        there, here = (", ".join(f"{key} {table.get(key, 'unset')}" for key in differing) for table in (given, wanted))
+        raise CheckpointError(f"{checkpoint}: was trained by another optimizer: {there}; {folder} has {here}")
 
 
 def _silence(line: str) -> None:
