@@ -247,6 +247,8 @@ GOOD = [
     {"version": 1, "stages": [{"name": "a", "rules": rule()["rules"], "calibration": {"samples": 8}}], "seed": 4, "strict": True},
     {"version": 1, "extends": ["low-rank-60"], "rules": [{"name": "blocks", "rewrite": {"low_rank": {"whiten": False}}}]},
     {"version": 1, "extends": "low-rank-60"},
+    {"version": 1, "extends": "low-rank-60", "calibration": None},
+    {"version": 1, "extends": "low-rank-60", "rules": [{"name": "blocks", "rewrite": {"low_rank": {"whiten": None}}}]},
     {
         **rule(),
         "train": {"loss": "causal_lm", "output": "logits", "optimizer": {"sgd": {"lr": 0.1}}, "trainable": "all", "frozen": ["a.**"]},
@@ -293,6 +295,12 @@ BAD = [
     {**rule(), "train": {"loss": "mse", "trainable": []}},
     {**rule(), "train": {"loss": "hinge"}},
     {**rule(), "select": {"w": {"params": None}}},
+    {**rule(), "seed": None},
+    {**rule(), "calibration": {"samples": None}},
+    rule(match={"op": "matmul", "layer": None}),
+    low_rank(rank=4, damping=None),
+    rule(rewrite=[{"low_rank": {"rank": 4, "solver": None}}]),
+    {"version": None, "extends": "low-rank-60"},
 ]
 
 
@@ -328,7 +336,7 @@ def test_what_a_budget_decides_is_in_the_schema(more: dict[str, Any], validator:
 def test_descriptions_and_defaults_reach_the_editor() -> None:
     schema = json_schema(METHODS)
     rank, damping = (schema["$defs"]["method"]["properties"]["low_rank"]["properties"][key] for key in ("rank", "damping"))
-    assert damping == {"type": "number", "minimum": 0, "maximum": 1, "description": "share of the diagonal that is added", "default": 1e-4}
+    assert damping == {"type": ["number", "null"], "minimum": 0, "maximum": 1, "description": "share of the diagonal that is added", "default": 1e-4}
     assert rank["description"] == "inner size of the two factors"
     assert schema["properties"]["export"]["properties"]["opset"]["default"] == 21
     undocumented = [path for path in _paths(schema["properties"], ()) if not _at(schema["properties"], path).get("description")]

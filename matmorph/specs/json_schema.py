@@ -24,6 +24,13 @@ _TEXT: JsonSchema = {"type": "string", "minLength": 1}
 _MATCHES: JsonSchema = {"type": "array", "items": _MATCH, "minItems": 1}
 
 
+_NULL: JsonSchema = {"type": "null"}
+_KEPT = ("version", "extends", "name")  # of the file itself: nothing to remove
+_DEEPER = {"$ref": "#/$defs/no_null"}
+_NO_NULL: JsonSchema = {"not": _NULL, "additionalProperties": _DEEPER, "items": _DEEPER}
+"""Nothing is null, however deep."""
+
+
 def _one_or_more(item: JsonSchema) -> JsonSchema:
     return {"oneOf": [item, {"type": "array", "items": item, "minItems": 1}]}
 
@@ -55,7 +62,7 @@ _CONDITIONS: Mapping[str, tuple[JsonSchema, str]] = {
 def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
     """The schema of a spec file, with the settings of `methods` (classes with `Spec`).
 
-    A spec that extends others may leave out whatever they give, so only one that extends nothing must be complete.
+    A spec that extends others may leave out whatever they give, and remove it by null, so only one that extends nothing must be complete.
     """
     document: JsonSchema = _without_required(document_record(methods, {}, []).schema())
     rules, stages = document["properties"]["rules"], document["properties"]["stages"]
@@ -67,21 +74,45 @@ def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
     return {
         "$schema": DRAFT,
         "title": "matmorph spec",
-        **document,
+        **_removable(document),
         "required": ["version"],
         "if": {"required": ["extends"]},
         "else": {
+            "allOf": [_DEEPER],
             "oneOf": [{"required": ["rules"]}, {"required": ["stages"]}],
             "properties": {"rules": complete_rules, "stages": complete_stages},
         },
         "$defs": {
-            "rule": rule,
-            "match": _match(),
-            "method": _method({name: _without_required(schema) for name, schema in settings.items()}),
+            "no_null": _NO_NULL,
+            "rule": _removable(rule),
+            "match": _removable(_match()),
+            "method": _removable(_method({name: _without_required(schema) for name, schema in settings.items()})),
             "alternative": _alternative(),
             **_complete({name: schema.get("required", []) for name, schema in settings.items()}),
         },
     }
+
+
+def _removable(schema: Any) -> Any:
+    """The schema with null as a value of every key of every mapping: it removes what an extended spec has there."""
+    if isinstance(schema, list):
+        return [_removable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _removable(item) for key, item in schema.items()}
+    if isinstance(found.get("properties"), dict):
+        found["properties"] = {key: item if key in _KEPT else _or_null(item) for key, item in found["properties"].items()}
+    return found
+
+
+def _or_null(schema: dict[str, Any]) -> JsonSchema:
+    for key in ("oneOf", "anyOf"):
+        if key in schema:
+            return {**schema, key: [*schema[key], _NULL]}
+    if isinstance(schema.get("type"), str) and not {"enum", "const"} & set(schema):
+        return {**schema, "type": [schema["type"], "null"]}
+    said = {key: schema[key] for key in ("description", "default") if key in schema}
+    return {**said, "anyOf": [{key: item for key, item in schema.items() if key not in said}, _NULL]}
 
 
 def _without_required(schema: Any) -> Any:
