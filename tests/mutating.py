@@ -16,9 +16,9 @@ Check = Callable[[dict[str, ModuleType]], None]
 
 
 @contextmanager
-def mutated(modules: Sequence[str], where: str, old: str, new: str) -> Iterator[dict[str, ModuleType]]:
-    """`modules` of matmorph.passes, in the order of their imports, with `old` exchanged in one; the real ones are back afterwards."""
-    full = {name: f"matmorph.passes.{name}" for name in modules}
+def mutated(modules: Sequence[str], where: str, old: str, new: str, package: str = "matmorph.passes") -> Iterator[dict[str, ModuleType]]:
+    """`modules` of the package, in the order of their imports, with `old` exchanged in one; the real ones are back afterwards."""
+    full = {name: f"{package}.{name}" for name in modules}
     real = {name: importlib.import_module(path) for name, path in full.items()}
     fresh: dict[str, ModuleType] = {}
     try:

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 
 from matmorph.runtime.supernet import Configuration, Piece, SearchSite, Supernet, Tensor
@@ -44,23 +37,3 @@ def supernet(sites: int = 3, words: dict[str, tuple[str, ...]] = WORDS) -> tuple
 def everywhere(net: Supernet, *words: str) -> Configuration:
     """The same five words at every site."""
     return tuple(words for _ in net.sites)
-
-
-@contextmanager
-def mutated(module: str, old: str, new: str) -> Iterator[ModuleType]:
-    """A module of matmorph.runtime with one text exchanged."""
-    name = f"matmorph.runtime.{module}"
-    found = importlib.util.find_spec(name)
-    assert found is not None
-    source = Path(str(found.origin)).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
-    real, fresh = sys.modules.get(name), ModuleType(name)
-    sys.modules[name] = fresh
-    try:
-        exec(compile(source.replace(old, new), name, "exec"), fresh.__dict__)
-        yield fresh
-    finally:
-        if real is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = real

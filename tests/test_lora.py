@@ -91,6 +91,7 @@ def test_trained_factors_give_what_the_papers_say(settings: dict[str, Any], rank
     result, _ = rewritten(graph_of(LINEAR), rule_of(lora(rank, **settings)), methods=METHODS)
     trained = with_values(result, {"fc.lora.down": torch.tensor(a.T).float(), "fc.lora.up": torch.tensor(b.T).float()})
     y = X.double().numpy() @ (W + scale * b @ a).T + WEIGHTS["fc.bias"].double().numpy()
+    assert np.abs(scale * b @ a).max() > 0.1  # the update is felt
     close(run(trained, X)[0], np.maximum(y, 0))
 
 

@@ -11,6 +11,7 @@ from mutating import mutated
 
 from matmorph.errors import SpecError
 from matmorph.ir.text import parse_graph
+from matmorph.passes import trainables
 
 GRAPH = parse_graph("""graph device=cpu
 range batch 1..
@@ -130,4 +131,5 @@ def passes_all(module: ModuleType) -> None:
 
 def test_the_code_itself_passes() -> None:
     with mutated(["trainables"], "trainables", "NEAREST = 5", "NEAREST = 5 ") as modules:
+        assert modules["trainables"] is not trainables
         passes_all(modules["trainables"])

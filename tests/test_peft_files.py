@@ -138,6 +138,7 @@ def test_a_tensor_train_goes_out_as_lora(tmp_path: Path) -> None:
     found = compiled({"tt_lora": {"rank": 2, "alpha": 4, "cores": 4}})
     values = trained(found)
     folder = write_peft(tmp_path / "tt", found.adapters, values)
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     x = (torch.randn(5, 24, generator=torch.Generator().manual_seed(3)),)
     same(found.load_trained(values).module, loaded_by_peft(network(), folder), x)
 
@@ -171,7 +172,9 @@ def test_we_load_what_peft_saved(name: str, rslora: bool, tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "peft")
-    same(found.load_trained(read_peft(tmp_path / "peft", found.adapters)).module, theirs, inputs)
+    values = read_peft(tmp_path / "peft", found.adapters)
+    assert len(values) == 2 * len(paths)
+    same(found.load_trained(values).module, theirs, inputs)
 
 
 # refusals

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from supernets import WORDS, mutated, supernet
+from mutating import mutated
+from supernets import WORDS, supernet
 from tiny_training import batch, write_training
 
 import matmorph as mm
@@ -384,5 +385,5 @@ def test_the_module_as_it_is_passes() -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_die(name: str) -> None:
-    with mutated("evolution", *MUTANTS[name]) as module:
-        assert wrong(module)
+    with mutated(["evolution"], "evolution", *MUTANTS[name], package="matmorph.runtime") as modules:
+        assert wrong(modules["evolution"])

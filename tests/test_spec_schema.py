@@ -336,7 +336,13 @@ def test_what_a_budget_decides_is_in_the_schema(more: dict[str, Any], validator:
 def test_descriptions_and_defaults_reach_the_editor() -> None:
     schema = json_schema(METHODS)
     rank, damping = (schema["$defs"]["method"]["properties"]["low_rank"]["properties"][key] for key in ("rank", "damping"))
-    assert damping == {"type": ["number", "null"], "minimum": 0, "maximum": 1, "description": "share of the diagonal that is added", "default": 1e-4}
+    assert damping == {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "maximum": 1,
+        "description": "share of the diagonal that is added",
+        "default": 1e-4,
+    }
     assert rank["description"] == "inner size of the two factors"
     assert schema["properties"]["export"]["properties"]["opset"]["default"] == 21
     undocumented = [path for path in _paths(schema["properties"], ()) if not _at(schema["properties"], path).get("description")]

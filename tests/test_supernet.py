@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from adapting import X, far
-from supernets import COLUMNS, IN, OUT, RANK, WORDS, everywhere, mutated, supernet
+from mutating import mutated
+from supernets import COLUMNS, IN, OUT, RANK, WORDS, everywhere, supernet
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -403,5 +404,5 @@ def test_the_module_as_it_is_passes() -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_die(name: str) -> None:
-    with mutated("supernet", *MUTANTS[name]) as module:
-        assert wrong(module)
+    with mutated(["supernet"], "supernet", *MUTANTS[name], package="matmorph.runtime") as modules:
+        assert wrong(modules["supernet"])
