@@ -40,7 +40,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "energies not of the data": (SCORES, "((w @ found.second_moment.double().cpu()) * w)", "(w * w)"),
     "effects on the loss cancel out": (TAYLOR, "gradient.double()).abs()", "gradient.double())"),
     "gradients alone": (TAYLOR, "(x.double() * gradient.double())", "gradient.double()"),
-    "mean loss of each batch": ("loss_gradients", "held[judged.loss] * held[judged.count]", "held[judged.loss]"),
+    "mean loss of each batch": ("loss_gradients", "held[behind.loss] * held[behind.count]", "held[behind.loss]"),
     "roots of effects on the loss": (SCORES, 'torch.clone if score == "taylor" else torch.sqrt', "torch.sqrt"),
     "effects of the inputs of q and k": (SCORES, "_stats(site, stats).output_taylor)[rows]", "_stats(site, stats).input_taylor)[rows]"),
     "queries before groups": ("blocks", '"q": product(group, queries, *dims)', '"q": product(queries, group, *dims)'),

@@ -16,6 +16,7 @@ import matmorph as mm
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.full
 @pytest.mark.no_cover
 def test_training_between_the_shots_brings_back_what_pruning_took(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -58,7 +58,7 @@ SOME = (
     ("bert-classifier", "loftq-u4"),
     ("llama", "loftq-nf4"),
     ("vit", "low_rank"),
-    ("t5", "lora"),
+    ("mlp", "lora"),
     ("mlp", "full"),
 )
 GRID = [pytest.param(model, method, marks=() if (model, method) in SOME else pytest.mark.full) for model in MODELS for method in METHODS]

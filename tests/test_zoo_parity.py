@@ -63,9 +63,16 @@ VARIANTS = (
     "opt",
     "mistral",
     "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma3",
+    "albert",
+    "deberta",
+    "bart",
+    "whisper",
 )
-"""Models whose like is tested without them (bert-eager stands for eager attention, llama for mistral): sites and roles always, parity in
-the full grid."""
+"""Models whose like is tested without them (bert-eager stands for eager attention, llama for mistral, t5 for bart): sites and roles always,
+parity in the full grid."""
 
 ENTRIES = [pytest.param(entry, id=name, marks=pytest.mark.full if name in VARIANTS else ()) for name, entry in ZOO.items()]
 

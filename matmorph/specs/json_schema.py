@@ -85,7 +85,7 @@ def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
         "$defs": {
             "no_null": _NO_NULL,
             "rule": _removable(rule),
-            "match": _removable(_match()),
+            "match": _removable(match_schema()),
             "method": _removable(_method({name: _without_required(schema) for name, schema in settings.items()})),
             "alternative": _alternative(),
             **_complete({name: schema.get("required", []) for name, schema in settings.items()}),
@@ -139,7 +139,7 @@ def _method(settings: Mapping[str, JsonSchema]) -> JsonSchema:
     return {"description": "one method with its settings", **closed, "minProperties": 1, "maxProperties": 1}
 
 
-def _match() -> JsonSchema:
+def match_schema() -> JsonSchema:
     missing = set(KEYS) ^ set(_CONDITIONS)
     if missing:
         raise TypeError(f"conditions without a schema, or the other way round: {', '.join(sorted(missing))}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from matmorph.specs.conditions import OPS, ROLES
 from matmorph.specs.document import Document, MatchKind, RewriteKind, SelectKind, document_record
-from matmorph.specs.json_schema import json_schema
+from matmorph.specs.json_schema import match_schema
 from matmorph.specs.kinds import JsonSchema, Kind, ListOf, Null
 from matmorph.specs.notations import BESIDE_RANK, RANK_KINDS, Count, Rank, Size, Width
 from matmorph.specs.numbers import FORMS, LAYER_FORMS
@@ -89,7 +89,7 @@ def reference_page(methods: Mapping[str, type[Any]]) -> str:
     for section in sections:
         parts.append(_section(section, anchors))
         if section.record.type is Rule:
-            parts += [f"{_MATCH}\n\n{_match_table(methods)}\n\n{_words()}", f"{_REWRITE}\n{_method_rows(methods)}"]
+            parts += [f"{_MATCH}\n\n{_match_table()}\n\n{_words()}", f"{_REWRITE}\n{_method_rows(methods)}"]
     parts.append("## Methods")
     for name, method in methods.items():
         parts += _method(name, method)
@@ -195,8 +195,8 @@ def _flow(value: Any) -> str:
 # ---- match
 
 
-def _match_table(methods: Mapping[str, type[Any]]) -> str:
-    properties: Mapping[str, JsonSchema] = json_schema(methods)["$defs"]["match"]["properties"]
+def _match_table() -> str:
+    properties: Mapping[str, JsonSchema] = match_schema()["properties"]
     rows = ["| key | type | meaning |", "| --- | --- | --- |"]
     rows += [f"| `{key}` | {_cell(_json_type(schema))} | {_cell(schema['description'])} |" for key, schema in properties.items()]
     return "\n".join(rows)
