@@ -27,10 +27,10 @@ from matmorph.report.reading import read_report
 from matmorph.runtime.adapters import Slots, read_adapter
 from matmorph.runtime.check import read_cases
 from matmorph.runtime.checkpoint import read_tensors
-from matmorph.runtime.errors import AdapterError, SessionError
+from matmorph.runtime.errors import AdapterError, InputMismatch, SessionError
 from matmorph.runtime.manifest import MANIFEST, read_manifest
 from matmorph.runtime.train_manifest import TRAIN_MANIFEST, TrainManifest, read_train_manifest
-from matmorph.runtime.train_values import named
+from matmorph.runtime.train_values import belonging
 from matmorph.saving import Job
 from matmorph.specs.load import load_spec
 
@@ -159,14 +159,10 @@ def _of_tensors(source: Path, train: TrainManifest) -> Mapping[str, Any]:
         tensors, about = read_tensors(source)
     except SessionError:
         return _safetensors(source)  # of another program: names and shapes are checked when the values are put in
-    for key, what in (("fingerprint", "trained on another base"), ("trainable_fingerprint", "of other parameters")):
-        if about.get(key) not in (None, getattr(train, key)):
-            raise InputError(f"{source}: {what} (its {key} is {str(about[key])[:12]}, this folder's {getattr(train, key)[:12]})")
-    if "theta" not in tensors:
-        return tensors
-    if tensors["theta"].shape != (train.length,):
-        raise InputError(f"{source}: holds {tensors['theta'].size} trained numbers, this folder trains {train.length}")
-    return named(train, tensors["theta"])
+    try:
+        return belonging(train, source, tensors, about)
+    except InputMismatch as error:
+        raise InputError(str(error)) from error
 
 
 def _of_adapter(source: Path, graph: Graph, adapters: Sequence[Adapter]) -> Mapping[str, Any]:

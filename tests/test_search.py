@@ -332,7 +332,7 @@ def test_values_put_into_a_trainer(tmp_path: Path) -> None:
         with pytest.raises(InputMismatch, match=message):
             second.load_parameters(values)
     other = write_training(tmp_path / "other", fingerprint="c" * 64)
-    with pytest.raises(InputMismatch, match="was trained on another model"):
+    with pytest.raises(InputMismatch, match="trained on another base"):
         Trainer(other, "cpu", threads=1, log=lambda line: None).load_parameters(tmp_path / "values.safetensors")
 
 

@@ -1,7 +1,7 @@
 """20 steps of AdamW on ONNX Runtime beside torch's autograd and torch.optim.AdamW: loss, parameters and moments.
 
 Every fifth step has another batch and another length than the others. Adapters start where their methods put them (B = 0 for lora and
-tt_lora). A few pairs of model and method here, so that each of both occurs; all pairs in the full grid.
+tt_lora). A few pairs of model and method here, so that each method occurs, and each model but T5; all pairs in the full grid.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -73,10 +74,15 @@ def put_in(manifest: TrainManifest, theta: Array, source: Mapping[str, Array] | 
 
 
 def _from_file(manifest: TrainManifest, path: Path) -> Mapping[str, Array]:
-    tensors, about = read_tensors(path)
-    for key in ("fingerprint", "trainable_fingerprint"):
-        if about.get(key) not in (None, getattr(manifest, key)):
-            raise InputMismatch(f"{path}: was trained on another model (its {key} differs)")
+    return belonging(manifest, path, *read_tensors(path))
+
+
+def belonging(manifest: TrainManifest, path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]) -> Mapping[str, Array]:
+    """By parameter name, what `read_tensors` found in a file of values or a checkpoint. Raises InputMismatch for those of another model."""
+    for key, what in (("fingerprint", "trained on another base"), ("trainable_fingerprint", "of other parameters")):
+        here = getattr(manifest, key)
+        if about.get(key) not in (None, here):
+            raise InputMismatch(f"{path}: {what} (its {key} is {str(about[key])[:12]}, this folder's {here[:12]})")
     if "theta" not in tensors:
         return tensors
     if tensors["theta"].shape != (manifest.length,):
