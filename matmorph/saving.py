@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from matmorph.exporters.data_file import DataFile, FileInfo
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.exporters.onnx_model import OnnxInfo
 from matmorph.exporters.prepare_training import TrainRequest, prepare_training
+from matmorph.exporters.rounding import rounded_answers, rounds_activations
 from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
@@ -31,11 +33,14 @@ from matmorph.passes.sparse_updates import inference_graph, kept_entries
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
-from matmorph.runtime.check import check
+from matmorph.runtime.check import check, difference
 from matmorph.runtime.providers import cuda_obstacle
 from matmorph.specs.dump import dump_resolved, entries
-from matmorph.specs.schema import Spec
+from matmorph.specs.schema import Export, Spec
 from matmorph.specs.tree import read
+
+ROUNDING_FACTOR = 2.0
+"""The kernel rounds where torch does, but not to the same codes once an earlier layer differs: two samples of one distribution."""
 
 PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
 
@@ -101,6 +106,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         notes=report.notes,
         adapters=None if served is None else served.to_dict(),
         onnx_lowerings=job.onnx_lowerings or None,
+        tolerance=_rounding(plain, job.spec.export, vectors),
     )
     total = len(job.graph.used_state())
     written = iter(range(1, total + 1))
@@ -154,6 +160,17 @@ def _unchecked(spec: Spec) -> tuple[str, ...]:
     """A note where the file is not meant for this machine, so that its outputs cannot be held against torch here."""
     obstacle = cuda_obstacle() if "cpu" not in spec.export.target else None
     return (f"outputs not checked: export.target is cuda alone, which this machine does not have ({obstacle})",) if obstacle else ()
+
+
+def _rounding(graph: Graph, export: Export, vectors: Vectors) -> float:
+    """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
+    if export.activations != "int8" or not rounds_activations(graph):
+        return 0.0
+    found = [0.0]
+    for case in vectors.cases:
+        answers = rounded_answers(graph, case, export.precision)
+        found += [difference(answers[name].numpy(), expected) for name, expected in case.outputs.items() if expected.dtype.kind == "f"]
+    return ROUNDING_FACTOR * max(filter(math.isfinite, found))
 
 
 def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:

@@ -50,7 +50,8 @@ class Artifact:
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
     run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`:
     writes further graphs on the open data file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`:
-    plain lines for the manifest; `adapters`: those that are inputs, for it too."""
+    plain lines for the manifest; `adapters`: those that are inputs, for it too; `tolerance`: least one of the outputs, beside that of the
+    precision."""
 
     graph: Graph
     export: Export
@@ -65,6 +66,7 @@ class Artifact:
     notes: Sequence[str] = ()
     adapters: Mapping[str, Any] | None = None
     onnx_lowerings: Lowerings | None = field(default=None)
+    tolerance: float = 0.0
 
 
 def write_artifact(
@@ -94,7 +96,7 @@ def _written_graphs(folder: Path, artifact: Artifact, progress: Progress | None)
     with data_file(folder) as data:
         info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress)
         beside = artifact.companions(folder, data) if artifact.companions is not None else {}
-    return replace(info, files={**info.files, **beside, DATA: data.info()})
+    return replace(info, files={**info.files, **beside, DATA: data.info()}, tolerance=max(info.tolerance, artifact.tolerance))
 
 
 def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:

@@ -28,8 +28,8 @@ PARITY_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-
 """Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
 
 INT8_TOLERANCE = 1e-1
-"""The same with activations rounded to 8 bits: one product errs by up to 1e-2 of its largest result, a hundred of them at random by ten
-times as much."""
+"""The same with activations rounded to 8 bits, at the least: one product errs by up to 1e-2 of its largest result, a hundred of them by
+chance by ten times as much. A model that feels more of it has what `rounding` foresees."""
 
 LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "MatMulBnb4"})
 """Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""

@@ -14,21 +14,24 @@ from matmorph.ir.ops import resolve
 from matmorph.ir.types import format_dim
 
 Observer = Callable[[torch.Tensor], None]
+Runner = Callable[[Node, Callable[[Value], Any]], tuple[Any, ...]]
+"""From a node and what reads a value to the node's results."""
 
 
-def evaluate(graph: Graph, inputs: Sequence[Any], observe: Mapping[Value, Observer] | None = None) -> list[Any]:
-    """Flat outputs for flat tensor inputs, in `graph.inputs` order. `observe` is called with a value as soon as it exists.
+def evaluate(graph: Graph, inputs: Sequence[Any], observe: Mapping[Value, Observer] | None = None, run: Runner | None = None) -> list[Any]:
+    """Flat outputs for flat tensor inputs, in `graph.inputs` order. `observe` is called with a value as soon as it exists. `run`: what
+    computes a node in place of `run_node`.
 
     A value is dropped after its last use, so the peak is that of the model's own forward.
     """
-    observe = observe or {}
+    observe, run = observe or {}, run or run_node
     known: dict[Value, Any] = dict(zip(graph.inputs, inputs, strict=True))
     for value, tensor in known.items():
         if value in observe:
             observe[value](tensor)
     dying = last_uses(graph)
     for node in graph.nodes:
-        results = run_node(node, lambda value: known[value] if value in known else _load(known, value))
+        results = run(node, lambda value: known[value] if value in known else _load(known, value))
         for value, result in zip(node.outputs, results, strict=True):
             known[value] = result
             if value in observe:
