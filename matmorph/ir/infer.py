@@ -17,7 +17,6 @@ import sympy
 import torch
 import torch.fx.experimental._config as shape_config
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy.numbers import int_oo
@@ -229,6 +228,8 @@ class Inference:
         # A range of one number would make the environment drop the symbol; the type keeps its name.
         high = int_oo if bounds.high is None else max(bounds.high, bounds.low + 1)
         constraint = StrictMinMaxConstraint(vr=ValueRanges(bounds.low, high), warn_only=False)
+        from torch._dynamo.source import ConstantSource  # a second of imports, which only a symbol needs
+
         return self._env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, constraint, do_not_specialize_zero_one=True)
 
     def _bind(self, named: sympy.Symbol, inner: sympy.Symbol) -> None:

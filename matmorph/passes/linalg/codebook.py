@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 TAIL = 0.9677083
@@ -41,7 +41,7 @@ def normal_float(bits: int) -> Tensor:
 def _quantiles(count: int) -> Tensor:
     """The positive levels before scaling: quantiles of equally spaced probabilities from `TAIL` towards the median, float32 [count]."""
     probabilities = torch.linspace(TAIL, 0.5, count + 1)[:-1]
-    return torch.as_tensor(norm.ppf(probabilities.numpy()), dtype=torch.float32)
+    return torch.as_tensor(ndtri(probabilities.numpy()), dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
