@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     began = time.perf_counter()
     runs = [one_run(SMALL if options.small else Sizes(), options.seed + index, options) for index in range(options.runs)]
-    print(f"{len(runs)} runs on {options.threads} threads in {time.perf_counter() - began:.0f} s")
+    print(f"{len(runs)} runs, threads: {options.threads}; {time.perf_counter() - began:.0f} s in all")
     print(table({method.name: [rows[index] for rows in runs] for index, method in enumerate(METHODS)}))
     return 0
 
