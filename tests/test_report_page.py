@@ -16,7 +16,7 @@ from reports import HOSTILE, make_context, make_large_report, make_report
 from matmorph.errors import InputError
 from matmorph.ir.site import Bound, Spectrum
 from matmorph.report import charts, figures
-from matmorph.report.html import html_page
+from matmorph.report.html import LINE, fitted, html_page
 from matmorph.report.model import PartRow, Report, SiteRow, Totals
 from matmorph.report.palette import KINDS, palette
 from matmorph.report.reading import Context, read_folder, read_report
@@ -319,3 +319,11 @@ def test_a_folder_is_read_leniently_but_needs_its_report(tmp_path: Path) -> None
     (tmp_path / "manifest.json").write_text(json.dumps({"source": {"weights_sha256": "cd"}, "files": files}))
     assert read_folder(tmp_path)[1].files == {"a.bin": ("ab", 3)}
     assert read_folder(tmp_path)[1].source_sha256 == "cd"
+
+
+def test_only_long_paths_may_break() -> None:
+    short, long = "model.layers.0.self_attn.k_proj", "encoder.layer.11.attention.output.dense"
+    assert len(short) <= LINE < len(long)
+    assert fitted(short) == short
+    assert fitted(long) == '<span class="path long">encoder.<wbr>layer.<wbr>11.<wbr>attention.<wbr>output.<wbr>dense</span>'
+    assert "<script>" not in fitted("<script>" * 9)

@@ -40,7 +40,7 @@ def rounded_answers(graph: Graph, case: Case, precision: str) -> dict[str, Tenso
 def round_int8(x: Tensor, block: int) -> Tensor:
     """x [.., n] with each block of its last axis on the 255 levels from -absmax to absmax; in the type of x."""
     size = x.shape[-1]
-    blocks = functional.pad(x.float(), (0, -size % block)).unflatten(-1, (-1, block))
+    blocks = functional.pad(x.float(), (0, -size % block)).reshape(*x.shape[:-1], -1, block)
     scale = blocks.abs().amax(-1, keepdim=True) / LEVELS
     rounded = torch.where(scale > 0, (blocks / scale).round() * scale, blocks)
     return rounded.flatten(-2)[..., :size].to(x.dtype)

@@ -19,6 +19,7 @@ from matmorph.report.palette import palette
 from matmorph.report.reading import Context
 from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size
 
+LINE = 32
 _NOTHING = Context()
 
 
@@ -99,6 +100,7 @@ def _environment() -> Environment:
         "rank": lambda row: rank_text([row]),
         "value": lambda figure: "" if figure is None else figure,
         "breakable": breakable,
+        "fitted": fitted,
         "spark": spark,
     }
     made.globals |= {"square": square, "drawn": drawn}
@@ -108,6 +110,11 @@ def _environment() -> Environment:
 def breakable(path: str) -> Markup:
     """A dotted path that may be broken behind its dots."""
     return Markup(str(escape(path)).replace(".", ".<wbr>"))
+
+
+def fitted(path: str) -> Markup:
+    """A path for a column that holds LINE characters in a line. Every place to break costs time when the table is laid out."""
+    return Markup('<span class="path long">{}</span>').format(breakable(path)) if len(path) > LINE else escape(path)
 
 
 def square(cell: Cell) -> Markup:

@@ -105,13 +105,13 @@ def _removable(schema: Any) -> Any:
     return found
 
 
-def _or_null(schema: dict[str, Any]) -> JsonSchema:
+def _or_null(schema: JsonSchema) -> JsonSchema:
     for key in ("oneOf", "anyOf"):
         if key in schema:
             return {**schema, key: [*schema[key], _NULL]}
     if isinstance(schema.get("type"), str) and not {"enum", "const"} & set(schema):
         return {**schema, "type": [schema["type"], "null"]}
-    said = {key: schema[key] for key in ("description", "default") if key in schema}
+    said: JsonSchema = {key: schema[key] for key in ("description", "default") if key in schema}
     return {**said, "anyOf": [{key: item for key, item in schema.items() if key not in said}, _NULL]}
 
 

@@ -64,13 +64,9 @@
           return sign * compare(a.key, b.key) || a.place - b.place;
         });
       }
-      if (body.moveBefore) {
-        for (const { row } of keyed) body.moveBefore(row, null); // keeps what was computed for the row
-      } else {
-        body.remove(); // rows move faster while they are in no document
-        body.append(...keyed.map((entry) => entry.row));
-        table.append(body);
-      }
+      body.remove(); // rows move faster while they are in no document
+      body.append(...keyed.map((entry) => entry.row));
+      table.append(body);
     };
     for (const head of heads) {
       const button = head.querySelector("button");
