@@ -255,17 +255,17 @@ def merged(
 # ---- the whole of it
 
 
-def table(rows: Mapping[str, Sequence[Row]]) -> str:
-    """A line for each method, of its rows in all runs: means, and the range of what differs."""
+def table(runs: Sequence[Sequence[Row]]) -> str:
+    """A line for each method, of its rows in all runs: means, and the range of the accuracy."""
     lines = [f"{'method':<17} {'accuracy':>8} {'range':>12} {'trainable':>10} {'ms a step':>10} {'state KiB':>10} {'updates':>8}  rates"]
-    for name, found in rows.items():
+    for found in zip(*runs, strict=True):
         scores = [row.accuracy for row in found]
         numbers = f"{mean(scores):>7.1f}% {min(scores):>5.1f}-{max(scores):.1f}% {mean([row.trainable for row in found]):>10,.0f}"
         step, state = 1000 * mean([row.step for row in found]), mean([row.state for row in found]) / 1024
         after = [row.merged for row in found if row.merged is not None]
         note = f"  merged and exported: {mean(after):.1f} %" if after else ""
         rates = ", ".join(f"{row.lr:g}" for row in found)
-        lines.append(f"{name:<17} {numbers} {step:>10.1f} {state:>10.0f} {found[0].updates:>8}  {rates}{note}")
+        lines.append(f"{found[0].name:<17} {numbers} {step:>10.1f} {state:>10.0f} {found[0].updates:>8}  {rates}{note}")
     return "\n".join(lines)
 
 
@@ -274,10 +274,10 @@ def one_run(sizes: Sizes, seed: int, options: argparse.Namespace) -> list[Row]:
     known, new = digits(seed)
     parts = (cut(new, 0, TRAIN), cut(new, TRAIN, TRAIN + VALIDATION), cut(new, TRAIN + VALIDATION, None))
     print(f"seed {seed}: {len(known['labels'])} of 0 to 4 to pre-train on; {TRAIN} of 5 to 9 to learn, {len(parts[2]['labels'])} for tests")
-    model, rows = pretrained(known, sizes, seed), []
+    model, rows, options = pretrained(known, sizes, seed), [], argparse.Namespace(**{**vars(options), "seed": seed})
     with tempfile.TemporaryDirectory() as place:
         for method in METHODS:
-            rows.append(run(method, model, parts, sizes, argparse.Namespace(**{**vars(options), "seed": seed}), Path(place)))
+            rows.append(run(method, model, parts, sizes, options, Path(place)))
             print(f"{method.name}: {rows[-1].accuracy:.1f} %", flush=True)
     return rows
 
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     runs = [one_run(SMALL if options.small else Sizes(), options.seed + index, options) for index in range(options.runs)]
     print(f"{len(runs)} runs, threads: {options.threads}; {time.perf_counter() - began:.0f} s in all")
-    print(table({method.name: [rows[index] for rows in runs] for index, method in enumerate(METHODS)}))
+    print(table(runs))
     return 0
 
 

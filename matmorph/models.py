@@ -255,7 +255,7 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     examples = _named_examples(model)
     arrays = _read_archive(path)
     labelled = LABELS in arrays and LABELS not in examples
-    if set(arrays) - ({LABELS} if labelled else set()) != set(examples):
+    if set(arrays) != {*examples, *([LABELS] if labelled else [])}:
         raise InputError(
             f"{path}: keys {', '.join(sorted(arrays)) or '(none)'} do not name the model's inputs {', '.join(examples)}",
             [f"not an input: {key}{did_you_mean(key, [*examples, LABELS])}" for key in sorted(set(arrays) - set(examples))]
@@ -263,9 +263,9 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
         )
     tensors = {name: _fitted(path, name, arrays[name], example) for name, example in examples.items()}
     if labelled:
-        tensors[LABELS] = arrays[LABELS]
         if not arrays[LABELS].dim():
             raise InputError(f"{path}: {LABELS} is one number; its first axis must be the samples")
+        tensors[LABELS] = arrays[LABELS]
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"{path}: inputs have different numbers of samples: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
@@ -273,7 +273,7 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     if samples == 0:
         raise InputError(f"{path}: holds no samples")
     parts: list[dict[str, Any]] = [{name: t[start : start + batch] for name, t in tensors.items()} for start in range(0, samples, batch)]
-    return [dict(part) if labelled or isinstance(model.example_inputs, Mapping) else tuple(part.values()) for part in parts]
+    return list(parts) if labelled or isinstance(model.example_inputs, Mapping) else [tuple(part.values()) for part in parts]
 
 
 def _named_examples(model: Model) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from matmorph.exporters.data_file import DataFile, FileInfo
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.exporters.onnx_model import OnnxInfo
 from matmorph.exporters.prepare_training import TrainRequest, prepare_training
-from matmorph.exporters.rounding import rounded_answers, rounds_activations
+from matmorph.exporters.rounding import rounds_activations, run_rounded
 from matmorph.exporters.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.ir.core import Graph, Node
@@ -36,7 +36,7 @@ from matmorph.report.reading import read_context
 from matmorph.runtime.check import check, difference
 from matmorph.runtime.providers import cuda_obstacle
 from matmorph.specs.dump import dump_resolved, entries
-from matmorph.specs.schema import Export, Spec
+from matmorph.specs.schema import Spec
 from matmorph.specs.tree import read
 
 ROUNDING_FACTOR = 2.0
@@ -106,7 +106,7 @@ def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int 
         notes=report.notes,
         adapters=None if served is None else served.to_dict(),
         onnx_lowerings=job.onnx_lowerings or None,
-        tolerance=_rounding(plain, job.spec.export, vectors),
+        tolerance=_rounding(plain, job, vectors),
     )
     total = len(job.graph.used_state())
     written = iter(range(1, total + 1))
@@ -162,15 +162,19 @@ def _unchecked(spec: Spec) -> tuple[str, ...]:
     return (f"outputs not checked: export.target is cuda alone, which this machine does not have ({obstacle})",) if obstacle else ()
 
 
-def _rounding(graph: Graph, export: Export, vectors: Vectors) -> float:
+def _rounding(graph: Graph, job: Job, exact: Vectors) -> float:
     """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
-    if export.activations != "int8" or not rounds_activations(graph):
+    if job.spec.export.activations != "int8" or not rounds_activations(graph):
         return 0.0
-    found = [0.0]
-    for case in vectors.cases:
-        answers = rounded_answers(graph, case, export.precision)
-        found += [difference(answers[name].numpy(), expected) for name, expected in case.outputs.items() if expected.dtype.kind == "f"]
-    return ROUNDING_FACTOR * max(filter(math.isfinite, found))
+    rounded = check_vectors(graph, job.examples, job.spec.export.precision, run_rounded)
+    pairs = [
+        (after.outputs[name], answer)
+        for before, after in zip(exact.cases, rounded.cases, strict=True)
+        for name, answer in before.outputs.items()
+        if answer.dtype.kind == "f"
+    ]
+    found = [difference(after, answer) for after, answer in pairs]
+    return ROUNDING_FACTOR * max(filter(math.isfinite, found), default=0.0)
 
 
 def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:

@@ -71,7 +71,7 @@ def test_one_row_of_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPa
 
 def test_the_table_is_of_all_runs(script: ModuleType) -> None:
     rows = [script.Row("GLoRA", accuracy, size, 0.002, 2048, 5e-3, 7, merged=accuracy) for accuracy, size in ((90.0, 100), (93.0, 200))]
-    _, line = script.table({"GLoRA": rows}).splitlines()
+    _, line = script.table([[row] for row in rows]).splitlines()
     assert line.split("  ")[0] == "GLoRA"
     assert re.fullmatch(r"GLoRA +91.5% +90.0-93.0% +150 +2.0 +2 +7  0.005, 0.005  merged and exported: 91.5 %", line)
 

@@ -325,5 +325,5 @@ def test_only_long_paths_may_break() -> None:
     short, long = "model.layers.0.self_attn.k_proj", "encoder.layer.11.attention.output.dense"
     assert len(short) <= LINE < len(long)
     assert fitted(short) == short
-    assert fitted(long) == '<span class="path long">encoder.<wbr>layer.<wbr>11.<wbr>attention.<wbr>output.<wbr>dense</span>'
+    assert fitted(long) == '<span class="long">encoder.<wbr>layer.<wbr>11.<wbr>attention.<wbr>output.<wbr>dense</span>'
     assert "<script>" not in fitted("<script>" * 9)

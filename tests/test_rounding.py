@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import matmorph as mm
 from matmorph.exporters.onnx_model import MODEL, export_onnx
 from matmorph.exporters.precision import INT8_TOLERANCE
-from matmorph.exporters.rounding import round_int8, rounded_answers, rounds_activations
+from matmorph.exporters.rounding import round_int8, rounds_activations, run_rounded
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.trace import trace
 from matmorph.runtime import Session
@@ -47,11 +47,10 @@ def test_the_kernel_rounds_like_that(rng: np.random.Generator, tmp_path: Path, b
     graph = trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}})
     export_onnx(graph, tmp_path, Export(activations="int8", target=("cpu",)))
     (y,) = session(tmp_path / MODEL).run(None, {"x": x.numpy()})
-    (case, *_) = check_vectors(graph, [x]).cases
-    (foreseen,) = rounded_answers(graph, case, "fp32").values()
+    (foreseen,) = check_vectors(graph, [x], run=run_rounded).cases[0].outputs.values()
     exact = expected(weight, x, None)
     assert error(y, exact) > 1e-3  # it does round
-    assert error(y, foreseen.double().numpy()) <= error(y, exact) / 5
+    assert error(y, foreseen.astype(np.float64)) <= error(y, exact) / 5
 
 
 def test_what_is_not_rounded(rng: np.random.Generator) -> None:

@@ -13,28 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from matmorph.exporters.vectors import Case, widened
 from matmorph.ir.core import Graph, Node, Value
-from matmorph.ir.evaluate import evaluate, run_node
+from matmorph.ir.evaluate import run_node
+from matmorph.ir.quant_ops import NBITS
 
-NBITS = "matmorph.matmul_nbits.default"
 LEVELS = 127
 
 
 def rounds_activations(graph: Graph) -> bool:
     """Whether the graph has a product that MatMulNBits would compute in 8 bits."""
     return any(map(_is_rounded, graph.nodes))
-
-
-def rounded_answers(graph: Graph, case: Case, precision: str) -> dict[str, Tensor]:
-    """By output name, the answers of the graph where every such product rounds its activations; `precision`: of the export."""
-    running = graph if precision == "keep" else widened(graph)
-    named = [(entry.name, entry.value) for entry in running.signature.inputs if entry.value is not None]
-    inputs = [torch.from_numpy(case.inputs[name]).to(running.device, value.tensor.torch_dtype) for name, value in named]
-    with torch.no_grad():
-        results = evaluate(running, inputs, run=_run)
-    outputs = zip(running.signature.outputs, results, running.outputs, strict=True)
-    return {name: result.float().cpu() for name, result, output in outputs if isinstance(output, Value) and isinstance(result, Tensor)}
 
 
 def round_int8(x: Tensor, block: int) -> Tensor:
@@ -46,7 +34,8 @@ def round_int8(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)[..., :size].to(x.dtype)
 
 
-def _run(node: Node, read: Callable[[Value], Any]) -> tuple[Any, ...]:
+def run_rounded(node: Node, read: Callable[[Value], Any]) -> tuple[Any, ...]:
+    """`run_node`, but that such a product rounds its activations."""
     if not _is_rounded(node):
         return run_node(node, read)
     x, block = node.args[0], node.args[8]
@@ -55,5 +44,7 @@ def _run(node: Node, read: Callable[[Value], Any]) -> tuple[Any, ...]:
 
 def _is_rounded(node: Node) -> bool:
     """The kernel computes with floating-point zero points in float32 whatever the level."""
-    zeros = node.args[3] if node.op == NBITS else None
-    return node.op == NBITS and not (isinstance(zeros, Value) and zeros.tensor.torch_dtype.is_floating_point)
+    if node.op != NBITS:
+        return False
+    zeros = node.args[3]
+    return not (isinstance(zeros, Value) and zeros.tensor.torch_dtype.is_floating_point)

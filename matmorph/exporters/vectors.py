@@ -16,7 +16,7 @@ import torch
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Range, Value
-from matmorph.ir.evaluate import evaluate
+from matmorph.ir.evaluate import Runner, evaluate
 from matmorph.ir.types import Dim, TensorType, dim_symbols, symbol
 
 Arrays = Mapping[str, np.ndarray]
@@ -39,11 +39,12 @@ class Vectors:
     notes: tuple[str, ...] = ()
 
 
-def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str = "fp32") -> Vectors:
+def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str = "fp32", run: Runner | None = None) -> Vectors:
     """Cases at up to three shapes: the example's, the smallest first axis with half of every other, and a larger one.
 
     examples: flat tensor inputs in `graph.inputs` order, on the graph's device. precision: of the export; under "keep" a model in half
-    precision answers in it. A static model has one case. Raises InputError for a graph whose weights are on the meta device.
+    precision answers in it. run: what computes a node in place of torch's own operator. A static model has one case. Raises InputError for
+    a graph whose weights are on the meta device.
     """
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
@@ -56,7 +57,7 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
         inputs = [resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
         try:
             with torch.no_grad():
-                results = evaluate(running, inputs)
+                results = evaluate(running, inputs, run=run)
         except (RuntimeError, IndexError) as error:
             if sizes == own:
                 raise

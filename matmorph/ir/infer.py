@@ -225,11 +225,11 @@ class Inference:
     # symbols
 
     def _backed(self, name: str, bounds: Range, hint: int) -> sympy.Symbol:
+        from torch._dynamo.source import ConstantSource  # a second of imports, which only a symbol needs
+
         # A range of one number would make the environment drop the symbol; the type keeps its name.
         high = int_oo if bounds.high is None else max(bounds.high, bounds.low + 1)
         constraint = StrictMinMaxConstraint(vr=ValueRanges(bounds.low, high), warn_only=False)
-        from torch._dynamo.source import ConstantSource  # a second of imports, which only a symbol needs
-
         return self._env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, constraint, do_not_specialize_zero_one=True)
 
     def _bind(self, named: sympy.Symbol, inner: sympy.Symbol) -> None:

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from matmorph.ir.quant_dense import Rows, check_codebook, check_nbits, codebook_rows, expect, nbits_dense, nbits_rows, short, working_type
 
 _LIBRARY = torch.ops.matmorph
+NBITS, CODEBOOK = "matmorph.matmul_nbits.default", "matmorph.matmul_codebook.default"
 
 # uniform levels
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,10 +105,10 @@ def labelled_batch(
         )
     inputs = bound_batch(graph, _dropped(batch, tuple(labels)), number)
     found = {name: _label(batch[name], value.tensor, graph.device) for name, value in labels.items()}
-    given = [(name, labels[name], tensor) for name, tensor in found.items()]
-    named = [(entry.name, entry.value) for entry in graph.signature.inputs if entry.value is not None]
+    names = (entry.name for entry in graph.signature.inputs if entry.value is not None)
+    known = zip(names, graph.inputs, inputs, strict=True)  # sizes that the labels must agree with
     try:
-        check_tensors(graph, [*((name, value, inputs[graph.inputs.index(value)]) for name, value in named), *given])
+        check_tensors(graph, [*known, *((name, labels[name], tensor) for name, tensor in found.items())])
         if classes is not None:
             classes.check(found[LABELS])
     except InputError as error:
@@ -119,7 +118,7 @@ def labelled_batch(
 
 def _label(leaf: Any, kind: TensorType, device: str) -> Tensor:
     """Integers of any width and floating-point numbers of any precision are taken for the loss's own."""
-    tensor = (torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else torch.as_tensor(leaf)).to(device)
+    tensor = torch.as_tensor(leaf, device=device)
     same = tensor.is_floating_point() == kind.torch_dtype.is_floating_point and tensor.dtype != torch.bool
     return tensor.to(kind.torch_dtype) if same else tensor
 

@@ -21,6 +21,7 @@ from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.exchange import exchanged
 from matmorph.ir.matmuls import find_sites
 from matmorph.ir.quant_dense import codebook_rows, nbits_dense
+from matmorph.ir.quant_ops import CODEBOOK, NBITS
 from matmorph.ir.site import Site
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.ir.verify import verify
@@ -33,7 +34,6 @@ from matmorph.passes.reparametrised import constant, folded, with_constants
 from matmorph.passes.rewrite import rewrite
 from matmorph.specs.load import load_spec
 
-NBITS, CODEBOOK = "matmorph.matmul_nbits.default", "matmorph.matmul_codebook.default"
 _BIAS = {NBITS: 4, CODEBOOK: 3}
 """Position of the bias among a quantised node's arguments."""
 

@@ -84,6 +84,7 @@ def _chosen(consts: Sequence[Const], selector: ParameterSelector) -> list[Const]
             [const for const in parameters if const.trainable and method_of(const) in methods],
             selector,
             f"the model has no {selector.text}: no rule put in {', '.join(methods[:-1])} or {methods[-1]}",
+            "trainable: all takes the model's own parameters; compile --no-train writes no training graphs",
         )
     return _matching(consts, parameters, selector)
 
@@ -93,9 +94,9 @@ def _trains(const: Const) -> bool:
     return const.tensor.torch_dtype.is_floating_point and (const.rule is None or const.trainable)
 
 
-def _or_refused(found: list[Const], selector: ParameterSelector, reason: str) -> list[Const]:
+def _or_refused(found: list[Const], selector: ParameterSelector, reason: str, *details: str) -> list[Const]:
     if not found:
-        raise _error(selector, reason, ["trainable: all takes the model's own parameters; compile --no-train writes no training graphs"])
+        raise _error(selector, reason, details)
     return found
 
 

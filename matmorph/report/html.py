@@ -114,7 +114,7 @@ def breakable(path: str) -> Markup:
 
 def fitted(path: str) -> Markup:
     """A path for a column that holds LINE characters in a line. Every place to break costs time when the table is laid out."""
-    return Markup('<span class="path long">{}</span>').format(breakable(path)) if len(path) > LINE else escape(path)
+    return Markup('<span class="long">{}</span>').format(breakable(path)) if len(path) > LINE else escape(path)
 
 
 def square(cell: Cell) -> Markup:

@@ -87,7 +87,7 @@ class TrainManifest:
         return (*self.features, *(info for info in self.labels if info not in self.features))
 
     @property
-    def update_rule(self) -> Mapping[str, Any]:
+    def update_rule(self) -> dict[str, Any]:
         """What apply.onnx computes: the optimizer's settings, and how many entries of a tensor change where not all do."""
         return {**self.optimizer, **{f"kept entries of {one.name}": one.keep for one in self.parameters if one.keep is not None}}
 

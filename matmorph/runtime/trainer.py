@@ -225,7 +225,7 @@ class Trainer:
         vectors = {name: self._vectors.get(name) for name in self._vectors.names}
         about = {
             **self._fingerprints(),
-            "optimizer": dict(self._manifest.update_rule),
+            "optimizer": self._manifest.update_rule,
             "settings": {name: getattr(self, name) for name in _SETTINGS},
             "counts": {"step": self._step, "skips": self._skips, "epochs": self._epochs},
             "loss_scale": self._scale.to_dict(),

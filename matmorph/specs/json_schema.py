@@ -7,7 +7,7 @@ knows nothing of what lies between keys (extends, names, the order of methods); 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matmorph.specs.conditions import OPS, ROLES
@@ -93,15 +93,14 @@ def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
     }
 
 
-def _removable(schema: Any) -> Any:
+def _removable(schema: JsonSchema) -> JsonSchema:
     """The schema with null as a value of every key of every mapping: it removes what an extended spec has there."""
-    if isinstance(schema, list):
-        return [_removable(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: _removable(item) for key, item in schema.items()}
-    if isinstance(found.get("properties"), dict):
-        found["properties"] = {key: item if key in _KEPT else _or_null(item) for key, item in found["properties"].items()}
+
+    def change(one: JsonSchema) -> JsonSchema:
+        keys = {key: item if key in _KEPT else _or_null(item) for key, item in one["properties"].items()}
+        return {**one, "properties": keys}
+
+    found: JsonSchema = _of_mappings(schema, change)
     return found
 
 
@@ -115,13 +114,20 @@ def _or_null(schema: JsonSchema) -> JsonSchema:
     return {**said, "anyOf": [{key: item for key, item in schema.items() if key not in said}, _NULL]}
 
 
-def _without_required(schema: Any) -> Any:
+def _without_required(schema: JsonSchema) -> JsonSchema:
     """The schema with no key of any mapping required."""
+    found: JsonSchema = _of_mappings(schema, lambda one: {key: item for key, item in one.items() if key != "required"})
+    return found
+
+
+def _of_mappings(schema: Any, change: Callable[[JsonSchema], JsonSchema]) -> Any:
+    """The schema with each part that lists the `properties` of a mapping changed, inner ones first."""
     if isinstance(schema, list):
-        return [_without_required(item) for item in schema]
+        return [_of_mappings(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: _without_required(item) for key, item in schema.items() if key != "required" or "properties" not in schema}
+    found = {key: _of_mappings(item, change) for key, item in schema.items()}
+    return change(found) if isinstance(found.get("properties"), dict) else found
 
 
 def _complete(required: Mapping[str, list[str]]) -> dict[str, JsonSchema]:
