@@ -18,10 +18,10 @@ import torch
 from _common import finish, parser, tell
 from torch import Tensor, nn
 
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Choice, Site
-from matmorph.ir.trace import trace
-from matmorph.passes.allocate import Allocation, Candidate, allocate
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
+from matmorph.passes.budget.knapsack import Allocation, Candidate, allocate
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import whitening_factor
 from matmorph.passes.methods import SiteStats

@@ -22,10 +22,10 @@ from _common import ROOT, data_folder, environment, finish, parser, session_opti
 from sts import calibration, dev_pairs, score, torch_encoder
 
 import matmorph as mm
-from matmorph.demo import TIMING_BATCH, TIMING_ROUNDS, medians
+from matmorph.cli.demo import TIMING_BATCH, TIMING_ROUNDS, medians
 from matmorph.errors import MatmorphError
-from matmorph.exporters.onnx_model import export_onnx
-from matmorph.models import Model, calibration_sentences, minilm, tokenize
+from matmorph.exporters.onnx.onnx_model import export_onnx
+from matmorph.models.resolve import Model, calibration_sentences, minilm, tokenize
 from matmorph.runtime import Session
 from matmorph.specs.gallery import FILE, gallery, text_hash
 from matmorph.specs.load import library_names, library_text

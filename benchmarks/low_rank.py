@@ -20,7 +20,7 @@ import torch
 from _common import finish, parser, session_options, tell
 
 import matmorph as mm
-from matmorph.demo import medians
+from matmorph.cli.demo import medians
 
 
 def spec(rank: int | None) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from _common import data_folder, finish, parser, session_options, tell
 from sts import CALIBRATION, calibration, dev_pairs, score
 
 import matmorph as mm
-from matmorph.demo import TIMING_BATCH, TIMING_ROUNDS, medians
-from matmorph.models import Model, calibration_sentences, minilm, tokenize
+from matmorph.cli.demo import TIMING_BATCH, TIMING_ROUNDS, medians
+from matmorph.models.resolve import Model, calibration_sentences, minilm, tokenize
 
 BLOCK = 32
 OURS: Mapping[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from scipy.stats import spearmanr
 from sts import CALIBRATION, Array, calibration, dev_pairs, embed, torch_encoder
 
 import matmorph as mm
-from matmorph.demo import medians
-from matmorph.models import Model, minilm
+from matmorph.cli.demo import medians
+from matmorph.models.resolve import Model, minilm
 
 FORMS: dict[str, dict[str, Any]] = {"plain": {"compensate": "none"}, "compensated": {}, "shots": {"shots": 4}}
 HIDDEN, LAYERS = 384, 6

@@ -21,7 +21,7 @@ import torch
 from _common import finish, parser, session_options, tell
 
 import matmorph as mm
-from matmorph.demo import medians
+from matmorph.cli.demo import medians
 
 RANK = 16
 KERNELS: Mapping[str, tuple[dict[str, Any], str]] = {

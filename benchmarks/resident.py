@@ -18,7 +18,7 @@ import torch
 from _common import finish, parser, tell
 
 import matmorph as mm
-from matmorph.models import Model, minilm
+from matmorph.models.resolve import Model, minilm
 
 PROBE = """
 import sys, numpy as np, onnxruntime

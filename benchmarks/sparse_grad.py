@@ -26,9 +26,9 @@ from train_step import PAUSE, in_turn, peaks
 
 import matmorph as mm
 from matmorph.ir.core import Graph
-from matmorph.ir.gradient import gradient_graph
-from matmorph.ir.losses import Loss
 from matmorph.ir.ops import base_name
+from matmorph.ir.training.gradient import gradient_graph
+from matmorph.ir.training.losses import Loss
 from matmorph.runtime import Trainer
 
 MLP = {"role": ["mlp.*"]}

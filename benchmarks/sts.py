@@ -28,8 +28,8 @@ from _common import data_folder, finish, parser, tell
 from scipy.stats import spearmanr
 
 import matmorph as mm
-from matmorph.demo import sentence_vectors
-from matmorph.models import Model, minilm, tokenize
+from matmorph.cli.demo import sentence_vectors
+from matmorph.models.resolve import Model, minilm, tokenize
 from matmorph.runtime import Session
 
 CALIBRATION = 512

@@ -26,7 +26,7 @@ import torch
 from _common import finish, parser, session_options, tell
 from onnx import TensorProto, helper, numpy_helper
 
-from matmorph.demo import medians
+from matmorph.cli.demo import medians
 from matmorph.passes.linalg.contraction import TrainShape, contract, matrix_train
 from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction
 

@@ -19,9 +19,9 @@ import torch
 from _common import finish, parser, tell
 from torch import Tensor, nn
 
-from matmorph.exporters.onnx_model import export_onnx
-from matmorph.ir.quant_dense import stored_bits
-from matmorph.ir.trace import trace
+from matmorph.exporters.onnx.onnx_model import export_onnx
+from matmorph.ir.quantised.dense import stored_bits
+from matmorph.ir.tracing.trace import trace
 from matmorph.specs.schema import Export
 
 PROBE = """

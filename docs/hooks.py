@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from typer.main import get_command
 
-from matmorph.cli import app
+from matmorph.cli.main import app
 from matmorph.passes.kernel_costs import cpu_costs
 from matmorph.passes.methods import method_table
 from matmorph.specs.load import library_names, library_text

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import matmorph as mm
-from matmorph.passes.supernet import spec_of
+from matmorph.passes.adapters.supernet import spec_of
 from matmorph.runtime import Batches, SearchSettings, Session, Trainer, cosine, search
 
 Arrays = dict[str, np.ndarray]

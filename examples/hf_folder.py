@@ -6,7 +6,7 @@ Without an argument it writes a small random BERT first, so that nothing is down
 import sys
 from pathlib import Path
 
-from matmorph.cli import main as command
+from matmorph.cli.main import main as command
 
 SPEC = """\
 version: 1

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 import matmorph as mm
-from matmorph.models import minilm, tokenize
+from matmorph.models.resolve import minilm, tokenize
 from matmorph.runtime import Session, Trainer, linear
 from matmorph.runtime.check import check
 

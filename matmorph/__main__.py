@@ -1,6 +1,6 @@
 """`python -m matmorph` = the command `matmorph`."""
 
-from matmorph.cli import main
+from matmorph.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -18,27 +18,27 @@ from typing import Any, TypeAlias
 import torch
 
 from matmorph.errors import InputError
-from matmorph.exporters.prepare_training import Axes, TrainRequest, of_spec
+from matmorph.exporters.training.prepare_training import Axes, TrainRequest, of_spec
+from matmorph.folders.after_training import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
+from matmorph.folders.save import Job, save
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind
-from matmorph.ir.losses import LossFunction
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.to_torch import CompiledModule, to_torch
-from matmorph.ir.trace import read_examples, trace
-from matmorph.lifecycle import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
-from matmorph.models import Model
-from matmorph.passes.adapters import Adapter
-from matmorph.passes.explain import Explanation
-from matmorph.passes.explain import explain as explain_site
-from matmorph.passes.front import Front, refuse_unswept, sweep
-from matmorph.passes.merging import Merged
+from matmorph.ir.tracing.trace import read_examples, trace
+from matmorph.ir.training.losses import LossFunction
+from matmorph.models.resolve import Model
+from matmorph.passes.adapters.merging import Merged
+from matmorph.passes.adapters.supernet import Configuration
+from matmorph.passes.adapters.table import Adapter
+from matmorph.passes.adapters.trainables import selectors
+from matmorph.passes.budget.pareto import Front, refuse_unswept, sweep
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
-from matmorph.passes.supernet import Configuration
-from matmorph.passes.trainables import selectors
+from matmorph.passes.selection.explain import Explanation
+from matmorph.passes.selection.explain import explain as explain_site
 from matmorph.report.front import front_files
 from matmorph.report.model import Report
-from matmorph.saving import Job, save
 from matmorph.specs.load import load_spec as read_spec
 from matmorph.specs.optimizers import AnyOptimizer
 from matmorph.specs.schema import Spec, checked_optimizer

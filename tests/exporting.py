@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from matmorph.ir.core import Graph
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 
 LEVELS = {
     "plain": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

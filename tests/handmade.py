@@ -9,7 +9,7 @@ import torch
 
 from matmorph.ir.core import Const, Graph, Node, Value
 from matmorph.ir.site import Application, Site
-from matmorph.ir.text import parse_graph
+from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.types import TensorType
 from matmorph.specs.conditions import Facts
 from matmorph.specs.load import load_spec

@@ -219,7 +219,7 @@ def _run(command: str) -> int:
 
 
 def _matmorph(arguments: list[str]) -> object:
-    from matmorph.cli import main
+    from matmorph.cli.main import main
 
     return main(arguments)
 
@@ -252,7 +252,7 @@ def _work(page: str, folder: str) -> None:
 
 
 def _serve() -> None:
-    for name in ("matmorph.api", "matmorph.cli", "matmorph.exporters.onnx_model", "onnxscript", "onnxruntime", "jsonschema"):
+    for name in ("matmorph.api", "matmorph.cli.main", "matmorph.exporters.onnx.onnx_model", "onnxscript", "onnxruntime", "jsonschema"):
         import_module(name)
     from matmorph.passes.methods import method_table
 

@@ -18,7 +18,7 @@ from zoo import ZOO, Inputs
 import matmorph as mm
 from matmorph.ir.core import Graph
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.pipeline import compile_graph, plan_graph
 from matmorph.report.model import Report

@@ -14,7 +14,7 @@ from matmorph.ir.site import Site
 from matmorph.passes.methods.loftq import LoftQ, LoftQSpec
 from matmorph.passes.methods.qlora import QLora, QLoraSpec
 from matmorph.passes.methods.quantize import Quantize, QuantizeSpec
-from matmorph.passes.rewrite import Outcome
+from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import MethodUse, Rank
 
 METHODS = {"quantize": Quantize(), "loftq": LoftQ(), "qlora": QLora()}

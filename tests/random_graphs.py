@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Input, Origin, Range, Signature, Value
 from matmorph.ir.infer import Inference
-from matmorph.ir.text_tree import default_specs
+from matmorph.ir.text.tree import default_specs
 from matmorph.ir.types import TensorType, symbol
 
 RANGES = {"batch": Range(), "seq": Range(1, 64)}

@@ -11,13 +11,13 @@ from handmade import match_of
 from matmorph.errors import Position
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site
-from matmorph.ir.text import parse_graph
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.verify import verify
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.methods.low_rank import LowRank, LowRankSpec
-from matmorph.passes.rewrite import Outcome, rewrite
+from matmorph.passes.rewriting.rewrite import Outcome, rewrite
 from matmorph.specs.schema import MethodUse, Rank, Rule
 
 METHODS = {"low_rank": LowRank()}

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matmorph.passes import allocate as module
-from matmorph.passes.allocate import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate, smallest
+from matmorph.passes.budget import knapsack as module
+from matmorph.passes.budget.knapsack import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate, smallest
 
 Offers = Sequence[Sequence[Candidate]]
 

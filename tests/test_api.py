@@ -17,10 +17,10 @@ from torch import nn
 from zoo import ZOO
 
 import matmorph as mm
-from matmorph import saving
 from matmorph.api import explain
 from matmorph.errors import CheckError, InputError
 from matmorph.exporters.vectors import Vectors
+from matmorph.folders import save as saving
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
 from matmorph.runtime.check import main as check_main

@@ -27,9 +27,9 @@ from matmorph.exporters.artifact import (
     staged_folder,
     write_artifact,
 )
-from matmorph.exporters.onnx_model import OnnxInfo
+from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.vectors import Case, check_vectors
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.runtime.check import check
 from matmorph.specs.schema import Export
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matmorph.cli import main
+from matmorph.cli.main import main
 
 FACTORY = """
 import torch, matmorph

@@ -17,8 +17,8 @@ from torch import nn
 from matmorph.errors import CheckError, SpecError, VerifyError
 from matmorph.ir.core import Graph
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
-from matmorph.passes import budget as budgets
+from matmorph.ir.tracing.trace import trace
+from matmorph.passes.budget import account as budgets
 from matmorph.passes.linalg import curves
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph, plan_graph
@@ -156,7 +156,7 @@ def test_whitened_candidates_beat_a_uniform_ratio_on_the_outputs(graph: Graph) -
 def test_the_predicted_error_is_the_one_that_is_measured(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     decided: list[budgets.Decided] = []
     real = budgets.decide
-    monkeypatch.setattr("matmorph.passes.deciding.decide", lambda *given: decided.append(real(*given)) or decided[-1])
+    monkeypatch.setattr("matmorph.passes.budget.decide.decide", lambda *given: decided.append(real(*given)) or decided[-1])
     rewrites = (WHITE, {"tt": {"rank": "auto", "cores": 2}}, {"quantize": {"quantizer": "uniform", "bits": "auto", "block_size": 16}})
     for rewrite in rewrites:
         report = report_of(graph, rewrite, {"bytes": "60%", "of": "matched"}, DATA)
@@ -298,9 +298,9 @@ def test_candidates_beyond_the_tolerance_are_not_offered(graph: Graph) -> None:
 def test_sites_that_hurt_most_are_rolled_back_and_the_budget_says_so(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that were not foreseen: the site goes back to dense, and the report says why and what the budget came to."""
     monkeypatch.setattr(
-        "matmorph.passes.deciding.measured", lambda offers, methods, stats, _: list(budgets_measured(offers, methods, stats))
+        "matmorph.passes.budget.decide.measured", lambda offers, methods, stats, _: list(budgets_measured(offers, methods, stats))
     )
-    from matmorph.passes.candidates import measured as budgets_measured
+    from matmorph.passes.budget.offers import measured as budgets_measured
 
     tolerance = {"output_error": 0.15, "on_exceed": "roll_back"}
     before = report_of(graph, WHITE, {"parameters": "35%", "of": "matched"}, DATA)
@@ -328,6 +328,6 @@ def test_a_rewrite_above_its_promise_is_a_bug(graph: Graph, monkeypatch: pytest.
         object.__setattr__(decided.account, "limits", limits)
         return decided
 
-    monkeypatch.setattr("matmorph.passes.deciding.decide", cheated)
+    monkeypatch.setattr("matmorph.passes.budget.decide.decide", cheated)
     with pytest.raises(VerifyError, match="was allocated"):
         report_of(graph, AUTO, {"parameters": "50%", "of": "matched"})

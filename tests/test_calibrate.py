@@ -15,10 +15,10 @@ from zoo import ZOO
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site, Statistic
-from matmorph.ir.trace import trace
-from matmorph.passes.calibrate import calibrate
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
+from matmorph.passes.statistics.calibrate import calibrate
 
 MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
 

@@ -20,9 +20,9 @@ from reports import make_report
 
 import matmorph
 from matmorph import __version__
-from matmorph.cli import main, progress_bars
+from matmorph.cli.main import main, progress_bars
 from matmorph.errors import CheckError, InputError, MatmorphError, Position, SpecError, VerifyError
-from matmorph.models import Model
+from matmorph.models.resolve import Model
 
 Run = Callable[..., "Done"]
 
@@ -97,7 +97,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(matmorph, "api", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "matmorph.api", stand_in)  # type: ignore[arg-type]
-    monkeypatch.setattr("matmorph.models.resolve", lambda name: MODEL)
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name: MODEL)
     return stand_in
 
 
@@ -105,7 +105,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, matmorph.cli; print([name for name in ('torch', 'numpy', 'onnxruntime', 'rich.table') if name in sys.modules])"
+    code = "import sys, matmorph.cli.main; print([name for name in ('torch', 'numpy', 'onnxruntime', 'rich.table') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -241,7 +241,7 @@ def test_a_file_in_the_way_is_never_replaced(run: Run, api: StandIn, tmp_path: P
 
 
 def test_the_spec_is_read_before_the_model(run: Run, api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matmorph.models.resolve", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name: pytest.fail("the model was loaded"))
     done = run("plan", "minilm", "--spec", "wrong.yaml")
     assert done.code == 2
     first, second = done.err.splitlines()

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from zoo import ZOO
 
 import matmorph as mm
-from matmorph.cli_adapters import adapter_app, merge_command
+from matmorph.cli.adapters import adapter_app, merge_command
 from matmorph.errors import InputError
 from matmorph.exporters.adapters import adapter_arrays
 from matmorph.exporters.peft import write_peft
-from matmorph.ir.text import print_graph
-from matmorph.passes.adapters import find_adapters
-from matmorph.reopening import read_trained, reopen
+from matmorph.folders.open import read_trained, reopen
+from matmorph.ir.text.printing import print_graph
+from matmorph.passes.adapters.table import find_adapters
 from matmorph.runtime import Session
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.runtime.check import check

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matmorph.cli import main
+from matmorph.cli.main import main
 from matmorph.runtime import Session
 
 Run = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,7 @@ import torch
 from exporting import Mlp, randn, seeded
 
 import matmorph as mm
-from matmorph import cli
+from matmorph.cli import main as cli
 from matmorph.report.comparing import Side, matches
 from matmorph.report.diff import difference, lines
 from matmorph.report.model import Report

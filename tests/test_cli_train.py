@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from matmorph.cli import main
-from matmorph.cli_train import EpochRow, loader_of, schedule_of
+from matmorph.cli.main import main
+from matmorph.cli.train import EpochRow, loader_of, schedule_of
 from matmorph.errors import InputError
 from matmorph.runtime import Session, Trainer, load_batches
 from matmorph.runtime.check import check
@@ -130,7 +130,7 @@ def test_two_epochs_learn_and_the_parameters_go_into_a_file(run: Run, folder: Pa
 def test_the_trained_model_is_the_merged_one(run: Run, folder: Path) -> None:
     """Trained values in a compiled module, merged and saved, answer as eval.onnx does."""
     import matmorph as mm
-    from matmorph.models import resolve
+    from matmorph.models.resolve import resolve
 
     assert run("train", "out", "--data", "train.npz", "--out", "m.safetensors", "--provider", "cpu", "--lr", "0.05").code == 0
     model = resolve("train_models:net")
@@ -271,7 +271,7 @@ def test_what_trains_is_refused_with_its_place(run: Run, folder: Path) -> None:
 def test_training_needs_no_torch(folder: Path) -> None:
     arguments = ["train", str(folder / "out"), "--data", str(folder / "train.npz"), "--out", str(folder / "light.safetensors")]
     code = (
-        "import sys; from matmorph.cli import main\n"
+        "import sys; from matmorph.cli.main import main\n"
         f"try: main({arguments} + ['--provider', 'cpu'])\n"
         "except SystemExit as end: print(end.code)\n"
         "print([name for name in ('torch', 'onnx', 'yaml', 'sympy') if name in sys.modules])"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from matmorph import demo
-from matmorph.cli import main
+from matmorph.cli import demo
+from matmorph.cli.main import main
 from matmorph.errors import InputError
-from matmorph.models import EXAMPLE_SENTENCES, Model, calibration_sentences, tokenize
+from matmorph.models.resolve import EXAMPLE_SENTENCES, Model, calibration_sentences, tokenize
 
 SPEC = """
 version: 1

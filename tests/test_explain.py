@@ -7,7 +7,7 @@ import torch
 from handmade import EMPTY, GATED, SITES, gated_mlp, graph_of, later_stage, rules, site, sites_of, stage_of
 
 from matmorph.errors import InputError
-from matmorph.passes.explain import explain
+from matmorph.passes.selection.explain import explain
 
 STAGE = rules(
     'name: other, match: {role: "attention.*", layer: 0..1}',

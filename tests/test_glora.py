@@ -391,13 +391,13 @@ def test_mutants_die(name: str) -> None:
     with mutated(("methods.glora",), "methods.glora", old, new) as fresh:
         method = fresh["methods.glora"]
         spec = mm.load_spec({"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": {"glora": ALL}}]})
-        from matmorph.ir.matmuls import find_sites
-        from matmorph.ir.trace import trace
-        from matmorph.passes.rewrite import rewrite
+        from matmorph.ir.sites.matmuls import find_sites
+        from matmorph.ir.tracing.trace import trace
+        from matmorph.passes.rewriting.rewrite import rewrite
 
         graph = trace(model, (x,), ({0: "batch"},))
         result, _ = rewrite(graph, [(site, spec.rules[0]) for site in find_sites(graph)], {"glora": method.Glora()})
-    from matmorph.passes.adapters import with_values
+    from matmorph.passes.adapters.table import with_values
 
     g = torch.Generator().manual_seed(1)
     values = {c.path: 0.2 * torch.randn([int(d) for d in c.tensor.shape], generator=g) for c in result.state if ".glora." in c.path}

@@ -7,13 +7,13 @@ import torch
 from handmade import graph_of
 from zoo import ZOO
 
-from matmorph.ir import gradient
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.gradient_cleanup import simplify_gradient
-from matmorph.ir.losses import Loss
-from matmorph.ir.text import print_graph
-from matmorph.ir.trace import trace
+from matmorph.ir.text.printing import print_graph
+from matmorph.ir.tracing.trace import trace
+from matmorph.ir.training import gradient
+from matmorph.ir.training.gradient_cleanup import simplify_gradient
+from matmorph.ir.training.losses import Loss
 from matmorph.ir.verify import verify
 
 ROUNDING = 1e-12  # of the largest entry, in float64

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from zoo import ZOO, Entry
 
 from matmorph.errors import ExportError, InputError
-from matmorph.exporters.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.gradient import gradient_graph, loss_graph
-from matmorph.ir.losses import Loss, tensor_outputs
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
+from matmorph.ir.training.gradient import gradient_graph, loss_graph
+from matmorph.ir.training.losses import Loss, tensor_outputs
 from matmorph.ir.verify import verify
 from matmorph.specs.schema import Export
 
@@ -126,7 +126,7 @@ def test_signature() -> None:
 
 
 def test_same_input_same_text() -> None:
-    from matmorph.ir.text import print_graph
+    from matmorph.ir.text.printing import print_graph
 
     first, second = (print_graph(gradient_graph(*parts())) for _ in range(2))
     assert first == second

@@ -8,7 +8,7 @@ import pytest
 from differentiating import AXES, Op, check, check_onnx, x_of
 from gradient_cases import CASES, SHAPES
 
-from matmorph.ir.losses import Loss
+from matmorph.ir.training.losses import Loss
 
 MSE = Loss("mse")
 IN_DEFAULT = {"relu", "softmax", "log softmax", "slices", "select", "embedding padded"}

@@ -12,7 +12,7 @@ from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Range, Value
 from matmorph.ir.infer import Inference, propagate
-from matmorph.ir.text import parse_graph
+from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.types import ScalarType, TensorType, format_dim, parse_dim, symbol
 
 BATCH, SEQ = symbol("batch"), symbol("seq")

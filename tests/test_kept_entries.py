@@ -15,7 +15,7 @@ from mutating import mutated
 from test_optimizers import ALL, LR, NAMES, TOLERANCE, Formula
 
 from matmorph.errors import ExportError
-from matmorph.exporters import optimizers
+from matmorph.exporters.training import optimizers
 from matmorph.specs.optimizers import SGD, AdamW, AnyOptimizer, optimizer_name
 
 SEGMENTS = (40, 25)

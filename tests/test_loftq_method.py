@@ -15,7 +15,7 @@ from rewriting import LINEAR, graph_of, moment, only_site, rewritten, rule_of, r
 
 import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.methods import SiteStats
 
 TEXT = LINEAR.replace("12", "72").replace("10", "40")  # blocks of 16 and a short one

@@ -21,12 +21,12 @@ import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject
-from matmorph.ir.text import print_graph
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import print_graph
 from matmorph.passes.methods import Method, method_table
 from matmorph.passes.methods.lora import Lora, LoraSpec
-from matmorph.passes.rewrite import appraise, rewrite
+from matmorph.passes.rewriting.rewrite import appraise, rewrite
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import MethodUse, Rank
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from matmorph.errors import InputError
-from matmorph.ir import losses
 from matmorph.ir.core import Graph
-from matmorph.ir.gradient import gradient_graph, loss_graph
-from matmorph.ir.losses import Loss, label_inputs
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
+from matmorph.ir.training import losses
+from matmorph.ir.training.gradient import gradient_graph, loss_graph
+from matmorph.ir.training.losses import Loss, label_inputs
 from matmorph.ir.types import TensorType, symbol
 from matmorph.ir.verify import verify
 

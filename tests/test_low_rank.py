@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rewriting import LINEAR, METHODS, graph_of, low_rank, moment, only_site, rewritten, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError, SpecError
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Choice, Reject, Site, Statistic
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.methods import dense_cost, refuse_larger
 from matmorph.passes.methods.low_rank import LowRank
 
@@ -232,7 +232,7 @@ def test_seed_decides_and_repeats() -> None:
     site = only_site(graph)
 
     def factors(seed: int) -> torch.Tensor:
-        from matmorph.passes.rewrite import rewrite
+        from matmorph.passes.rewriting.rewrite import rewrite
 
         _, (outcome,) = rewrite(graph, [(site, rule_of(low_rank(8)))], METHODS, seed=seed)
         assert outcome.notes[0].startswith("randomized solver: proven within ")

@@ -16,12 +16,12 @@ from torch import nn
 from torch.export import Dim
 
 from matmorph.errors import ExportError
-from matmorph.exporters.cleanup import clean, name_everything
-from matmorph.exporters.folding import fold
-from matmorph.exporters.lowering import lower
-from matmorph.exporters.onnx_model import skeleton
+from matmorph.exporters.onnx.cleanup import clean, name_everything
+from matmorph.exporters.onnx.folding import fold
+from matmorph.exporters.onnx.lowering import lower
+from matmorph.exporters.onnx.onnx_model import skeleton
 from matmorph.ir.to_export import to_exported_program
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.specs.schema import Export
 
 ROUNDING = 1e-5  # float32 sums of at most 64 terms of size 1, in another order: 64 * 6e-8, and some room for the layers between

@@ -18,10 +18,10 @@ from zoo import ZOO
 import matmorph as mm
 from matmorph.errors import InputError, VerifyError
 from matmorph.ir.evaluate import bind, evaluate
-from matmorph.ir.text import print_graph
-from matmorph.passes.adapters import describe_adapters, joins, read_adapters
+from matmorph.ir.text.printing import print_graph
+from matmorph.passes.adapters.merging import factors_of, merge
+from matmorph.passes.adapters.table import describe_adapters, joins, read_adapters
 from matmorph.passes.linalg.quantize import Quantizer, quantize
-from matmorph.passes.merging import factors_of, merge
 from matmorph.passes.methods import method_table
 from matmorph.runtime import Session
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from matmorph.errors import InputError
-from matmorph.models import Model, calibration_sentences, minilm, read_calibration, resolve, tokenize
+from matmorph.models.resolve import Model, calibration_sentences, minilm, read_calibration, resolve, tokenize
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 

@@ -14,10 +14,10 @@ from gradient_cases import CASES, SHAPES
 
 import matmorph
 from matmorph.errors import VerifyError
-from matmorph.exporters import onnx_model
-from matmorph.ir import gradient
-from matmorph.ir.adjoints.table import RULES
-from matmorph.ir.losses import Loss
+from matmorph.exporters.onnx import onnx_model
+from matmorph.ir.training import gradient
+from matmorph.ir.training.adjoints.table import RULES
+from matmorph.ir.training.losses import Loss
 
 MSE = Loss("mse")
 ROOT = Path(matmorph.__file__).parent

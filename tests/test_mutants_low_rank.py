@@ -14,7 +14,7 @@ from mutating import UNCHANGED, Check, killer
 from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_of
 
 from matmorph.errors import RewriteError
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.methods import SiteStats
 
 MODULES = ("linalg.svd", "linalg.whiten", "methods.weights", "methods.low_rank", "rows", "fragment", "rewrite")

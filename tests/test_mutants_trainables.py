@@ -10,8 +10,8 @@ import pytest
 from mutating import mutated
 
 from matmorph.errors import SpecError
-from matmorph.ir.text import parse_graph
-from matmorph.passes import trainables
+from matmorph.ir.text.printing import parse_graph
+from matmorph.passes.adapters import trainables
 
 GRAPH = parse_graph("""graph device=cpu
 range batch 1..

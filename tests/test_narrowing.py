@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.narrowing import narrow
-from matmorph.ir.text import print_graph
-from matmorph.ir.trace import trace
+from matmorph.ir.text.printing import print_graph
+from matmorph.ir.tracing.trace import trace
+from matmorph.ir.training.narrowing import narrow
 from matmorph.ir.verify import verify
 
 ROUNDING = 1e-12  # of float64 sums of at most 64 terms, in another order

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from matmorph.ir import trace as tracing
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing import trace as tracing
+from matmorph.ir.tracing.trace import trace
 
 AXES = ({0: "batch", 1: "seq"},)
 

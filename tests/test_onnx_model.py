@@ -17,9 +17,9 @@ from zoo import ZOO
 
 from matmorph.errors import ExportError
 from matmorph.exporters.data_file import DATA
-from matmorph.exporters.onnx_model import MODEL, Port, export_onnx
+from matmorph.exporters.onnx.onnx_model import MODEL, Port, export_onnx
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.ir.types import TensorType
 from matmorph.specs.schema import Export
 

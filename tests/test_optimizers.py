@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from matmorph.errors import ExportError
-from matmorph.exporters import optimizers
+from matmorph.exporters.training import optimizers
 from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, optimizer_name
 
 SEGMENTS = (7, 40, 3, 10)

@@ -13,9 +13,9 @@ from exporting import randn, seeded
 from test_budget import ALL, DATA, MATRICES, WHITE, Net
 
 import matmorph as mm
-from matmorph.cli import main
+from matmorph.cli.main import main
 from matmorph.errors import InputError, SpecError
-from matmorph.passes import deciding
+from matmorph.passes.budget import decide as deciding
 
 AXES = {"x": {0: "batch", 1: "seq"}}
 ANY = {"any_of": [WHITE, "keep"]}

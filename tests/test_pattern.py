@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from zoo import ZOO
 
 from matmorph.errors import SpecError
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site
-from matmorph.ir.trace import trace
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
 from matmorph.specs.conditions import ROLES
 from matmorph.specs.pattern import parse_pattern
 from matmorph.specs.pattern_match import find, operator_counts

@@ -13,9 +13,9 @@ from exporting import Mlp, answers, difference, mlp_graph, randn, seeded
 
 from matmorph.errors import CheckError, InputError, RewriteError, SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph, inspect_graph, plan_graph
 from matmorph.report.model import Report, SiteRow

@@ -14,10 +14,10 @@ from exporting import LEVELS, randn, session
 from quantised import ROUNDING, Quantised, Weight, codebook, error, uniform
 from torch import Tensor, nn
 
-from matmorph.exporters.onnx_model import MODEL, export_onnx
-from matmorph.exporters.quantized import KERNELS
+from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.quantized import KERNELS
 from matmorph.ir.core import Graph
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.specs.schema import Export
 
 HALF = 2e-3  # of the largest result: dY, scales and the sum rounded to 11 bits

@@ -14,14 +14,15 @@ from quantised import ROUNDING, Quantised, Weight, codebook, error, expected, un
 from torch import Tensor
 
 from matmorph.errors import VerifyError
-from matmorph.ir import quant_dense, quant_ops
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Range
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.ops import base_name, normalize, op_name, resolve
-from matmorph.ir.text import parse_graph, print_graph
+from matmorph.ir.quantised import dense as quant_dense
+from matmorph.ir.quantised import ops as quant_ops
+from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.ir.types import format_dim
 from matmorph.ir.verify import verify
 from matmorph.passes.linalg.codebook import CODEBOOK_BITS, normal_float

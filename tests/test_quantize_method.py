@@ -19,12 +19,12 @@ from torch import nn
 import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Choice, Reject
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.kernel_costs import kernel_notes
 from matmorph.passes.linalg.quantize import Quantizer
 from matmorph.passes.methods import method_table
-from matmorph.passes.rewrite import rewrite
+from matmorph.passes.rewriting.rewrite import rewrite
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import Export
 

@@ -14,9 +14,9 @@ from rewriting import graph_of, rule_of, run
 from torch import nn
 
 import matmorph as mm
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.verify import verify
-from matmorph.passes.rewrite import rewrite
+from matmorph.passes.rewriting.rewrite import rewrite
 
 TABLE = """graph device=cpu
 range b 1..

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from matmorph.errors import InputError, RewriteError, VerifyError
 from matmorph.ir.core import Graph, Value
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
-from matmorph.ir.text import print_graph
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import print_graph
 from matmorph.passes import methods
 from matmorph.passes.methods import Error, FragmentBuilder, Method, dense_cost
-from matmorph.passes.rewrite import appraise, build, refuse_impossible, rewrite, splice
+from matmorph.passes.rewriting.rewrite import appraise, build, refuse_impossible, rewrite, splice
 from matmorph.specs.schema import MethodUse
 
 FULL = rule_of(low_rank({"energy": 1.0}), force=True)

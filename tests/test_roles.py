@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
-from matmorph.ir.matmuls import find_sites
-from matmorph.ir.trace import trace
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
 
 WIDTH, HEADS, INNER = 8, 2, 12
 Step = Callable[..., torch.Tensor]

@@ -17,7 +17,7 @@ from supernets import WORDS, supernet
 from tiny_training import batch, write_training
 
 import matmorph as mm
-from matmorph.cli import main
+from matmorph.cli.main import main
 from matmorph.runtime import CheckpointError, InputMismatch, SearchSettings, Session, Trainer, search
 from matmorph.runtime.evolution import SearchResult, candidates, evolve
 from matmorph.runtime.supernet import Configuration

@@ -6,7 +6,7 @@ import pytest
 from handmade import EMPTY, GATED, SITES, gated_mlp, graph_of, later_stage, rules, site, sites_of, stage_of
 
 from matmorph.errors import SpecError
-from matmorph.passes.select import select
+from matmorph.passes.selection.select import select
 
 
 def message(error: pytest.ExceptionInfo[SpecError], tmp_path) -> list[str]:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
-from matmorph.passes import sensitivity as felt
+from matmorph.ir.tracing.trace import trace
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import loftq
 from matmorph.passes.linalg.quantize import Quantizer, quantize
 from matmorph.passes.linalg.whiten import project, whitening_factor
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph
-from matmorph.passes.rows import apply, row_view, undo
+from matmorph.passes.rewriting.row_view import apply, row_view, undo
+from matmorph.passes.statistics import sensitivity as felt
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import Calibration, Spec, Train
 

@@ -9,11 +9,11 @@ import torch
 
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.matmul_forms import weight_first
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Application, Site
-from matmorph.ir.text import parse_graph
-from matmorph.ir.trace import trace
+from matmorph.ir.sites.matmul_forms import weight_first
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import parse_graph
+from matmorph.ir.tracing.trace import trace
 
 # name: (statements, sites as "path form layout OUTxIN applications [xBATCH]", inputs' sizes are those of the text with batch = 3)
 FORMS = {

@@ -12,9 +12,9 @@ import torch
 from exporting import Mlp, randn, seeded
 from torch import nn
 
-from matmorph.exporters.onnx_model import export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Graph
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import compile_graph, plan_graph
 from matmorph.passes.sizes import exported_sizes, item_size

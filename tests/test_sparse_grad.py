@@ -25,8 +25,8 @@ from torch.nn import functional
 import matmorph as mm
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.gradient import gradient_graph
-from matmorph.ir.losses import Loss
+from matmorph.ir.training.gradient import gradient_graph
+from matmorph.ir.training.losses import Loss
 from matmorph.passes.linalg import hosvd
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.methods import sparse_grad as real
@@ -379,8 +379,8 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_merged_without_the_model(tmp_path: Path) -> None:
-    from matmorph.lifecycle import merged_job
-    from matmorph.reopening import reopen
+    from matmorph.folders.after_training import merged_job
+    from matmorph.folders.open import reopen
 
     found = compiled({"keep": 20})
     trainer = trainer_of(found, tmp_path / "t")
@@ -540,7 +540,7 @@ def built(module: ModuleType, spec: Any, stats: Any = None) -> tuple[Any, dict[s
 
 
 def with_delta(graph: Any, seed: int = 4) -> tuple[Any, Tensor]:
-    from matmorph.passes.adapters import with_values
+    from matmorph.passes.adapters.table import with_values
 
     delta = next(const for const in graph.state if const.path.endswith(".delta"))
     value = torch.randn([int(d) for d in delta.tensor.shape], generator=torch.Generator().manual_seed(seed))

@@ -18,8 +18,8 @@ from torch.nn.functional import mse_loss
 
 import matmorph as mm
 from matmorph.errors import InputError
+from matmorph.passes.adapters.supernet import spec_of
 from matmorph.passes.methods import glora
-from matmorph.passes.supernet import spec_of
 from matmorph.runtime import ArtifactError, InputMismatch, Trainer
 from matmorph.runtime.supernet import Chooser
 

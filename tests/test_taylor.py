@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site
-from matmorph.passes.axes import HEADS, QK, WIDTH, V
-from matmorph.passes.blocks import find_blocks
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.methods.block_scores import block_scores
-from matmorph.passes.taylor import taylor
+from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, V
+from matmorph.passes.pruning.find_blocks import find_blocks
+from matmorph.passes.statistics.taylor import taylor
 from matmorph.specs.schema import MethodUse, Train
 
 USE = MethodUse("transact", None)

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from matmorph.errors import InputError, VerifyError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Input, Node, Range, Signature, Value
-from matmorph.ir.text import format_arg, parse_graph, print_graph
-from matmorph.ir.text_scan import Scanner
-from matmorph.ir.text_tree import format_tree, parse_tree
+from matmorph.ir.text.printing import format_arg, parse_graph, print_graph
+from matmorph.ir.text.scan import Scanner
+from matmorph.ir.text.tree import format_tree, parse_tree
 from matmorph.ir.types import TensorType, parse_dim
 from matmorph.ir.verify import verify
 

@@ -16,7 +16,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.to_torch import CompiledModule, to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

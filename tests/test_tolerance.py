@@ -9,8 +9,8 @@ import pytest
 
 from matmorph.errors import CheckError, Position, SpecError
 from matmorph.ir.site import Reject
-from matmorph.passes.rewrite import Outcome
-from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
+from matmorph.passes.rewriting.rewrite import Outcome
+from matmorph.passes.rewriting.tolerance import hold, refuse_rejects, refuse_unmeasured
 from matmorph.specs.schema import Tolerance
 
 AT = Position("s.yaml", 9, 12)

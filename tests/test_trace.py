@@ -11,7 +11,7 @@ from torch import nn
 from matmorph.errors import InputError, TraceError
 from matmorph.ir.core import Range
 from matmorph.ir.evaluate import bind, evaluate
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 
 NAMED = ({0: "batch"},)
 

@@ -9,10 +9,10 @@ from torch import nn
 from matmorph.api import load_spec
 from matmorph.errors import SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
+from matmorph.passes.adapters.trainables import method_of, resolve, selectors
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import compile_graph
-from matmorph.passes.trainables import method_of, resolve, selectors
 from matmorph.specs.schema import ParameterSelector
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional
 import matmorph as mm
 from matmorph.api import Compiled
 from matmorph.errors import CheckError, InputError, MatmorphError, SpecError
-from matmorph.ir.text import parse_graph, print_graph
+from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.runtime.check import check
 from matmorph.runtime.train_manifest import read_train_manifest
 
@@ -335,7 +335,7 @@ def test_every_form_of_a_model_has_checked_training_graphs(name: str, tmp_path: 
 
 
 def test_a_wrong_gradient_is_not_written(net: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matmorph.exporters import prepare_training
+    from matmorph.exporters.training import prepare_training
 
     right = prepare_training.gradient_graph
     monkeypatch.setattr(prepare_training, "gradient_graph", lambda graph, consts, loss, keep: right(graph, consts[::-1], loss, keep))

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pruning import batches, compiled, matrix, positions_of, pruned, run, silenced, spec_of
 from rewriting import graph_of, moment, weights_of
 
-from matmorph.ir.matmuls import find_sites
-from matmorph.ir.text import print_graph
-from matmorph.passes.axes import WIDTH
-from matmorph.passes.blocks import find_blocks
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import print_graph
 from matmorph.passes.linalg.refit import refit
 from matmorph.passes.methods.transact import Transact, TransactSpec
+from matmorph.passes.pruning.axes import WIDTH
+from matmorph.passes.pruning.find_blocks import find_blocks
 from matmorph.specs.notations import Width
 
 

@@ -20,7 +20,7 @@ from zoo import ZOO, hugging_face
 
 import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
-from matmorph.ir.matmuls import find_sites
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.methods.tt_lora import two_factor_form
 
 METHOD = METHODS["tt_lora"]

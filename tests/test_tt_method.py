@@ -388,7 +388,7 @@ def test_clamps_are_notes_and_errors_when_strict(tmp_path: Path, monkeypatch: py
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from matmorph.cli import main
+    from matmorph.cli.main import main
 
     spec = spec_file(tmp_path, monkeypatch, "{tt: {rank: [2, 2, 2]}}")
     with pytest.raises(SystemExit) as caught:

@@ -15,7 +15,7 @@ from matmorph.errors import InputError
 from matmorph.exporters.vectors import check_vectors, widened
 from matmorph.ir.core import Range
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 
 
 class Tokens(nn.Module):

@@ -10,8 +10,8 @@ from random_graphs import graphs
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Graph, Node, Value
-from matmorph.ir.text import parse_graph, print_graph
-from matmorph.ir.text_tree import default_specs
+from matmorph.ir.text.printing import parse_graph, print_graph
+from matmorph.ir.text.tree import default_specs
 from matmorph.ir.types import TensorType, parse_dim
 from matmorph.ir.verify import retype, verify
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 
-from matmorph.ir.text import parse_graph
+from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.view import to_networkx
 
 TEXT = """graph device=cpu

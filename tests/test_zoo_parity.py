@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from zoo import ZOO, Entry
 
 from matmorph.api import load_spec
-from matmorph.exporters.onnx_model import export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind, evaluate
 from matmorph.ir.to_torch import to_torch
-from matmorph.ir.trace import trace
+from matmorph.ir.tracing.trace import trace
 from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph
 from matmorph.specs.schema import Export

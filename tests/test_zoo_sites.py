@@ -10,9 +10,9 @@ import torch
 from zoo import ZOO, Entry
 
 from matmorph.ir.core import Const, Graph, Input, Node, Value, map_values
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Site
-from matmorph.ir.trace import trace
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
 
 pytestmark = pytest.mark.no_cover
 """What runs here is covered by the tests of its parts; the tracer of the coverage would take two fifths of the time."""

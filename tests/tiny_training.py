@@ -15,7 +15,7 @@ import onnx
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 
-from matmorph.exporters.optimizers import STATES, optimizer_model
+from matmorph.exporters.training.optimizers import STATES, optimizer_model
 from matmorph.specs.optimizers import AdamW, AnyOptimizer, optimizer_name
 
 IN, OUT = 4, 3

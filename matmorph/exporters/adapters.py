@@ -22,9 +22,9 @@ from matmorph.errors import ExportError, InputError
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
-from matmorph.passes.adapters import Adapter, Join, consts_of, joins, swept
+from matmorph.passes.adapters.table import Adapter, Join, consts_of, joins, swept
+from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.methods.tt_lora import two_factor_form
-from matmorph.passes.trainables import method_of
 
 PARTS = ("down", "up")
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -19,11 +19,11 @@ import numpy as np
 
 from matmorph.errors import InputError, VerifyError
 from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
-from matmorph.exporters.lowering import Lowerings
-from matmorph.exporters.onnx_model import MODEL, OnnxInfo, Port, write_model
+from matmorph.exporters.onnx.lowering import Lowerings
+from matmorph.exporters.onnx.onnx_model import MODEL, OnnxInfo, Port, write_model
 from matmorph.exporters.vectors import Case
 from matmorph.ir.core import Graph
-from matmorph.ir.text import print_graph
+from matmorph.ir.text.printing import print_graph
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export

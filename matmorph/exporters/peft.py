@@ -25,7 +25,7 @@ from torch import Tensor
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.adapters import two_factors_of
 from matmorph.exporters.artifact import json_bytes, staged_folder
-from matmorph.passes.adapters import Adapter
+from matmorph.passes.adapters.table import Adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

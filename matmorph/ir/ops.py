@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-import matmorph.ir.quant_ops  # noqa: F401  (registers the torch library `matmorph`)
+import matmorph.ir.quantised.ops  # noqa: F401  (registers the torch library `matmorph`)
 from matmorph.errors import VerifyError, did_you_mean
 from matmorph.ir.core import Arg
 

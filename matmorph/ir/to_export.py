@@ -29,7 +29,7 @@ from torch.export.graph_signature import (
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
 from matmorph.ir.infer import Inference, propagate
 from matmorph.ir.ops import resolve
-from matmorph.ir.trace import quiet
+from matmorph.ir.tracing.trace import quiet
 
 _KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "constant": InputKind.CONSTANT_TENSOR}
 

@@ -13,7 +13,7 @@ from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.evaluate import bind, last_uses, run_node
 from matmorph.ir.exchange import exchanged
-from matmorph.ir.text import parse_graph, print_graph
+from matmorph.ir.text.printing import parse_graph, print_graph
 
 
 class CompiledModule(torch.nn.Module):

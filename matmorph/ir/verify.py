@@ -16,7 +16,7 @@ from typing import Any
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Arg, Graph, Node, Value, map_values, values_in
 from matmorph.ir.infer import Inference, called_bodies, infer_node
-from matmorph.ir.text import statements
+from matmorph.ir.text.printing import statements
 
 _AROUND = 5
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matmorph.passes.rewrite import Outcome
+from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import Export
 
 _ROWS = (1, 16, 256)

@@ -15,23 +15,23 @@ import torch
 
 from matmorph.errors import InputError, MatmorphError, RewriteError, SpecError
 from matmorph.ir.core import Graph
-from matmorph.ir.matmuls import find_sites
 from matmorph.ir.site import Reject, Site, Statistic
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.verify import verify
-from matmorph.passes.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
-from matmorph.passes.budget import Decided, verdict
-from matmorph.passes.calibrate import calibrate
-from matmorph.passes.deciding import Open, closed_part, decided, is_open, planned_notes, without_labels
+from matmorph.passes.budget.account import Decided, verdict
+from matmorph.passes.budget.decide import Open, closed_part, decided, is_open, planned_notes, without_labels
+from matmorph.passes.budget.pays import refuse_slow
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods import Method, SiteStats
-from matmorph.passes.pays import refuse_slow
-from matmorph.passes.preliminary import refuse_without_train, with_gradients
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
-from matmorph.passes.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
-from matmorph.passes.select import Selection, layer_count, select
-from matmorph.passes.sensitivity import Sensitivity, sensitivity, with_moments
-from matmorph.passes.taylor import refuse_without_loss, with_taylor
-from matmorph.passes.tolerance import hold, refuse_rejects, refuse_unmeasured
+from matmorph.passes.rewriting.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
+from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
+from matmorph.passes.rewriting.tolerance import hold, refuse_rejects, refuse_unmeasured
+from matmorph.passes.selection.select import Selection, layer_count, select
+from matmorph.passes.statistics.calibrate import calibrate
+from matmorph.passes.statistics.sensitivity import Sensitivity, sensitivity, with_moments
+from matmorph.passes.statistics.taylor import refuse_without_loss, with_taylor
+from matmorph.passes.statistics.weight_gradients import refuse_without_train, with_gradients
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves

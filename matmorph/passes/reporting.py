@@ -8,13 +8,13 @@ from typing import Any
 
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
+from matmorph.passes.adapters.sparse_updates import inference_graph
+from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.kernel_costs import kernel_notes
 from matmorph.passes.methods import dense_cost
-from matmorph.passes.rewrite import Outcome
-from matmorph.passes.select import Claim
+from matmorph.passes.rewriting.rewrite import Outcome
+from matmorph.passes.selection.select import Claim
 from matmorph.passes.sizes import exported_sizes, item_size
-from matmorph.passes.sparse_updates import inference_graph
-from matmorph.passes.trainables import method_of
 from matmorph.report.model import Pair, PartRow, SiteRow, Totals
 from matmorph.specs.schema import Export, Rank
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from matmorph.errors import InputError
 from matmorph.exporters.artifact import AFTER, BEFORE
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
-from matmorph.ir.matmuls import find_sites
-from matmorph.ir.text import format_node, format_value, parse_graph
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.text.printing import format_node, format_value, parse_graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from matmorph.report.charts import Frame, dot, path, text, tick_text, ticks, x_a
 from matmorph.report.table import count, error_text, size
 
 if TYPE_CHECKING:
-    from matmorph.passes.front import Front, Point
+    from matmorph.passes.budget.pareto import Front, Point
 
 DATA, PICTURE = "pareto.json", "pareto.svg"
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.site import Site
-from matmorph.passes.axes import HEADS, QK, WIDTH, Concat, Counts, Kept, Product, V, size_of, totals, units_of
-from matmorph.passes.blocks import Block
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.methods.weights import readable
+from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Concat, Counts, Kept, Product, V, size_of, totals, units_of
+from matmorph.passes.pruning.find_blocks import Block
 
 Scores: TypeAlias = Mapping[str, Tensor]
 """By unit: float64 [n], or [heads, n] where each key/value head keeps its own."""

@@ -1,0 +1,254 @@
+"""`matmorph merge` and `matmorph adapter`: what becomes of adapters after training. Heavy imports happen inside the commands.
+
+DIR is a folder with training graphs (`compile --train`): it keeps the graph, the base's weights and where the adapters started. TRAINED is
+what training gave: a .safetensors file of `matmorph train`, a checkpoint, an .onnx_adapter file or a PEFT folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from matmorph.errors import InputError
+
+if TYPE_CHECKING:
+    from matmorph.folders.save import Job
+    from matmorph.passes.adapters.merging import Merged
+    from matmorph.passes.adapters.table import Adapter
+
+adapter_app = typer.Typer(help="Adapters: files for ONNX Runtime and PEFT, switched and merged.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder with training graphs (compile --train).")]
+Trained = Annotated[
+    Path | None, typer.Option("--trained", metavar="FILE", help="Trained values: .safetensors, checkpoint, .onnx_adapter or a PEFT folder.")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="PATH", help="What to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace it where it exists.")]
+Prefix = Annotated[str, typer.Option("--prefix", metavar="PATH.", help="Leading part of our paths that PEFT's model does not have.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def merge_command(
+    folder: Folder,
+    out: Out,
+    trained: Trained = None,
+    configuration: Annotated[
+        Path | None, typer.Option("--configuration", metavar="FILE", help="Of a supernet: what `matmorph search` found (search.json).")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge the adapters of DIR into its weights and write a plain model.
+
+    A dense weight takes them in exactly, a quantised one is quantised anew; the error of each is listed. The result is checked as compile
+    checks it."""
+    from matmorph.exporters.artifact import refuse_existing
+    from matmorph.folders.after_training import merged_job
+    from matmorph.folders.save import save
+    from matmorph.passes.pipeline import silent
+
+    refuse_existing(out, force)
+    job, adapters, values = _opened(folder, trained)
+    chosen = None if configuration is None else read_configuration(configuration)
+    merged, found = merged_job(job, adapters, values or None, chosen)
+    report = save(out, merged, force, silent)
+    if as_json:
+        parity = None if report.parity is None else asdict(report.parity)
+        print(json.dumps({"folder": str(out), "sites": [asdict(line) for line in found], "parity": parity}, indent=2))
+        return
+    _print_merged(found)
+    print(f"wrote {out}/ (check it anywhere with: matmorph verify {out})")
+
+
+adapter_app.command(name="merge")(merge_command)
+
+
+@adapter_app.command(name="save")
+def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force = False) -> None:
+    """Write trained adapters of DIR as one .onnx_adapter file.
+
+    Sessions of a model with `export.adapters: inputs` load it."""
+    from matmorph.folders.after_training import save_adapters
+
+    _refuse_file(out, force)
+    job, adapters, values = _opened(folder, trained)
+    with _readable():
+        fingerprint = save_adapters(job, adapters, values, str(trained or folder), out)
+    print(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
+
+
+@adapter_app.command(name="load")
+def load_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model with `export.adapters: inputs`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An .onnx_adapter file.")],
+    as_json: Json = False,
+) -> None:
+    """Check FILE against the model in DIR and list its ranks.
+
+    Needs no torch."""
+    from matmorph.runtime.adapters import load_adapter, read_slots
+    from matmorph.runtime.manifest import read_manifest
+
+    with _readable():
+        adapter = load_adapter(file, read_slots(read_manifest(folder).adapters, str(folder)))
+    if as_json:
+        print(json.dumps({"file": str(file), "ranks": dict(adapter.ranks)}, indent=2))
+        return
+    for site, rank in adapter.ranks.items():
+        print(f"{site}: rank {rank}")
+    print(f"{file}: fits {folder} ({len(adapter.ranks)} pairs of factors)")
+
+
+@adapter_app.command(name="switch")
+def switch_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model with `export.adapters: inputs`.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapters to switch between.")],
+    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help="cpu or cuda; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the check inputs of DIR with each adapter in turn, in one session.
+
+    Prints how far each moves the outputs, and that the base comes back. Needs no torch."""
+    from matmorph.runtime.check import difference, read_cases
+    from matmorph.runtime.session import Session
+
+    with _readable():
+        session = Session(folder, provider)
+        feeds = read_cases(folder, session.manifest)[0].inputs
+        adapters = [session.load_adapter(file) for file in files]
+        base = session.run(feeds)
+        answers = [session.run(feeds, adapter=adapter) for adapter in adapters]
+        again = session.run(feeds)
+    moved = {str(file): max(difference(answer[name], base[name]) for name in base) for file, answer in zip(files, answers, strict=True)}
+    back = max(difference(again[name], base[name]) for name in base)
+    if as_json:
+        print(json.dumps({"moved": moved, "base_difference": back}, indent=2))
+        return
+    for file, distance in moved.items():
+        print(f"{file}: outputs move by {distance:.3g} (relative to the base's largest)")
+    print(f"one session, {len(files)} adapters; the base afterwards differs by {back:.3g}")
+
+
+@adapter_app.command(name="unmerge")
+def unmerge_command(
+    folder: Folder,
+    merged: Annotated[Path, typer.Option("--merged", metavar="DIR2", help="The folder that `matmorph merge` wrote from DIR.")],
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Get the adapters back: factors of what DIR2's weights have more than the stored base in DIR.
+
+    They are exact but for the rounding of the merged weights."""
+    from matmorph.folders.unmerging import unmerge_files
+
+    _refuse_file(out, force)
+    job, adapters, _ = _opened(folder, None)
+    lines = unmerge_files(job.graph, adapters, merged, out)
+    for site, rest in lines.items():
+        print(f"{site}: {rest:.2e} of the difference is not in the factors")
+    print(f"wrote {out}")
+
+
+@adapter_app.command(name="to-peft")
+def to_peft_command(
+    folder: Folder,
+    out: Out,
+    trained: Trained = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", metavar="NAME", help="What PEFT is to load them beside.")] = None,
+    prefix: Prefix = "",
+) -> None:
+    """Write the LoRA adapters of DIR as a PEFT folder."""
+    from matmorph.exporters.peft import write_peft
+
+    job, adapters, values = _opened(folder, trained)
+    own = {name for adapter in adapters for name in adapter.consts.values()}
+    start = {const.path: const.load() for const in job.graph.state if const.path in own}
+    write_peft(out, adapters, {**start, **values}, initial=start, base_model=base_model, prefix=prefix)
+    print(f"wrote {out}/ ({len(adapters)} modules)")
+
+
+@adapter_app.command(name="from-peft")
+def from_peft_command(
+    folder: Folder,
+    source: Annotated[Path, typer.Argument(metavar="PEFT", help="A folder that PEFT saved.")],
+    out: Out,
+    prefix: Prefix = "",
+    force: Force = False,
+) -> None:
+    """Read a PEFT folder as trained values of DIR (.safetensors) or as an .onnx_adapter file, by the ending of --out.
+
+    An .onnx_adapter file may have any rank."""
+    from safetensors.torch import save_file
+
+    from matmorph.exporters.adapters import adapter_arrays, serve
+    from matmorph.exporters.peft import read_peft
+    from matmorph.passes.adapters.table import with_values
+    from matmorph.runtime.adapters import read_slots, save_adapter
+
+    _refuse_file(out, force)
+    job, adapters, _ = _opened(folder, None)
+    values = read_peft(source, adapters, prefix=prefix)
+    if out.suffix == ".onnx_adapter":
+        served = serve(job.graph, adapters, job.spec.export.precision)
+        with _readable():
+            save_adapter(out, adapter_arrays(adapters, values), read_slots(served.to_dict(), str(folder)))
+    else:
+        with_values(job.graph, values, str(source))  # refuses what the model does not take
+        save_file(values, out)
+    print(f"wrote {out} ({len(values) // 2} modules)")
+
+
+# ---- shared by the commands
+
+
+def read_configuration(path: Path) -> Mapping[str, Mapping[str, str]]:
+    """The configuration that a search found, or a JSON file that holds one alone. InputError for a file that is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    found = data.get("configuration", data) if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(words, dict) for words in found.values()):
+        raise InputError(f"{path}: holds no configuration ({{site: {{tensor: word}}}})")
+    return found
+
+
+def _opened(folder: Path, trained: Path | None) -> tuple[Job, tuple[Adapter, ...], Mapping[str, Any]]:
+    from matmorph.folders.open import read_trained, reopen
+
+    job, adapters = reopen(folder)
+    return job, adapters, read_trained(folder, job.graph, adapters, trained)
+
+
+def _refuse_file(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder")
+    if path.exists() and not force:
+        raise InputError(f"{path}: the file exists", ["choose another name, or replace it with --force"])
+
+
+def _print_merged(found: Sequence[Merged]) -> None:
+    for line in found:
+        how = "dense" if line.quantizer is None else f"quantised anew ({line.quantizer['quantizer']})"
+        print(
+            f"{line.site}: {' + '.join(line.methods)} merged, {how}, error {line.error:.2e}, the update is {line.change:.2e} of the weight"
+        )
+    worst = max(found, key=lambda line: line.error)
+    print(f"{len(found)} sites merged; largest error {worst.error:.2e} ({worst.site})")
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Errors of the runtime as those that the command line prints."""
+    from matmorph.runtime.errors import SessionError
+
+    try:
+        yield
+    except SessionError as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,351 @@
+"""The command line. Heavy imports happen inside the commands, so that `matmorph --help` answers at once.
+
+Exit codes: 0 done, 1 a check failed, 2 the input is wrong. An error is printed on stderr as plain lines, its first line never wrapped;
+`--debug` anywhere on the line shows the Python traceback as well. With `--json` stdout holds JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+
+import typer
+
+from matmorph.cli.adapters import adapter_app, merge_command
+from matmorph.cli.report import compare_command, diff_command, report_command
+from matmorph.cli.search import search_command
+from matmorph.cli.train import train_command
+from matmorph.errors import InputError, MatmorphError
+
+if TYPE_CHECKING:
+    from matmorph.models.resolve import Inputs, Model
+    from matmorph.passes.budget.pareto import Front
+    from matmorph.report.model import Report
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""(stage, done, total); total None = unknown."""
+
+app = typer.Typer(
+    name="matmorph",
+    help="Rewrite the matmuls of a trained torch model by a YAML spec, check the result, export it to ONNX.",
+    epilog="MODEL: minilm | a Hugging Face folder | package.module:factory | FILE.pt2. --debug with any command shows tracebacks.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True)
+app.add_typer(specs_app, name="specs")
+app.command(name="train")(train_command)
+app.command(name="search")(search_command)
+app.command(name="merge", short_help="Merge adapters into the weights of DIR.")(merge_command)
+app.add_typer(adapter_app, name="adapter")
+app.command(name="report", short_help="Draw report.html of DIR anew, with times.")(report_command)
+app.command(name="compare", short_help="Two folders side by side.")(compare_command)
+app.command(name="diff", short_help="The graph around one matmul before and after.")(diff_command)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face folder, package.module:factory or FILE.pt2.")]
+SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Every = Annotated[bool, typer.Option("--all", help="List every site of a long model.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from matmorph import __version__
+
+        print(f"matmorph {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    """Options before the command; `version` is dealt with by its callback."""
+
+
+@app.command(name="inspect")
+def inspect_command(model: ModelName, every: Every = False, as_json: Json = False) -> None:
+    """List every matmul site of MODEL.
+
+    Path, role, form, shape, parameters and number of uses."""
+    from matmorph import api
+    from matmorph.report.table import print_inspect
+
+    found = _resolve(model)
+    report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes)
+    _show(report, as_json, every, print_inspect)
+
+
+@app.command()
+def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json = False) -> None:
+    """Say what SPEC would do and cost.
+
+    Rows and totals like those of compile, without errors: no weight is read."""
+    from matmorph import api
+    from matmorph.report.table import print_plan
+
+    loaded = api.load_spec(spec)
+    found = _resolve(model)
+    report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes)
+    _show(report, as_json, every, print_plan)
+
+
+@app.command()
+def explain(
+    model: ModelName,
+    spec: SpecName,
+    node: Annotated[str, typer.Option("--node", metavar="PATH", help="Path of a site, as `matmorph inspect` prints it.")],
+    as_json: Json = False,
+) -> None:
+    """Say why a site is (not) rewritten.
+
+    Each rule in order, condition by condition, with the values that decided."""
+    from matmorph import api
+
+    loaded = api.load_spec(spec)
+    found = _resolve(model)
+    explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node)
+    print(json.dumps(explanation.to_dict(), indent=2) if as_json else "\n".join(explanation.lines()))
+
+
+@app.command(name="compile")
+def compile_command(
+    model: ModelName,
+    spec: SpecName,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help=".npz or .safetensors keyed by input name, first axis = samples.")
+    ] = None,
+    train: Annotated[
+        bool | None, typer.Option("--train/--no-train", help="Write training graphs too; by default where SPEC has train:.")
+    ] = None,
+    pareto: Annotated[
+        int | None, typer.Option("--pareto", metavar="N", help="Also the smallest errors at N sizes: table, pareto.json, pareto.svg.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
+    every: Every = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite MODEL by SPEC and write DIR.
+
+    The result is checked against torch on ONNX Runtime first; where a check fails nothing is written."""
+    from matmorph import api
+    from matmorph.exporters.artifact import refuse_existing
+    from matmorph.passes.budget.pareto import refuse_unswept
+    from matmorph.report.table import print_plan
+
+    refuse_existing(out, force)
+    loaded = api.load_spec(spec)
+    if train and loaded.train is None:
+        raise InputError(f"--train: {spec} says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
+    if pareto is not None:
+        refuse_unswept(loaded, pareto)
+    found = _resolve(model)
+    batches = _calibration(found, calibration)
+    with progress_bars(quiet=as_json) as show:
+        compiled = api.compile(found.module, loaded, found.example_inputs, found.dynamic_shapes, calibration=batches, progress=show)
+        front = None if pareto is None else compiled.pareto(pareto)
+        folder = compiled.save(out, force=force, train=train, pareto=front)
+    _show(compiled.report, as_json, every, print_plan)
+    if not as_json:
+        if front is not None:
+            _print_front(front)
+        _print_saved(folder, compiled.report)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Check a written folder on this machine.
+
+    Files, hashes, and outputs under this machine's ONNX Runtime; needs no torch."""
+    from matmorph.runtime import check as checking
+    from matmorph.runtime.errors import SessionError
+
+    if not as_json:
+        raise typer.Exit(checking.main([str(folder)]))
+    try:
+        result = checking.check(folder)
+    except SessionError as error:
+        raise InputError(str(error)) from error
+    print(json.dumps({"ok": result.ok, **asdict(result)}, indent=2))
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write; an earlier demo result is replaced.")] = Path(
+        "out"
+    ),
+    spec: Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")] = "low-rank-60",
+) -> None:
+    """Take a real model through everything.
+
+    The embedded sentence encoder: compile, export, check, compare with the original."""
+    from matmorph.cli.demo import run_demo
+
+    with progress_bars() as show:
+        finish = run_demo(out, spec, show)
+    finish()
+
+
+@specs_app.command(name="list")
+def specs_list() -> None:
+    """Names of the library specs, and what each makes of MiniLM (measured by benchmarks/gallery.py)."""
+    from matmorph.specs.gallery import dense_line, figures, figures_line
+    from matmorph.specs.load import library_names, library_text
+
+    texts = {name: library_text(name) for name in library_names()}
+    measured = figures(texts)
+    for name, text in texts.items():
+        print(name)
+        print(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(figures_line(measured.get(name)), width=79, initial_indent="  ", subsequent_indent="  "))
+    print(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
+
+
+@specs_app.command(name="show")
+def specs_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a library spec."""
+    from matmorph.specs.load import library_text
+
+    print(library_text(name), end="")
+
+
+@specs_app.command(name="check")
+def specs_check(file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a library spec.")]) -> None:
+    """Check a spec without a model.
+
+    Syntax, keys, values and `extends`."""
+    from matmorph import api
+
+    spec = api.load_spec(file)
+    rules = [rule for stage in spec.stages for rule in stage.rules]
+    methods = sorted({use.method for rule in rules for use in rule.rewrite})
+    print(f"{file}: fine ({len(rules)} rule{'s' if len(rules) != 1 else ''}; methods: {', '.join(methods) or 'none'})")
+
+
+@specs_app.command(name="schema")
+def specs_schema() -> None:
+    """Print the JSON Schema of the language.
+
+    Editors use it for completion."""
+    from matmorph.passes.methods import method_table
+    from matmorph.specs.json_schema import schema_text
+
+    print(schema_text(method_table()), end="")
+
+
+# ---- shared by the commands
+
+
+def _about(text: str) -> str:
+    """The first sentence of a spec's opening comment, the line for the editor left out."""
+    comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    words = " ".join(line for line in comment if not line.startswith("yaml-language-server"))
+    return words.strip().split(". ")[0].rstrip(".") + "."
+
+
+def _resolve(name: str) -> Model:
+    from matmorph.models.resolve import resolve
+
+    return resolve(name)
+
+
+def _calibration(model: Model, file: Path | None) -> Any:
+    """Batches from the file, else the model's own, else None."""
+    from matmorph.models.resolve import read_calibration
+
+    batches: list[Inputs] | None = read_calibration(file, model) if file is not None else None
+    return batches if batches is not None else model.calibration
+
+
+def _show(report: Report, as_json: bool, every: bool, draw: Callable[..., None]) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    from matmorph.report.table import make_console
+
+    draw(make_console(), report, every)
+
+
+def _print_front(front: Front) -> None:
+    from matmorph.report.front import print_front
+    from matmorph.report.table import make_console
+
+    print_front(make_console(), front)
+
+
+def _print_saved(folder: Path, report: Report) -> None:
+    from matmorph.report.table import parity_line
+    from matmorph.runtime.train_manifest import TRAIN_MANIFEST, read_train_manifest
+
+    if report.parity is not None:
+        print(parity_line(report.parity))
+    print(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
+    if (folder / TRAIN_MANIFEST).is_file():
+        training = read_train_manifest(folder)
+        names = (
+            f"{training.length:,} numbers of {len(training.parameters)} parameters train ({training.loss}, {training.optimizer['name']})"
+        )
+        print(f"{names}: matmorph train {folder} --data FILE --out FILE.safetensors")
+
+
+@contextmanager
+def progress_bars(quiet: bool = False) -> Iterator[Progress | None]:
+    """A callable that draws bars on stderr, gone when done; None where stderr is no terminal or `quiet`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit. `arguments` None = those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app([word for word in given if word != "--debug"], prog_name="matmorph")
+    except MatmorphError as error:
+        _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug)
+    except Exception as error:
+        line = " ".join(str(error).split())
+        _fail(f"internal error (a bug in matmorph, not in your input): {type(error).__name__}: {line}\n  --debug shows where", 1, debug)
+    sys.exit(0)
+
+
+def _fail(text: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,217 @@
+"""A Graph as `model.onnx` + `model.onnx.data`: the skeleton is built on fake weights, then each weight is loaded, cast, hashed and
+written in turn, so memory never holds more than one of them and the data file may be of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+import sympy
+
+from matmorph.errors import ExportError, VerifyError
+from matmorph.exporters.adapters import expose_adapters
+from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
+from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
+from matmorph.exporters.onnx.gradient_ops import backward_lowerings
+from matmorph.exporters.onnx.lowering import Lowerings, lower
+from matmorph.exporters.onnx.precision import check_target, convert, parity_tolerance
+from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
+from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
+from matmorph.ir.core import Const, Graph, Value
+from matmorph.ir.to_export import to_exported_program
+from matmorph.ir.types import TensorType, format_dim
+
+if TYPE_CHECKING:
+    from matmorph.specs.schema import Export
+
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output: numpy's dtype name ("int64", "bfloat16") and dims as numbers or expressions of axis names ("batch*seq")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxInfo:
+    """What was written. `bytes`: of all weights in the data file, padding not counted; `tolerance`: of a parity check, relative to
+    max(1, |reference|)."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opset: int
+    precision: str
+    tolerance: float
+    bytes: int
+    nodes: int
+    files: Mapping[str, FileInfo]
+
+
+def export_onnx(
+    graph: Graph, folder: Path, export: Export, onnx_lowerings: Lowerings | None = None, progress: Progress | None = None
+) -> OnnxInfo:
+    """Writes `model.onnx` and `model.onnx.data` into an existing folder; equal graphs give equal bytes. Raises as `write_model`."""
+    with data_file(folder) as data:
+        info = write_model(graph, folder / MODEL, data, export, onnx_lowerings, progress)
+    return replace(info, files={**info.files, DATA: data.info()})
+
+
+def write_model(
+    graph: Graph,
+    path: Path,
+    data: DataFile,
+    export: Export,
+    onnx_lowerings: Lowerings | None = None,
+    progress: Progress | None = None,
+) -> OnnxInfo:
+    """Writes one graph, its weights into the data file beside it; `files` of the result lists the graph's own file alone.
+
+    Raises ExportError for a precision, opset, operator or weight that cannot be written, VerifyError where ONNX's own checker refuses the
+    result, OSError from the file system.
+    """
+    stored = [const.tensor.dtype for const in graph.used_state()]
+    check_target(export.precision, export.target, stored)
+    model = skeleton(graph, export, onnx_lowerings)
+    check_kernels(model, export.target)
+    total = data.attach(_weights(model, graph), progress)
+    text = _serialized(model)
+    path.write_bytes(text)
+    _check(path)
+    return OnnxInfo(
+        inputs=tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers),
+        outputs=tuple(map(_port, model.graph.outputs)),
+        opset=export.opset,
+        precision=export.precision,
+        tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
+        bytes=total,
+        nodes=len(model.graph),
+        files={path.name: FileInfo(hashlib.sha256(text).hexdigest(), len(text))},
+    )
+
+
+def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
+    """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
+    training = has_gradients(graph)
+    ours = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings(), **backward_lowerings()}
+    lowerings = {**ours, **(onnx_lowerings or {})}
+    model = lower(to_exported_program(graph), export.opset, lowerings)
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    _name_ports(model, graph)
+    clean(model)
+    convert(model, export.precision)
+    remove_unused(model.graph)
+    _separate_outputs(model.graph)
+    _name_axes(model, graph)
+    fixed = [*(str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)), *model.graph.initializers]
+    name_everything(model, fixed)
+    model.producer_name, model.producer_version = "matmorph", ""
+    model.graph.name = "main"
+    if export.codebook == "packed" and not training:
+        expose_codes(model, graph)
+    if export.adapters == "inputs" and not training:
+        expose_adapters(model, graph)
+    return model
+
+
+def _name_ports(model: ir.Model, graph: Graph) -> None:
+    """Inputs and outputs get the names of the signature, and exactly its dims."""
+    entries = [entry for entry in graph.signature.inputs if entry.value is not None]
+    weights = set(model.graph.initializers)
+    for value, entry in zip(model.graph.inputs, entries, strict=True):
+        if entry.name in weights:
+            raise ExportError(
+                f"input {entry.name} has the name of a weight, and ONNX has one name space for both",
+                ["rename the argument of forward, or wrap the model in a module of its own"],
+            )
+        value.name = entry.name
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    """A result that is an input, a weight or another output too gets a node of its own, because ONNX wants distinct names."""
+    seen: set[ir.Value] = set()
+    for index, value in enumerate(list(graph.outputs)):
+        if value in seen or value.producer() is None:
+            copy = ir.Value(name=None, type=value.type, shape=value.shape)
+            graph.append(ir.node("Identity", [value], outputs=[copy]))
+            graph.outputs[index] = copy
+        seen.add(value)
+
+
+def _name_axes(model: ir.Model, graph: Graph) -> None:
+    """Replaces the symbols of the translation by axis names everywhere, and names the outputs."""
+    names: dict[str, str] = {}
+    for value, source in zip(model.graph.inputs, graph.inputs, strict=True):
+        for dim, wanted in zip(value.shape or (), source.tensor.shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(wanted, sympy.Symbol):
+                names[str(dim.value)] = str(wanted)
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+    for value, source in zip(model.graph.inputs, graph.inputs, strict=True):
+        value.shape = _shape(source)
+    taken = {str(value.name) for value in model.graph.inputs} | set(model.graph.initializers)
+    results = [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
+    for value, (name, source) in zip(model.graph.outputs, results, strict=True):
+        value.name = unique(name, taken)
+        value.shape = _shape(source)
+
+
+def _shape(value: Value) -> ir.Shape:
+    dims = value.type.shape if isinstance(value.type, TensorType) else ()
+    return ir.Shape([dim if isinstance(dim, int) else format_dim(dim) for dim in dims])
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """A dim over axis names, None (unknown) where it depends on a symbol that no input carries."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    symbols = re.findall(r"\b[su]\d+\b", dim.value)
+    if any(symbol not in names for symbol in symbols):
+        return None
+    return re.sub(r"\b[su]\d+\b", lambda match: names[match.group()], dim.value)
+
+
+def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
+    """Initializers that await data with their Consts, in `state` order."""
+    waiting = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
+    found = [(waiting.pop(const.path), const) for const in graph.used_state() if const.path in waiting]
+    if waiting:
+        raise VerifyError(f"the translation made weights that the graph does not have: {', '.join(waiting)}")
+    return found
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerifyError("the exported file is not valid ONNX", str(error).splitlines()[:10]) from error
+
+
+def _port(value: ir.Value) -> Port:
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+    return Port(str(value.name), _dtype(value).numpy().name, dims)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise VerifyError(f"{value.name} has no element type in the translated graph")
+    return value.dtype

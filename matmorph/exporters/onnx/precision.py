@@ -1,0 +1,260 @@
+"""Numeric precision of an exported graph.
+
+`keep` writes the stored dtypes. `fp32` writes every half-precision weight and computation as float32. `fp16` and `bf16` follow autocast:
+matrix products (and what has only their results as inputs) run in half precision, norms, softmax and reductions in float32, inputs and
+outputs stay float32, and Casts are written where the two meet. An operator whose inputs disagree runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from matmorph.errors import ExportError
+from matmorph.exporters.onnx.cleanup import unique
+from matmorph.exporters.onnx.folding import Array
+
+Precision = Literal["fp32", "fp16", "bf16", "keep"]
+
+HALF: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_HALVES = frozenset(HALF.values())
+_FLOAT = ir.DataType.FLOAT
+
+PARITY_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest |ONNX Runtime - torch| / max(1, |torch|) accepted: 1000 roundings of float32 (6e-8), 40 of fp16 (5e-4), 25 of bf16 (4e-3)."""
+
+INT8_TOLERANCE = 1e-1
+"""The same with activations rounded to 8 bits, at the least: one product errs by up to 1e-2 of its largest result, a hundred of them by
+chance by ten times as much. A model that feels more of it has what `rounding` foresees."""
+
+LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "MatMulBnb4"})
+"""Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""
+
+# fmt: off
+UPPER = frozenset([
+    "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
+    "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd",
+    "ReduceLogSumExp", "ReduceLogSum", "CumSum", "Pow", "Exp", "Log", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos", "Tan",
+    "Asin", "Acos", "Sinh", "Cosh", "Einsum", "Attention", "Resize", "GridSample", "TopK", "SplitToSequence", "SequenceAt",
+    "ConcatFromSequence", "SequenceConstruct",
+])
+# fmt: on
+"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors."""
+
+
+def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -> None:
+    """Raises ExportError where a target has no kernel for the precision. `dtypes`: the stored dtypes of the weights ("bfloat16" ...)."""
+    wants = precision == "bf16" or (precision == "keep" and "bfloat16" in set(dtypes))
+    if wants and "cpu" in target:
+        has = "" if precision == "bf16" else " (the model's weights are bfloat16)"
+        raise ExportError(
+            f"export.precision {precision}{has} does not run on target cpu: ONNX Runtime has no bfloat16 MatMul or Gemm there",
+            ["set export.target to [cuda], or export.precision to fp32 or fp16"],
+        )
+
+
+def parity_tolerance(precision: str, dtypes: Iterable[str], int8: bool = False) -> float:
+    """The tolerance of an export; under `keep` that of the coarsest weight. `int8`: some products round their activations."""
+    return max(PARITY_TOLERANCE[computed_in(precision, dtypes)], INT8_TOLERANCE if int8 else 0.0)
+
+
+def computed_in(precision: str, dtypes: Iterable[str]) -> str:
+    """fp32, fp16 or bf16: the coarsest type in which an export computes; under `keep` that of the weights (their stored `dtypes`)."""
+    stored = set(dtypes)
+    kept = "bf16" if "bfloat16" in stored else "fp16" if "float16" in stored else "fp32"
+    return kept if precision == "keep" else precision
+
+
+def convert(model: ir.Model, precision: str) -> None:
+    """Changes the computation and the dtypes of initializers in place; weights have no data yet, so whoever writes them casts them.
+
+    Raises ExportError for half precision on a graph with control flow, whose bodies are not converted.
+    """
+    if precision == "keep":
+        return
+    settle_types(model)
+    _widen(model)
+    _drop_casts(model.graph)
+    if precision in HALF:
+        _narrow(model, HALF[precision])
+
+
+def settle_types(model: ir.Model) -> None:
+    """Fills in the element type of every value of the main graph, by ONNX's own type inference on the graph without its weights."""
+    graph = model.graph
+    inputs, initializers = list(graph.inputs), dict(graph.initializers)
+    graph.inputs.extend(initializers.values())
+    graph.initializers.clear()
+    try:
+        inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    finally:
+        graph.inputs.clear()
+        graph.inputs.extend(inputs)
+        graph.initializers.update(initializers)
+    types = {info.name: info.type.tensor_type.elem_type for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype is None and types.get(str(value.name)):
+                value.dtype = ir.DataType(types[str(value.name)])
+
+
+def _widen(model: ir.Model) -> None:
+    """Every half-precision value, constant and cast becomes float32; bodies of control flow included."""
+    nodes = list(model.graph.all_nodes())
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *(v for node in nodes for v in node.outputs)):
+        if value.dtype in _HALVES:
+            value.dtype = _FLOAT
+            if value.const_value is not None:
+                value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in nodes:
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type is ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALVES:
+                node.attributes[name] = ir.AttrTensor(name, ir.Tensor(attribute.as_tensor().numpy().astype(np.float32)))
+            elif name in ("to", "dtype", "stash_type") and attribute.value in {half.value for half in _HALVES}:
+                node.attributes[name] = ir.AttrInt64(name, _FLOAT.value)
+
+
+def _narrow(model: ir.Model, half: ir.DataType) -> None:
+    for node in model.graph:
+        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+            raise ExportError(
+                f"export.precision {half.name.lower()} is not possible for a model with control flow ({node.op_type} at {node.name})",
+                ["set export.precision to fp32 or keep"],
+            )
+    _Narrowing(model.graph, half).run()
+
+
+class _Narrowing:
+    """One forward walk: the precision of each node by its operator and inputs, Casts between neighbours that differ, one per value."""
+
+    def __init__(self, graph: ir.Graph, half: ir.DataType) -> None:
+        self.graph = graph
+        self.half = half
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.taken = {str(value.name) for node in graph for value in node.outputs} | {str(v.name) for v in graph.inputs}
+        self.taken |= set(graph.initializers)
+        self.initializers = set(graph.initializers.values())
+        self.of_weights = set(self.initializers)
+
+    def run(self) -> None:
+        self._store_weights()
+        for node in list(self.graph):
+            wanted = self._precision(node)
+            if wanted is None:
+                continue
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype in (_FLOAT, self.half) and value.dtype != wanted:
+                    node.replace_input_with(index, self._cast(value, wanted, node))
+            for value in node.outputs:
+                if value.dtype == _FLOAT:
+                    value.dtype = wanted
+        for index, value in enumerate(self.graph.outputs):
+            if value.dtype == self.half:
+                self.graph.outputs[index] = self._cast(value, _FLOAT, None)
+
+    def _store_weights(self) -> None:
+        """A float weight is stored in half precision where only operators in half precision read it; a scalar stays exact."""
+        for value in self.initializers:
+            if value.dtype == _FLOAT and value.const_value is None and self._only_products(value):
+                value.dtype = self.half
+
+    def _only_products(self, value: ir.Value) -> bool:
+        """Whether every reader, through changes of layout, is a matrix product, a table look-up or the addition of a bias to a product."""
+        readers = [usage.node for usage in value.uses()]
+        return bool(readers) and all(
+            node.op_type in LOWER
+            or (node.op_type == "Gather" and node.inputs[0] is value)
+            or node.op_type == "GatherBlockQuantized"  # its scales
+            or (node.op_type in _LAYOUT and self._only_products(node.outputs[0]))
+            or (node.op_type == "Add" and any(_is_product(other) for other in node.inputs if other is not value))
+            for node in readers
+        )
+
+    def _precision(self, node: ir.Node) -> ir.DataType | None:
+        """Precision of a node, None where it computes no float. A node that makes floats of no floats (a mask) stays in float32."""
+        if node.op_type in ("Cast", "ConstantOfShape", "Constant"):
+            return None
+        data = [value for value in node.inputs if value is not None and value.dtype in (_FLOAT, self.half)]
+        if not data:
+            return None
+        if self._is_of_weights(node):
+            return _FLOAT
+        if node.op_type in LOWER:
+            return self.half
+        if node.op_type in UPPER:
+            return _FLOAT
+        if any(value.const_value is not None and not self._representable(value.const_value.numpy()) for value in data):
+            return _FLOAT
+        computed = [value for value in data if value not in self.initializers]
+        if not computed:
+            return self.half if all(value.dtype == self.half for value in data) else _FLOAT
+        return self.half if all(value.dtype == self.half for value in computed) else _FLOAT
+
+    def _is_of_weights(self, node: ir.Node) -> bool:
+        """Whether it computes with weights alone: the session does that once, when it loads, and only on kernels that half precision has
+        not. Changes of layout take what they get."""
+        if not all(value is None or value in self.of_weights for value in node.inputs):
+            return False
+        self.of_weights.update(node.outputs)
+        return node.op_type not in _LAYOUT
+
+    def _representable(self, array: Array) -> bool:
+        """No finite number overflows and none but zero vanishes (an eps of 1e-12 is 0 in fp16)."""
+        smallest, largest = _limits(self.half)
+        size = np.abs(array[np.isfinite(array) & (array != 0)].astype(np.float64))
+        return bool(np.all(size <= largest) and np.all(size >= smallest))
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node | None) -> ir.Value:
+        if (value, dtype) in self.casts:
+            return self.casts[value, dtype]
+        name = unique(f"{value.name}:{dtype.name.lower()}", self.taken)
+        made = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
+        self.casts[value, dtype] = made
+        if value in self.of_weights:
+            self.of_weights.add(made)
+        if value.const_value is not None:
+            made.const_value = ir.Tensor(value.const_value.numpy().astype(dtype.numpy()), name=name)
+            self.graph.register_initializer(made)
+            self.initializers.add(made)
+            return made
+        path = {"matmorph.path": reader.metadata_props["matmorph.path"]} if reader and "matmorph.path" in reader.metadata_props else {}
+        cast = ir.node("Cast", [value], attributes={"to": dtype.value}, outputs=[made], metadata_props=path)
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, cast)
+        else:
+            self.graph.insert_before(self.graph[0], cast)
+        return made
+
+
+_LAYOUT = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Identity", "Split", "Expand", "Gather"})
+
+
+def _limits(dtype: ir.DataType) -> tuple[float, float]:
+    """(smallest normal, largest finite) magnitude."""
+    return (2.0**-14, 65504.0) if dtype is ir.DataType.FLOAT16 else (2.0**-126, 3.3895313892515355e38)
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type in LOWER
+
+
+def _drop_casts(graph: ir.Graph) -> None:
+    """Removes Casts that no longer change anything."""
+    for node in list(graph):
+        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Cast" else (None, None)
+        if source is None or result is None or source.dtype != node.attributes["to"].value:
+            continue
+        if result.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue
+            for index, output in enumerate(graph.outputs):
+                if output is result:
+                    graph.outputs[index] = source
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)

@@ -1,0 +1,179 @@
+"""From a compiled graph and what should train to everything that the training files are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+
+from matmorph.errors import InputError, Position, SpecError, did_you_mean
+from matmorph.exporters.training.training import Training, initial_theta
+from matmorph.exporters.training.training_vectors import check_labels, training_vectors
+from matmorph.exporters.vectors import example_sizes
+from matmorph.ir.core import Const, Graph, Value, values_in
+from matmorph.ir.training.gradient import gradient_graph, loss_graph
+from matmorph.ir.training.losses import FUNCTION, Loss, LossFunction, judged, label_inputs, tensor_outputs
+from matmorph.ir.types import TensorType, dtype_name, symbol
+from matmorph.passes.adapters.supernet import gates_of, site_of, with_gate_input
+from matmorph.passes.adapters.trainables import Trainable, method_of, resolve
+from matmorph.specs.optimizers import AdamW, AnyOptimizer
+from matmorph.specs.schema import ParameterSelector, Train
+
+Axes: TypeAlias = Mapping[str, Mapping[int, str]]
+"""Names of the dynamic axes of labels: {"labels": {0: "batch"}}."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainRequest:
+    """What training files a user asks for.
+
+    `loss`: the name of one, or a function (`ir.losses.LossFunction`). `labels`: example labels by name; a function's labels have the types
+    of these, with the axes that `label_shapes` names. `keep`: model outputs that grad.onnx gives too. `at`: the spec's `train:`.
+    """
+
+    loss: str | LossFunction
+    output: str | None = None
+    ignore_index: int = -100
+    optimizer: AnyOptimizer = field(default_factory=lambda: AdamW(lr=1e-4))
+    trainable: Sequence[ParameterSelector] = (ParameterSelector("adapters"),)
+    frozen: Sequence[ParameterSelector] = ()
+    labels: Mapping[str, torch.Tensor] | None = None
+    label_shapes: Axes | None = None
+    keep: Sequence[str] = ()
+    at: Position | None = None
+
+
+def of_spec(train: Train) -> TrainRequest:
+    """What the `train:` of a spec asks for."""
+    return TrainRequest(train.loss, train.output, train.ignore_index, train.optimizer.chosen, train.trainable, train.frozen, at=train.at)
+
+
+def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[torch.Tensor], seed: int = 0) -> Training:
+    """examples: flat tensor inputs in `graph.inputs` order, on the graph's device. seed: of the labels that are drawn where none are given.
+
+    Raises SpecError (what trains, an unknown output), InputError (labels that do not fit, a loss that is not finite), ExportError (an
+    operator without a gradient).
+    """
+    _check_output(graph, request)
+    compiled, gates = graph, gates_of(graph)
+    if gates:
+        graph, examples = with_gate_input(graph, gates), [*examples, _all_open(gates, graph.device)]
+    loss = _loss(graph, request)
+    trainables = resolve(graph, request.trainable, request.frozen, _reached(graph, loss))
+    _refuse_wide(trainables)
+    _refuse_partly(graph, gates, trainables)
+    consts = [item.const for item in trainables]
+    evaluation = loss_graph(graph, consts, loss)
+    gradient = gradient_graph(graph, consts, loss, request.keep)
+    labels = label_inputs(loss, graph)
+    feeds = _feeds(graph, loss, request, labels, examples, seed)
+    theta = initial_theta(trainables).to(graph.device)
+    return Training(
+        graph=compiled,
+        gradient=gradient,
+        evaluation=evaluation,
+        trainables=trainables,
+        loss=replace(loss, output=None if loss.function else judged(loss, graph)[0]),
+        labels=tuple(name for name, _ in labels),
+        optimizer=request.optimizer,
+        vectors=training_vectors(evaluation, theta, [const.numel for const in consts], feeds, graph.ranges),
+        supernet=tuple(map(site_of, gates)),
+    )
+
+
+def _all_open(gates: Sequence[Const], device: str) -> torch.Tensor:
+    """Gates for the check of the gradients: every form of every tensor counts, which no configuration allows."""
+    return torch.ones(len(gates), *map(int, gates[0].tensor.shape), device=device)
+
+
+def _refuse_partly(graph: Graph, gates: Sequence[Const], trainables: Sequence[Trainable]) -> None:
+    """A configuration says what trains of a supernet: all of it must be there."""
+    sites = set(map(site_of, gates))
+    trained = {item.const for item in trainables}
+    for const in graph.used_state():
+        ours = const.trainable and method_of(const) == "glora" and const.path.rpartition(".glora.")[0] in sites
+        if ours and const not in trained:
+            raise InputError(f"{const.path} belongs to a supernet and does not train: train all its tensors (trainable: adapters)")
+
+
+def _check_output(graph: Graph, request: TrainRequest) -> None:
+    outputs = tensor_outputs(graph)
+    if request.output is not None and request.output not in outputs:
+        raise SpecError(
+            f"the model has no output {request.output}{did_you_mean(request.output, outputs)}",
+            at=request.at,
+            keypath="train.output",
+            details=[f"outputs: {', '.join(outputs)}"],
+        )
+
+
+def _loss(graph: Graph, request: TrainRequest) -> Loss:
+    if isinstance(request.loss, str):
+        if request.label_shapes:
+            raise InputError(f"label_shapes belongs to a loss of your own; the axes of {request.loss}'s labels are those of the output")
+        return Loss(request.loss, request.output, request.ignore_index)
+    if request.labels is None:
+        raise InputError("a loss function needs example labels: labels={'labels': tensor}, and label_shapes={'labels': {0: 'batch'}}")
+    axes = request.label_shapes or {}
+    _refuse_unknown("label_shapes", axes, request.labels)
+    types = {name: _typed(graph, name, torch.as_tensor(tensor), axes.get(name, {})) for name, tensor in request.labels.items()}
+    return Loss(FUNCTION, request.output, request.ignore_index, request.loss, types)
+
+
+def _refuse_unknown(what: str, given: Mapping[str, object], known: Mapping[str, object]) -> None:
+    for name in given:
+        if name not in known:
+            raise InputError(f"{what}: there is no label {name}{did_you_mean(name, known)}")
+
+
+def _typed(graph: Graph, name: str, tensor: torch.Tensor, axes: Mapping[int, str]) -> TensorType:
+    symbols = graph.symbols()
+    for axis, word in axes.items():
+        if word not in symbols or not 0 <= axis < tensor.dim():
+            raise InputError(
+                f"label_shapes: axis {axis} of {name} cannot be {word}{did_you_mean(word, symbols)}",
+                [f"{name} has {tensor.dim()} axes; the model's dynamic axes are {', '.join(symbols) or 'none'}"],
+            )
+    return TensorType(
+        dtype_name(tensor.dtype), tuple(symbol(axes[axis]) if axis in axes else int(size) for axis, size in enumerate(tensor.shape))
+    )
+
+
+def _reached(graph: Graph, loss: Loss) -> frozenset[Value]:
+    """What the loss depends on: everything behind the outputs that it looks at."""
+    found = set(tensor_outputs(graph).values()) if loss.function else {judged(loss, graph)[1]}
+    for node in reversed(graph.nodes):
+        if not found.isdisjoint(node.outputs):
+            found.update(values_in((node.args, tuple(node.attrs.values()))))
+    return frozenset(found)
+
+
+def _refuse_wide(trainables: Sequence[Trainable]) -> None:
+    """theta is float32."""
+    wide: list[Const] = [item.const for item in trainables if item.const.tensor.dtype == "float64"]
+    if wide:
+        raise InputError(f"{wide[0].path} is float64, and training keeps its parameters in float32", ["convert the model: model.float()"])
+
+
+def _feeds(
+    graph: Graph,
+    loss: Loss,
+    request: TrainRequest,
+    labels: Sequence[tuple[str, TensorType]],
+    examples: Sequence[torch.Tensor],
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """An example of every input of the loss graph but theta, by name."""
+    names = [entry.name for entry in graph.signature.inputs if entry.value is not None]
+    kinds = dict(labels)
+    sizes = example_sizes(graph.inputs, examples)
+    found = check_labels(kinds, request.labels, sizes, _classes(graph, loss), loss.ignore_index, seed)
+    return {**dict(zip(names, examples, strict=True)), **{name: tensor.to(graph.device) for name, tensor in found.items()}}
+
+
+def _classes(graph: Graph, loss: Loss) -> int:
+    """How many classes drawn labels may name."""
+    shape = () if loss.function else judged(loss, graph)[1].tensor.shape
+    return shape[-1] if shape and isinstance(shape[-1], int) else 2

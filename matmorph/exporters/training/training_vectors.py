@@ -1,0 +1,194 @@
+"""Check vectors of a training graph: losses and gradients that torch's autograd gives, against which ONNX Runtime is held here and later.
+
+Autograd runs over the loss graph, so that it shares nothing with the gradient graph but the definition of the loss. The trainables are
+moved a little from where they start: many adapters start at zero, where half of the gradient is zero whatever the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from matmorph.errors import InputError, did_you_mean
+from matmorph.exporters.artifact import npz_bytes
+from matmorph.exporters.onnx.precision import PARITY_TOLERANCE
+from matmorph.exporters.vectors import check_shapes, concrete, example_sizes, resized, widened
+from matmorph.ir.core import Graph, Range, Value
+from matmorph.ir.evaluate import evaluate
+from matmorph.ir.types import TensorType, dim_symbols
+
+Array = NDArray[Any]
+
+NUDGE = 0.01
+"""Largest move of a trainable: below the spread of trained weights, far above rounding."""
+
+PERIOD = 1009  # prime, so that neighbouring rows of a matrix do not move alike
+LOSS_SCALE = 128.0
+SAMPLES = 4096
+"""Entries of a parameter's gradient that are kept, spread evenly."""
+
+FLOOR = 1e-3
+"""A parameter's largest entry counts as at least this share of the largest of all: a gradient that is zero but for rounding (the bias of a
+key in attention) has nothing to be relative to."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingCase:
+    """One call of a training graph: `feeds` by name (model inputs, labels), and what torch answers. `grad` holds the entries `index` of
+    the gradient of loss * LOSS_SCALE, `reference` what their differences are relative to."""
+
+    feeds: Mapping[str, Array]
+    loss: Array
+    count: Array
+    grad: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingVectors:
+    """`nudge` [PERIOD], repeated to the length of theta and added to it, is where the cases are computed."""
+
+    nudge: Array
+    index: Array
+    cases: tuple[TrainingCase, ...]
+    references: tuple[Array, ...]
+
+
+def training_vectors(
+    loss_graph: Graph,
+    theta: torch.Tensor,
+    lengths: Sequence[int],
+    feeds: Mapping[str, torch.Tensor],
+    ranges: Mapping[str, Range],
+) -> TrainingVectors:
+    """Loss and gradient at up to three shapes, the example's first.
+
+    loss_graph: inputs `theta`, the model's and the labels, outputs `loss`, `count` and more. theta: float32 [n], where training starts.
+    lengths: of each parameter in it. feeds: an example of every input but theta, on the graph's device; labels that have axes of the
+    model's inputs are cropped and repeated with them. Raises InputError where the loss is not finite on the example.
+    """
+    entries = [entry for entry in loss_graph.signature.inputs if entry.value is not None]
+    named = {entry.name: entry.value for entry in entries if entry.value is not None}
+    data = [name for name in named if name != "theta"]
+    values: list[Value] = [named[name] for name in data]
+    nudge = nudges()
+    index, owners = _entries(lengths)
+    moved = theta + torch.from_numpy(np.resize(nudge, len(theta))).to(theta)
+    running = widened(loss_graph)
+    cases, references = [], []
+    for sizes in check_shapes(example_sizes(values, [feeds[name] for name in data]), ranges):
+        inputs = {name: resized(feeds[name], value, sizes) for name, value in zip(data, values, strict=True)}
+        inputs = {name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for name, tensor in inputs.items()}
+        loss, count, gradient = _autograd(running, moved, [inputs.get(name, moved) for name in named])
+        if not np.isfinite(loss):
+            raise InputError(f"the loss is {loss.item()} on the example inputs: nothing can be learnt from there, and nothing checked")
+        cases.append(TrainingCase({name: tensor.cpu().numpy() for name, tensor in inputs.items()}, loss, count, gradient[index]))
+        references.append(_references(gradient, lengths)[owners])
+    return TrainingVectors(nudge, index, tuple(cases), tuple(references))
+
+
+def nudges() -> Array:
+    """float32 [PERIOD] within +- NUDGE."""
+    return np.asarray(NUDGE * np.cos(0.7 * np.arange(PERIOD)), np.float32)
+
+
+def _autograd(graph: Graph, theta: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[Array, Array, Array]:
+    """Loss, count and the gradient of loss * LOSS_SCALE; `theta` is the entry of `inputs` that is this very tensor."""
+    leaf = theta.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss, count, *_ = evaluate(graph, [leaf if tensor is theta else tensor for tensor in inputs])
+        (gradient,) = torch.autograd.grad(loss * LOSS_SCALE, [leaf])
+    scalars = [np.asarray(tensor.detach().cpu().numpy(), np.float32) for tensor in (loss, count)]
+    return scalars[0], scalars[1], np.asarray(gradient.cpu().numpy(), np.float32)
+
+
+def _entries(lengths: Sequence[int]) -> tuple[Array, Array]:
+    """Which entries of theta are kept, and the parameter of each."""
+    index, owners, offset = [], [], 0
+    for owner, length in enumerate(lengths):
+        taken = np.arange(0, length, max(1, -(-length // SAMPLES)), dtype=np.int64)
+        index.append(offset + taken)
+        owners.append(np.full(len(taken), owner, np.int64))
+        offset += length
+    return np.concatenate(index), np.concatenate(owners)
+
+
+def _references(gradient: Array, lengths: Sequence[int]) -> Array:
+    """Per parameter its largest entry, at least FLOOR times the largest of all."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    largest = np.maximum.reduceat(np.abs(gradient), starts)
+    return np.maximum(largest, max(FLOOR * float(largest.max()), float(np.finfo(np.float32).tiny))).astype(np.float32)
+
+
+def vectors_bytes(vectors: TrainingVectors, precision: str, dtypes: Mapping[str, str]) -> bytes:
+    """train_check.npz: `input:<name>:<k>`, `loss:<k>`, `count:<k>`, `grad:<k>`, `reference:<k>`, and what all cases share.
+
+    precision: fp32, fp16 or bf16, in which the graphs compute; dtypes: of their inputs by name. The tolerance is that of model.onnx: of the
+    loss relative to max(1, |loss|), of a gradient's entry relative to its reference.
+    """
+    arrays: dict[str, Array] = {
+        "nudge": vectors.nudge,
+        "index": vectors.index,
+        "loss_scale": np.asarray(LOSS_SCALE, np.float32),
+        "tolerance": np.asarray(PARITY_TOLERANCE[precision], np.float64),
+    }
+    for k, (case, reference) in enumerate(zip(vectors.cases, vectors.references, strict=True)):
+        arrays |= {f"input:{name}:{k}": np.asarray(array, np.dtype(dtypes[name])) for name, array in case.feeds.items()}
+        arrays |= {f"loss:{k}": case.loss, f"count:{k}": case.count, f"grad:{k}": case.grad, f"reference:{k}": reference}
+    return npz_bytes(arrays)
+
+
+# ---- labels
+
+
+def check_labels(
+    wanted: Mapping[str, TensorType],
+    given: Mapping[str, Any] | None,
+    sizes: Mapping[str, int],
+    classes: int,
+    ignore_index: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """An example of every label: the caller's, or drawn from `seed`: classes, every fourth of them ignored, or normal numbers.
+
+    Raises InputError for a label that is missing, unknown, or of another type or shape than the loss takes.
+    """
+    if given is None:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: _drawn(name, kind, sizes, classes, ignore_index, generator) for name, kind in wanted.items()}
+    for name in given:
+        if name not in wanted:
+            raise InputError(f"labels: the loss takes no {name}{did_you_mean(name, wanted)}", [f"it takes {', '.join(wanted) or 'none'}"])
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise InputError(f"labels: {missing[0]} is missing; the loss takes {', '.join(wanted)}")
+    return {name: _fitting(name, torch.as_tensor(given[name]), kind, sizes) for name, kind in wanted.items()}
+
+
+def _drawn(
+    name: str, kind: TensorType, sizes: Mapping[str, int], classes: int, ignore_index: int, generator: torch.Generator
+) -> torch.Tensor:
+    if not dim_symbols(kind.shape) <= sizes.keys():
+        raise InputError(f"labels: the shape of {name} {kind} does not follow from the example inputs: give labels={{'{name}': tensor}}")
+    shape = [concrete(dim, sizes) for dim in kind.shape]
+    if kind.torch_dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(kind.torch_dtype)
+    drawn = torch.randint(0, classes, shape, generator=generator, dtype=torch.int64)
+    drawn.view(-1)[1::4] = ignore_index
+    return drawn.to(kind.torch_dtype)
+
+
+def _fitting(name: str, tensor: torch.Tensor, kind: TensorType, sizes: Mapping[str, int]) -> torch.Tensor:
+    found = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if tensor.dtype != kind.torch_dtype or tensor.dim() != len(kind.shape):
+        raise InputError(f"labels: {name} must be {kind}, got {found}")
+    wanted = [
+        concrete(dim, sizes) if dim_symbols([dim]) <= sizes.keys() else size for dim, size in zip(kind.shape, tensor.shape, strict=True)
+    ]
+    if list(tensor.shape) != wanted:
+        raise InputError(f"labels: {name} must be {kind}, that is {wanted} beside the example inputs, got {found}")
+    return tensor.detach()

@@ -1,0 +1,151 @@
+"""What becomes of a compiled model after training: trained values put in, adapters merged, and the report of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from matmorph.errors import InputError
+from matmorph.exporters.adapters import adapter_arrays, base_fingerprint, serve
+from matmorph.folders.save import Job
+from matmorph.ir.core import Graph
+from matmorph.passes.adapters.merging import Merged, merge
+from matmorph.passes.adapters.supernet import Configuration, configured
+from matmorph.passes.adapters.table import Adapter, find_adapters, with_values
+from matmorph.passes.methods import method_table
+from matmorph.passes.reporting import totals
+from matmorph.passes.sizes import item_size
+from matmorph.report.model import Report, SiteRow, Totals
+from matmorph.runtime.adapters import read_slots, save_adapter
+from matmorph.specs.schema import Spec
+
+Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
+"""Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
+
+FILES = ("trainable.safetensors", "parameters.safetensors")
+"""What a folder of values keeps them in: a training folder, a checkpoint."""
+
+
+def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
+    """(the values, what errors call them). InputError for a file that is missing or cannot be read."""
+    if isinstance(source, Mapping):
+        return source, "the values"
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path}: no trained values in this folder (neither {' nor '.join(FILES)})")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), str(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def adapters_of(job: Job) -> tuple[Adapter, ...]:
+    """The adapters of a compiled model, in order of its sites."""
+    return find_adapters(job.spec, job.graph, job.report)
+
+
+def loaded_job(job: Job, source: Values) -> Job:
+    """The model with trained values in it. InputError for values of another model or rank, and for none at all."""
+    values, where = read_values(source)
+    if not values:
+        raise InputError(f"{where}: there are no values to load")
+    return replace(job, graph=with_values(job.graph, values, where))
+
+
+def configured_job(job: Job, configuration: Configuration) -> Job:
+    """The model of a supernet in one configuration. InputError for what is no supernet, and for what it cannot be."""
+    return replace(job, graph=configured(job.graph, adapters_of(job), configuration))
+
+
+def merged_job(
+    job: Job, adapters: Sequence[Adapter], source: Values | None, configuration: Configuration | None = None
+) -> tuple[Job, tuple[Merged, ...]]:
+    """The model with its adapters in its weights, and a line per site; its report says what merging cost. `configuration`: of a supernet.
+    Errors as `merging.merge`."""
+    methods = {name: method() for name, method in method_table().items()}
+    start = job if source is None else loaded_job(job, source)
+    start = start if configuration is None else replace(start, graph=configured(start.graph, adapters, configuration))
+    graph, found = merge(start.graph, adapters, methods)
+    return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
+
+
+def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, Any], where: str, path: Path) -> str:
+    """Writes the factors of all adapters as one .onnx_adapter file; the fingerprint of their base.
+
+    values: by dotted name; a factor that they lack is as it was compiled. InputError where something beside the factors was trained, which
+    the file could not hold; AdapterError for a place that cannot be written.
+    """
+    own = {name for adapter in adapters for name in adapter.consts.values()}
+    others = sorted(name for name, value in values.items() if name not in own and _differs(job, name, value))
+    if others:
+        raise InputError(
+            f"{where}: {others[0]} was trained too, and an adapter file holds factors only",
+            ["merge instead, or train the adapters alone (train.trainable: [adapters])"],
+        )
+    start = {const.path: const.load() for const in job.graph.state if const.path in own}
+    arrays = adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}})
+    save_adapter(path, arrays, read_slots(serve(job.graph, adapters, job.spec.export.precision).to_dict(), where))
+    return base_fingerprint(job.graph, adapters)
+
+
+def _differs(job: Job, name: str, value: Any) -> bool:
+    const = next((const for const in job.graph.state if const.path == name), None)
+    return const is None or not torch.equal(const.load().float(), torch.as_tensor(value).float())
+
+
+def _inline(spec: Spec) -> Spec:
+    """Without adapters there are none to be inputs."""
+    if spec.export.adapters == "inline":
+        return spec
+    export = {**spec.resolved["export"], "adapters": "inline"}
+    return replace(spec, export=replace(spec.export, adapters="inline"), resolved={**spec.resolved, "export": export})
+
+
+def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
+    """Rows of merged sites count what is left there; their errors against the source's weights say nothing after training."""
+    by_path = {merged.site: merged for merged in found}
+    precision = job.spec.export.precision
+    rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
+    before, after = job.report.totals, totals(job.source, graph, rows, (), precision)
+    figures = Totals(
+        (before.parameters[0], after.parameters[1]), (before.bytes[0], after.bytes[1]), (before.macs[0], after.macs[1]), after.trainable
+    )
+    worst = max(found, key=lambda merged: merged.error)
+    note = f"adapters merged at {len(found)} sites; largest error of a merged weight {worst.error:.2e} ({worst.site})"
+    return replace(job.report, sites=rows, totals=figures, parity=None, notes=(*job.report.notes, note))
+
+
+def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
+    coded = row.parameters[0] if merged.quantizer is not None else 0
+    consts = [const for const in graph.state if const.path in merged.consts]
+    dense = merged.quantizer is None
+    size = row.bytes[0] if dense else sum(const.numel * item_size(const.tensor.dtype, precision) for const in consts)
+    note = f"merged: error {merged.error:.3g} of the weight, which the update changed by {merged.change:.3g}"
+    return replace(
+        row,
+        method=f"{row.method}, merged",
+        rank=None,
+        requested_rank=None,
+        weight_error=None,
+        output_error=None,
+        bound=None,
+        parameters=(row.parameters[0], row.parameters[0]),
+        bytes=(row.bytes[0], size),
+        macs=(row.macs[0], row.macs[0]),
+        trainable=0,
+        coded=coded,
+        notes=(note,),
+    )

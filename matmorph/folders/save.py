@@ -1,0 +1,211 @@
+"""From a compiled graph to an artefact folder: check vectors, export, parity on this machine's ONNX Runtime, report, manifest."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import matmorph
+from matmorph.errors import CheckError
+from matmorph.exporters.adapters import Served, serve
+from matmorph.exporters.artifact import AFTER, BEFORE, SPEC, Artifact, Described, graph_bytes, refuse_existing, write_artifact
+from matmorph.exporters.data_file import DataFile, FileInfo
+from matmorph.exporters.fingerprint import weights_sha256
+from matmorph.exporters.onnx.onnx_model import OnnxInfo
+from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
+from matmorph.exporters.training.prepare_training import TrainRequest, prepare_training
+from matmorph.exporters.training.training import Training, write_training
+from matmorph.exporters.vectors import Vectors, check_vectors
+from matmorph.ir.core import Graph, Node
+from matmorph.passes.adapters.sparse_updates import inference_graph, kept_entries
+from matmorph.passes.adapters.table import describe_adapters, find_adapters
+from matmorph.passes.budget.account import Decided
+from matmorph.report.html import html_page
+from matmorph.report.model import Parity, Report
+from matmorph.report.reading import read_context
+from matmorph.runtime.check import check, difference
+from matmorph.runtime.providers import cuda_obstacle
+from matmorph.specs.dump import dump_resolved, entries
+from matmorph.specs.schema import Spec
+from matmorph.specs.tree import read
+
+ROUNDING_FACTOR = 2.0
+"""The kernel rounds where torch does, but not to the same codes once an earlier layer differs: two samples of one distribution."""
+
+PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
+
+    `training`: what training files are asked for, None = none. `decisions`: of the budgets. `more`: further files.
+    `source_sha256`: of the source's weights, None = those of `source`.
+    """
+
+    spec: Spec
+    source: Graph
+    graph: Graph
+    report: Report
+    examples: Sequence[torch.Tensor]
+    onnx_lowerings: Mapping[Any, Callable[..., Any]]
+    seconds: Mapping[str, float]
+    training: TrainRequest | None = None
+    source_sha256: str | None = None
+    decisions: tuple[Decided, ...] = ()
+    more: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
+    """Writes the folder, whole or not at all, and gives the report with its parity.
+
+    Raises InputError (folder exists, cannot be written, disk full), ExportError, CheckError where ONNX Runtime and torch disagree, and what
+    `prepare_training` raises.
+    """
+    refuse_existing(folder, force)
+    started = time.perf_counter()
+    served = _served(job)
+    plain = inference_graph(job.graph) if served is None else served.graph
+    vectors = check_vectors(plain, job.examples, job.spec.export.precision)
+    unchecked = _unchecked(job.spec)
+    found = (*job.report.notes, *vectors.notes, *unchecked)
+    report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
+    spec = dump_resolved(job.spec)
+    graph = _relocated(job.graph, job.spec, spec)
+    training = _training(graph, job, progress)
+    final: list[Report] = []
+
+    def describe(staging: Path, info: OnnxInfo) -> Described:
+        progress("checking", 0, 1)
+        exact = replace(report.totals, bytes=(report.totals.bytes[0], info.bytes))
+        final.append(replace(report, totals=exact, parity=None if unchecked else _parity(staging, info, vectors)))
+        progress("checking", 1, 1)
+        return Described(final[0].to_dict(), html_page(final[0], read_context(staging)))
+
+    artifact = Artifact(
+        graph=_relocated(plain, job.spec, spec),
+        export=job.spec.export,
+        version=matmorph.__version__,
+        source_sha256=job.source_sha256 or weights_sha256(job.source.state),
+        spec=spec,
+        describe=describe,
+        cases=vectors.cases,
+        more={**job.more, **_graphs(job.source, graph, training)},
+        companions=None if training is None else partial(_companions, training, job),
+        run=lambda: _run_info(job, time.perf_counter() - started),
+        notes=report.notes,
+        adapters=None if served is None else served.to_dict(),
+        onnx_lowerings=job.onnx_lowerings or None,
+        tolerance=_rounding(plain, job, vectors),
+    )
+    total = len(job.graph.used_state())
+    written = iter(range(1, total + 1))
+    write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
+    return final[0]
+
+
+def _served(job: Job) -> Served | None:
+    """The graph with adapters as inputs, where the spec asks for that."""
+    export = job.spec.export
+    return serve(job.graph, find_adapters(job.spec, job.graph, job.report), export.precision) if export.adapters == "inputs" else None
+
+
+def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None], None]) -> Training | None:
+    if job.training is None:
+        return None
+    progress("differentiating", 0, 1)
+    training = prepare_training(graph, job.training, job.examples, job.spec.seed)
+    progress("differentiating", 1, 1)
+    return replace(training, adapters=describe_adapters(job), kept=kept_entries(job.graph, job.spec))
+
+
+def _graphs(source: Graph, graph: Graph, training: Training | None) -> dict[str, bytes]:
+    """What `matmorph diff` reads. Training files have the rewritten graph among them."""
+    return {BEFORE: graph_bytes(source), **({AFTER: graph_bytes(graph)} if training is None else {})}
+
+
+def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileInfo]:
+    return write_training(folder, data, training, job.spec.export, matmorph.__version__, job.onnx_lowerings or None)
+
+
+def _relocated(graph: Graph, spec: Spec, text: str) -> Graph:
+    """The graph whose inserted nodes come from lines of the artefact's own spec.yaml (`text`): it lies beside the model wherever that goes,
+    and where the spec was read from does not change the file."""
+    tree = read(text, SPEC)
+    rules = [rule for stage in entries(tree, "stages") or (tree,) for rule in entries(stage, "rules")]
+    places: dict[tuple[str, str | None], str] = {}
+    for rule, written in zip(spec.rules, rules, strict=True):
+        if written.at is not None:
+            old = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
+            places.setdefault((rule.name, old), f"{SPEC}:{written.at.line}")
+
+    def moved(node: Node) -> Node:
+        place = places.get((node.origin.rule or "", node.origin.location))
+        return node if place is None else replace(node, origin=replace(node.origin, location=place))
+
+    return replace(graph, nodes=tuple(map(moved, graph.nodes)))
+
+
+def _unchecked(spec: Spec) -> tuple[str, ...]:
+    """A note where the file is not meant for this machine, so that its outputs cannot be held against torch here."""
+    obstacle = cuda_obstacle() if "cpu" not in spec.export.target else None
+    return (f"outputs not checked: export.target is cuda alone, which this machine does not have ({obstacle})",) if obstacle else ()
+
+
+def _rounding(graph: Graph, job: Job, exact: Vectors) -> float:
+    """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
+    if job.spec.export.activations != "int8" or not rounds_activations(graph):
+        return 0.0
+    rounded = check_vectors(graph, job.examples, job.spec.export.precision, run_rounded)
+    pairs = [
+        (after.outputs[name], answer)
+        for before, after in zip(exact.cases, rounded.cases, strict=True)
+        for name, answer in before.outputs.items()
+        if answer.dtype.kind == "f"
+    ]
+    found = [difference(after, answer) for after, answer in pairs]
+    return ROUNDING_FACTOR * max(filter(math.isfinite, found), default=0.0)
+
+
+def _parity(staging: Path, info: OnnxInfo, vectors: Vectors) -> Parity:
+    """The check that `matmorph verify` will make, made before the folder takes its name."""
+    result = check(staging)
+    if not result.ok or result.max_difference is None:
+        raise CheckError(
+            "ONNX Runtime does not answer as torch does, so nothing was written",
+            [problem.replace(str(staging), "") for problem in result.problems],
+        )
+    return Parity(result.max_difference, info.tolerance, len(vectors.cases), result.provider or "")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _run_info(job: Job, saving: float) -> dict[str, Any]:
+    """What differs from run to run: times, machine, threads."""
+    seconds = {**job.seconds, "save": saving}
+    return {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }

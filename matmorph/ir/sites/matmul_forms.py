@@ -1,0 +1,199 @@
+"""Which nodes multiply an activation by a stored weight, and how to read each as rows times a matrix: one function per operator.
+
+The rules for `Application.x`, by form, are those a rewrite needs to make rows of it:
+
+* linear, addmm, einsum: x is [..., in] and the result [..., out] (an einsum's out axes may be several, always last).
+* mm, expert: x is [..., in] and the result [..., out] where the weight is the second operand; where it is the first
+  (`weight_first(application)`), x is [..., in, n] and the result [..., out, n].
+* conv1x1: x is [n, in, *pixels] and the result [n, out, *pixels].
+* expert: x has the axis of the picked matrices (with `select`), or of all of them, in front of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from matmorph.ir.core import Node, Value
+from matmorph.ir.ops import base_name
+from matmorph.ir.site import Application, Form
+from matmorph.ir.sites.weight_view import Reading, WeightView, matrix
+
+Views: TypeAlias = Mapping[Value, WeightView]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One matmul with a stored weight. `operand` is the value that the node reads it by. `reading` is None where `problem` says why the
+    weight cannot be read as a matrix there; a problem with a reading is one of the node itself."""
+
+    view: WeightView
+    operand: Value
+    form: Form
+    application: Application
+    reading: Reading | None
+    problem: str | None = None
+
+
+def find_use(node: Node, views: Views) -> Use | None:
+    """The matmul with a weight that this node is, if it is one."""
+    rule = _FORMS.get(base_name(node.op))
+    return rule(node, views) if rule is not None else None
+
+
+def gathered(node: Node, views: Views) -> WeightView | None:
+    """The table that an embedding node gathers rows from, where it is a stored weight as it stands."""
+    if base_name(node.op) != "embedding" or not node.args or node.args[0] not in views:
+        return None
+    view = views[node.args[0]]
+    reading = matrix(view, (), (0,), (1,)) if len(view.axes) == 2 and view.cast is None else "no table"
+    plain = isinstance(reading, Reading) and reading.layout == "oi" and reading.rows == (0, reading.total)
+    return view if plain else None
+
+
+def weight_first(application: Application) -> bool:
+    """Whether the weight is the left operand, so that columns of x, not its rows, are multiplied."""
+    node = application.node
+    return base_name(node.op) in _PRODUCTS and node.args[0] is not application.x
+
+
+def _use(
+    view: WeightView,
+    operand: Value,
+    form: Form,
+    application: Application,
+    axes: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    problem: str | None = None,
+) -> Use:
+    """`axes`: batch, out and contracted axes of the operand."""
+    reading = matrix(view, *axes)
+    if view.cast is not None:
+        problem = f"it is converted to {view.cast} before it is used"
+    if isinstance(reading, str):
+        return Use(view, operand, form, application, None, reading)
+    return Use(view, operand, "expert" if reading.batch is not None else form, application, reading, problem)
+
+
+def _get(args: Sequence[Any], position: int) -> Any:
+    return args[position] if len(args) > position else None
+
+
+def _linear(node: Node, views: Views) -> Use | None:
+    x, weight = node.args[:2]
+    view = views.get(weight)
+    if view is None or len(view.axes) != 2:
+        return None
+    return _use(view, weight, "linear", Application(node, x, node.output, _get(node.args, 2)), ((), (0,), (1,)))
+
+
+def _addmm(node: Node, views: Views) -> Use | None:
+    bias, x, weight = node.args[:3]
+    view = views.get(weight)
+    if view is None or x in views:
+        return None
+    scaled = any(node.attrs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    problem = "its product or bias is scaled by the same node (alpha, beta)" if scaled else None
+    return _use(view, weight, "addmm", Application(node, x, node.output, bias), ((), (1,), (0,)), problem)
+
+
+def _product(node: Node, views: Views) -> Use | None:
+    """mm, bmm, matmul: one operand is the weight, on either side; a product of two weights is none."""
+    left, right = node.args[:2]
+    view = views.get(right)
+    if (left in views) == (right in views):
+        return None
+    operand, x = (left, right) if view is None else (right, left)
+    view = views[operand]
+    rank = len(view.axes)
+    if rank < 2:
+        return None
+    batch = tuple(range(rank - 2))
+    select = view.select
+    application = Application(node, x, node.output, None, select)
+    if operand is right:
+        return _use(view, operand, "mm", application, (batch, (rank - 1,), (rank - 2,)))
+    problem = "it multiplies a single vector" if len(x.tensor.shape) < 2 else None
+    return _use(view, operand, "mm", application, (batch, (rank - 2,), (rank - 1,)), problem)
+
+
+def _convolution(node: Node, views: Views) -> Use | None:
+    """A convolution with a kernel of one pixel that neither strides, pads nor groups."""
+    x, weight, bias = (*node.args, None)[:3]
+    view = views.get(weight)
+    if view is None or not _is_1x1(node, weight):
+        return None
+    pixels = tuple(range(2, len(view.axes)))
+    batched = len(x.tensor.shape) == len(view.axes)
+    problem = None if batched else "its input has no batch axis"
+    return _use(view, weight, "conv1x1", Application(node, x, node.output, bias), ((), (0, *pixels), (1,)), problem)
+
+
+def _is_1x1(node: Node, weight: Value) -> bool:
+    rest = node.args[3:]
+    if base_name(node.op) == "convolution":  # x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        stride, padding, _, transposed, _, groups = rest[:6]
+    else:  # x, weight, bias, stride, padding (a word for some), dilation, groups
+        given = [*rest, *(1, 0, 1, 1)[len(rest) :]]
+        stride, padding, groups = given[0], given[1], given[3]
+        transposed = False
+    unpadded = padding in ("same", "valid") or set(_tuple(padding)) <= {0}
+    return set(weight.tensor.shape[2:]) == {1} and set(_tuple(stride)) <= {1} and unpadded and not transposed and groups == 1
+
+
+def _tuple(entry: Any) -> tuple[Any, ...]:
+    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+
+
+def _einsum(node: Node, views: Views) -> Use | None:
+    """Two operands, one of them a weight, axes of which meet axes of x and vanish."""
+    operands = node.args[1]
+    held = [k for k, operand in enumerate(operands) if operand in views]
+    if len(operands) != 2 or len(held) != 1:
+        return None
+    operand, x = operands[held[0]], operands[1 - held[0]]
+    terms, result = _equation(node.args[0], [len(o.tensor.shape) for o in operands])
+    of_weight, of_x = terms[held[0]], terms[1 - held[0]]
+    inner = [axis for axis in of_weight if axis in of_x and axis not in result]
+    if not inner:
+        return None
+    batch = [axis for axis in of_weight if axis in of_x and axis in result]
+    out = [axis for axis in of_weight if axis not in of_x]
+    rest = [axis for axis in of_x if axis not in inner and axis not in batch]
+    problem = None
+    if len(inner) > 1:
+        problem = f"einsum {node.args[0]!r} contracts {len(inner)} axes"
+    elif of_x != [*batch, *rest, *inner] or result != [*batch, *rest, *out]:
+        problem = f"einsum {node.args[0]!r} sums over or permutes other axes"
+    at = of_weight.index
+    axes = ([at(a) for a in batch], [at(a) for a in out], [at(a) for a in inner])
+    view = views[operand]
+    return _use(view, operand, "einsum", Application(node, x, node.output, None, view.select), axes, problem)
+
+
+def _equation(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Axis names of each operand and of the result; an ellipsis becomes axes named "0", "1" ... from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = [_term(text, rank) for text, rank in zip(left.split(","), ranks, strict=True)]
+    names = [name for term in terms for name in term]
+    dots = sorted({name for name in names if name.isdigit()}, key=int, reverse=True)
+    if arrow:
+        before, found, after = right.partition("...")
+        return terms, [*before, *(dots if found else ()), *after]
+    return terms, [*dots, *sorted(name for name in set(names) if names.count(name) == 1 and not name.isdigit())]
+
+
+def _term(text: str, rank: int) -> list[str]:
+    before, found, after = text.partition("...")
+    width = rank - len(before) - len(after) if found else 0
+    return [*before, *(str(k) for k in reversed(range(width))), *after]
+
+
+_PRODUCTS = ("mm", "bmm", "matmul")
+_FORMS: Mapping[str, Callable[[Node, Views], Use | None]] = {
+    "linear": _linear,
+    "addmm": _addmm,
+    **dict.fromkeys(_PRODUCTS, _product),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    "einsum": _einsum,
+}

@@ -1,0 +1,338 @@
+"""A torch model to a Graph: `torch.export` (non-strict) with named axes, then `run_decompositions({})`, then `from_export`.
+
+Manners: the model keeps its device; train mode, `config.use_cache` and the experts implementation of Hugging Face models are switched for
+the trace and restored, each with a note. A range that the model itself demands ("seq <= 512") is adopted after one retry, with a note.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import logging
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as fx_config
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from matmorph.errors import InputError, MatmorphError, TraceError
+from matmorph.ir.core import Const, Graph
+from matmorph.ir.evaluate import bind
+from matmorph.ir.to_torch import CompiledModule
+from matmorph.ir.tracing.dynamic import DynamicAxes, demands, entry_key, read_dynamic_shapes, suggested_ranges
+from matmorph.ir.tracing.from_export import Names, constant, read_program
+from matmorph.ir.tracing.normal_form import is_functional
+from matmorph.ir.types import format_dim
+
+_BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
+ADVICE: tuple[tuple[str, str], ...] = (
+    ("GuardOnDataDependent", _BY_VALUE),
+    ("data-dependent", _BY_VALUE),
+    (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
+    ("Unsupported input type", "an input is of a type torch.export does not know: pass tensors, numbers, lists, tuples or dicts"),
+    ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
+    ("shape", "check the example inputs against what the model expects"),
+)
+"""What to change, by a word of the reason; the first that fits is shown."""
+
+
+def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
+    """The Graph of an nn.Module, an fx.GraphModule or an ExportedProgram.
+
+    example_inputs: a dict (keyword arguments) or a tuple (positional); a lone tensor is a tuple of one. dynamic_shapes mirrors it:
+    a dict of `{axis: name}` for kwargs, a tuple of them for args, None = static. For an ExportedProgram, which is already traced, both may
+    be None; `dynamic_shapes` then only names its symbols. A CompiledModule is its graph with the weights that it holds now; its axes are
+    those of its first trace.
+
+    Raises InputError for inputs that do not fit and TraceError (source line, reason, what to change) for a model that cannot be traced.
+    """
+    if isinstance(model, ExportedProgram):
+        return _trace_program(model, dynamic_shapes)
+    if isinstance(model, CompiledModule):
+        return _traced_before(model, example_inputs, dynamic_shapes)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
+    device = _device(model)
+    args, kwargs = read_examples(example_inputs, device)
+    _check_call(model, args, kwargs)
+    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+    with ExitStack() as stack:
+        notes = stack.enter_context(_manners(model))
+        program, axes, adopted = _export(model, args, kwargs, axes)
+        names = Names(_symbol_names(program, (args, kwargs), axes.shapes), _state(model), _input_names(model, args, kwargs))
+        return read_program(_functional(program), names, str(device), (*notes, *adopted))
+
+
+def _traced_before(model: CompiledModule, example_inputs: Any, dynamic_shapes: Any) -> Graph:
+    """InputError where the examples do not fit, or where `dynamic_shapes` names an axis that is fixed or has another name."""
+    graph = model.current_graph()
+    if example_inputs is None:
+        return graph
+    args, kwargs = read_examples(example_inputs, torch.device(graph.device))
+    values = {id(tensor): value for tensor, value in zip(bind(graph, args, kwargs), graph.inputs, strict=True)}
+    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+    for name, tensor, named in axes.leaves(kwargs or args):
+        for axis, label in named.items():
+            known = format_dim(values[id(tensor)].tensor.shape[axis])
+            if known != label:
+                raise InputError(f"axis {axis} of {name} was {known} when this compiled model was traced; it cannot become {label}")
+    return replace(graph, ranges=axes.within(graph.ranges))
+
+
+def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) on the model's device; the call mirrors the examples."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        if not example_inputs or not all(isinstance(key, str) for key in example_inputs):
+            raise InputError("example inputs given as a dict must be non-empty and keyed by argument name")
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, torch.Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, tuple | list):
+        args = tuple(example_inputs)
+    else:
+        raise InputError(f"example inputs must be a dict (keyword arguments) or a tuple (positional), got {type(example_inputs).__name__}")
+    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    return cast("tuple[tuple[Any, ...], dict[str, Any]]", moved)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    devices: dict[torch.device, str] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        where = [f"{name} is on {device}" for device, name in devices.items()]
+        raise InputError(f"the model's parameters are on {len(devices)} devices; move them to one with model.to(...)", where)
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        wanted = ", ".join(str(p) for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD)
+        raise InputError(f"the example inputs do not fit the model: {error}", [f"forward takes ({wanted})"]) from None
+
+
+@contextmanager
+def _manners(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
+    """Eval mode, no cache and gathered experts while tracing; everything is put back, also after an error."""
+    notes: list[str] = []
+    training = [module for module in model.modules() if module.training]
+    configs: list[Any] = [
+        module.config for module in model.modules() if getattr(getattr(module, "config", None), "use_cache", None) is True
+    ]
+    caching = list({id(config): config for config in configs}.values())
+    experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    switch = getattr(model, "set_experts_implementation", None) if experts is not None and experts != "batched_mm" else None
+    try:
+        if training:
+            model.eval()
+            notes.append("train mode switched to eval for the trace, and restored")
+        for config in caching:
+            config.use_cache = False
+        if caching:
+            notes.append("config.use_cache switched off for the trace, and restored: the compiled model keeps no key/value cache")
+        if switch is not None:
+            switch("batched_mm")
+        yield tuple(notes)
+    finally:
+        for module in training:
+            module.training = True
+        for config in caching:
+            config.use_cache = True
+        if switch is not None:
+            switch(experts)
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes
+) -> tuple[ExportedProgram, DynamicAxes, tuple[str, ...]]:
+    try:
+        return _export_once(model, args, kwargs, axes), axes, ()
+    except Exception as error:
+        found = suggested_ranges(str(error), axes)
+        if not found:
+            raise _explain(error, axes) from error
+    narrowed = axes.narrowed(found)
+    notes = tuple(f"{name} must be in {r.low}..{r.high or ''}: the model itself demands it" for name, r in found.items())
+    try:
+        return _export_once(model, args, kwargs, narrowed), narrowed, notes
+    except Exception as error:
+        raise _explain(error, narrowed) from error
+
+
+def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes) -> ExportedProgram:
+    with quiet(), torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(), strict=False)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """A program without in-place operators and composites that alias. The second trace costs as much as the first, and most need none."""
+    if is_functional(program):
+        return program
+    try:
+        # An axis of size 1 is no special case.
+        with quiet(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    except Exception as error:
+        raise _explain(error, None) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences torch's own chatter (deprecations between its modules, logged tracebacks, a graph printed to stderr where an export fails):
+    an error still raises, and we say what it means."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch.onnx", "torch._subclasses")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _explain(error: Exception, axes: DynamicAxes | None) -> MatmorphError:
+    """TraceError with the model's own source line, torch's reason in one line, and what to change."""
+    if isinstance(error, MatmorphError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    wanted = demands(text, axes) if axes is not None else ()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    told = f"{type(error).__name__} {text}"
+    advice = next((words for key, words in ADVICE if key in told), "see that the model runs on the example inputs")
+    details = [f"at {line}"] if (line := _own_line(error)) else []
+    details += list(wanted) or [f"what to change: {advice}"]
+    return TraceError(f"the model cannot be traced: {reason}", details)
+
+
+def _own_line(error: BaseException) -> str:
+    """The innermost frame that belongs to the model: not to torch, to Python's own library or to us."""
+    standard = sysconfig.get_path("stdlib")
+    frames = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        name = frame.filename.replace("\\", "/")
+        own_library = frame.filename.startswith(standard) and "site-packages" not in name
+        if not (own_library or "/torch/" in name or "/matmorph/ir/" in name or name.startswith("<")):
+            frames.append(frame)
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _state(model: torch.nn.Module) -> tuple[Const, ...]:
+    """Every parameter and buffer once, with all its names, in state_dict order (non-persistent buffers in their place)."""
+    tensors: dict[int, tuple[torch.Tensor, list[str], str, bool]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        hidden = module._non_persistent_buffers_set
+        entries = [(name, tensor, "parameter", True) for name, tensor in module._parameters.items()]
+        entries += [(name, tensor, "buffer", name not in hidden) for name, tensor in module._buffers.items()]
+        for name, tensor, kind, persistent in entries:
+            if tensor is not None:
+                tensors.setdefault(id(tensor), (tensor, [], kind, persistent))[1].append(dot + name)
+    return tuple(constant(tensor, tuple(names), kind, persistent) for tensor, names, kind, persistent in tensors.values())
+
+
+def _input_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """A name per flat input: the argument's, joined with keys and indices where an argument is a nest."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    parameters = inspect.signature(model.forward).parameters
+    positional: list[str] = []
+    for name, value in bound.arguments.items():
+        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            positional += [f"{name}_{i}" for i in range(len(value))]
+        elif name not in kwargs:
+            positional.append(name)
+    return tuple(flat_names(dict(zip(positional, args, strict=False)) | kwargs))
+
+
+def flat_names(named: Mapping[str, Any]) -> list[str]:
+    """`{"x": tensor, "past": [a, b]}` -> ["x", "past.0", "past.1"], in flattening order."""
+    found = []
+    for name, value in named.items():
+        for path, _ in tree_flatten_with_path(value)[0]:
+            parts = [name, *(str(entry_key(key)) for key in path)]
+            found.append(".".join(parts))
+    return found
+
+
+def _symbol_names(program: ExportedProgram, examples: Any, shapes: Any) -> dict[str, str]:
+    """The program's symbol for each named axis, read off the placeholders that carry it."""
+    axes = _flat_axes(examples, shapes)
+    user = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in set(_user_inputs(program))]
+    names: dict[str, str] = {}
+    for node, entry in zip(user, axes, strict=True):
+        for axis, label in (entry or {}).items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int):
+                raise TraceError(
+                    f"the model works only with {label} = {size}: it fixes that axis of {node.name}",
+                    [f"leave axis {axis} of {node.name} out of dynamic_shapes, or change the model to accept any size"],
+                )
+            names[str(size.node.expr)] = label
+    return names
+
+
+def _user_inputs(program: ExportedProgram) -> list[str]:
+    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+
+
+def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
+    """Axis names per flat leaf of (args, kwargs)."""
+    args, kwargs = examples
+    found: list[Mapping[int, str] | None] = []
+    for path, _ in tree_flatten_with_path(kwargs or args)[0]:
+        axes = shapes
+        for key in path:
+            axes = axes[entry_key(key)] if axes is not None else None
+        found.append(axes)
+    return found
+
+
+def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
+    """An ExportedProgram as the user brings it; its symbols keep their names unless `dynamic_shapes` renames them."""
+    args, kwargs = program.example_inputs if program.example_inputs is not None else ((), {})
+    labels = {name: name for name in _program_symbols(program)}
+    if dynamic_shapes is not None:
+        axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+        labels.update(_symbol_names(program, (args, kwargs), axes.shapes))
+    state = _program_state(program)
+    device = next((const.load().device for const in state), torch.device("cpu"))
+    inputs = tuple(flat_names(kwargs)) if kwargs and not args else tuple(_user_inputs(program))
+    return read_program(_functional(program), Names(labels, state, inputs), str(device), ())
+
+
+def _program_symbols(program: ExportedProgram) -> list[str]:
+    """Symbols of the placeholders' shapes, in order of first use."""
+    values = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    sizes: list[Any] = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+    return list(dict.fromkeys(str(s) for size in sizes for s in sorted(size.node.expr.free_symbols, key=str)))
+
+
+def _program_state(program: ExportedProgram) -> tuple[Const, ...]:
+    """Parameters and buffers once each; two names of one tensor are aliases."""
+    signature = program.graph_signature
+    parameters = set(signature.inputs_to_parameters.values())
+    hidden = {name: tensor for name, tensor in program.constants.items() if name in signature.non_persistent_buffers}
+    groups: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    for name, tensor in {**program.state_dict, **hidden}.items():
+        groups.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return tuple(
+        constant(tensor, tuple(names), "parameter" if parameters & set(names) else "buffer", names[0] not in hidden)
+        for tensor, names in groups.values()
+    )

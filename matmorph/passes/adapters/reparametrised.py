@@ -1,0 +1,134 @@
+"""Weights and biases that a graph computes from others, as numbers: what merging glora needs.
+
+glora's matmul is one linear node whose weight and bias are nodes over constants. Merged, they are constants: computed in float64 from the
+stored numbers and rounded once, so that W C is that of the old W, whatever order the sums are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import RewriteError, VerifyError
+from matmorph.ir.build import names_of, unique_name
+from matmorph.ir.core import Const, Graph, Node, Value
+from matmorph.ir.evaluate import run_node
+from matmorph.ir.types import TensorType, dtype_name
+from matmorph.passes.adapters.table import swept
+
+LINEAR = "aten.linear.default"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """A graph with a site's weight as a constant again. `wanted`: in float64, `stored`: as rounded, `before`: without the factors; each
+    [out, in]. `names`: dotted names of the constants."""
+
+    graph: Graph
+    wanted: Tensor
+    stored: Tensor
+    before: Tensor
+    names: tuple[str, ...]
+
+
+def constant(graph: Graph, value: Value, zero: Collection[Const] = ()) -> Tensor:
+    """The number that a value over constants is, float64. `zero`: constants taken as zeros. VerifyError where it needs an input."""
+    makers = graph.producers()
+    known: dict[Value, Tensor] = {}
+
+    def read(wanted: Value) -> Tensor:
+        if wanted in known:
+            return known[wanted]
+        if isinstance(wanted, Const):
+            tensor = wanted.load().detach()
+            wide = tensor.double() if tensor.is_floating_point() else tensor
+            known[wanted] = torch.zeros_like(wide) if wanted in zero else wide
+        elif wanted in makers:
+            node = makers[wanted]
+            known.update(zip(node.outputs, run_node(node, read), strict=True))
+        else:
+            raise VerifyError(f"%{wanted.name} is no constant, it depends on an input")
+        return known[wanted]
+
+    return read(value)
+
+
+def folded(graph: Graph, site: str, factors: Sequence[Const]) -> Folded:
+    """The graph in which the linear nodes whose weight or bias is computed from these factors read constants. VerifyError where there is no
+    such node, RewriteError where a weight leaves the range of its type."""
+    ends = _ends(graph, factors)
+    if not ends:
+        raise VerifyError(f"{site}: no matmul is computed from {', '.join(const.path for const in factors)}")
+    weight = ends[0].args[1]
+    wanted, before = constant(graph, weight), constant(graph, weight, set(factors))
+    made: dict[Value, tuple[str, Tensor]] = {}
+    new_weight = _placeholder(made, f"{site}.weight", wanted, weight)
+    nodes: dict[Node, Node] = {}
+    biases: dict[bytes, Value] = {}
+    for node in ends:
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, Value) and not isinstance(bias, Const):
+            numbers = constant(graph, bias)
+            key = numbers.numpy(force=True).tobytes()  # applications of one weight share what is equal
+            if key not in biases:
+                biases[key] = _placeholder(made, f"{site}.bias", numbers, bias)
+            bias = biases[key]
+        nodes[node] = replace(node, args=(node.args[0], new_weight, bias), origin=replace(node.origin, rule=None, location=None))
+    result, names = with_constants(graph, nodes, made, factors[0])
+    stored = made[new_weight][1].to(weight.tensor.torch_dtype)
+    return Folded(result, wanted, stored, before, names)
+
+
+def with_constants(
+    graph: Graph, nodes: Mapping[Node, Node], made: Mapping[Value, tuple[str, Tensor]], anchor: Const
+) -> tuple[Graph, tuple[str, ...]]:
+    """The graph with nodes exchanged, and the placeholders `made` (a wished dotted name and the numbers of each) that they read as weights
+    of their types; what nobody reads any more goes, and the names of weights that go are free for the new ones. These stand where
+    `anchor` stood in the state. Also their dotted names."""
+    bare = swept(replace(graph, nodes=tuple(nodes.get(node, node) for node in graph.nodes)), graph)
+    taken = names_of(bare) | {name for const in bare.state for name in const.names}
+    weights = {value: _weight(unique_name(wish, taken), numbers, value) for value, (wish, numbers) in made.items()}
+
+    def put(node: Node) -> Node:
+        return replace(node, args=tuple(weights.get(arg, arg) if isinstance(arg, Value) else arg for arg in node.args))
+
+    kept = set(bare.state)
+    state: list[Const] = []
+    for const in graph.state:
+        state += [const] if const in kept else []
+        state += weights.values() if const is anchor else ()
+    ours = set(nodes.values())
+    return replace(bare, nodes=tuple(put(node) if node in ours else node for node in bare.nodes), state=tuple(state)), tuple(
+        const.path for const in weights.values()
+    )
+
+
+def _ends(graph: Graph, factors: Collection[Const]) -> list[Node]:
+    """Linear nodes of activations whose weight or bias is computed from the factors."""
+    tainted: set[Value] = set(factors)
+    found: list[Node] = []
+    for node in graph.nodes:
+        if tainted.isdisjoint(node.inputs()):
+            continue
+        if node.op == LINEAR and node.args[0] not in tainted:
+            found.append(node)
+        else:
+            tainted.update(node.outputs)
+    return found
+
+
+def _placeholder(made: dict[Value, tuple[str, Tensor]], wish: str, numbers: Tensor, like: Value) -> Value:
+    value = Value(wish, like.type)
+    made[value] = (wish, numbers)
+    return value
+
+
+def _weight(name: str, numbers: Tensor, like: Value) -> Const:
+    tensor = numbers.to(like.tensor.torch_dtype).contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        raise RewriteError(f"{name}: the merged numbers leave the range of {like.tensor.dtype}")
+    type = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
+    return Const(name, type, lambda: tensor, (name,), trainable=True, storage=f"{name} (merged)")

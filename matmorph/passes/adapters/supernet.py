@@ -1,0 +1,174 @@
+"""The supernet of glora as a graph: gates as an input of its training graphs, a configuration put in, and the spec of a configuration.
+
+The compiled graph has one constant `<site>.glora.gates` [17] per site, zeros until a configuration is named: the model is its source.
+In training graphs one input `gates` [sites, 17] takes their place, a row per site in the order of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils._pytree import tree_structure
+
+from matmorph.errors import InputError, did_you_mean
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Graph, Input, Node, Value, map_values
+from matmorph.ir.types import TensorType
+from matmorph.passes.adapters.table import GATES, Adapter, loaded
+from matmorph.passes.adapters.trainables import method_of
+from matmorph.passes.methods.glora import COLUMNS, WORDS
+from matmorph.passes.methods.glora import GATES as WIDTH
+from matmorph.specs.schema import Rule, Spec
+
+Configuration: TypeAlias = Mapping[str, Mapping[str, str]]
+"""By site and tensor what it is: {"layer.0.fc": {"A": "lora", "E": "vector"}}; what is not named is none, or the only word there is."""
+
+SUFFIX = f".glora.{GATES}"
+
+
+def gates_of(graph: Graph) -> tuple[Const, ...]:
+    """The gates of each site of a supernet, in the order of their rows; () where there is none."""
+    return tuple(const for const in graph.used_state() if const.path.endswith(SUFFIX) and method_of(const) == "glora")
+
+
+def site_of(gates: Const) -> str:
+    return gates.path.removesuffix(SUFFIX)
+
+
+def with_gate_input(graph: Graph, consts: Sequence[Const]) -> Graph:
+    """The graph with an input `gates` float32 [sites, 17] in the place of these constants. InputError where the model has one."""
+    if any(entry.name == GATES for entry in graph.signature.inputs):
+        raise InputError(f"the model has an input {GATES} of its own, a name that the training graphs of a supernet need")
+    gates = Value(GATES, TensorType("float32", (len(consts), WIDTH)))
+    b = Builder(graph, {GATES})
+    rows: dict[Value, Value] = {}
+    for row, const in enumerate(consts):
+        value = b("aten.select.int", gates, 0, row)
+        dtype = const.tensor.torch_dtype
+        rows[const] = value if dtype == torch.float32 else b("aten._to_copy.default", value, dtype=dtype)
+
+    def swap(value: Value) -> Value:
+        return rows.get(value, value)
+
+    def read(node: Node) -> Node:
+        if rows.keys().isdisjoint(node.inputs()):
+            return node
+        return replace(node, args=map_values(node.args, swap), attrs={name: map_values(arg, swap) for name, arg in node.attrs.items()})
+
+    inputs = (*graph.signature.inputs, Input(GATES, gates))
+    in_spec = tree_structure(((), {entry.name: 0 for entry in inputs}))
+    return replace(
+        graph,
+        signature=replace(graph.signature, inputs=inputs, in_spec=in_spec),
+        nodes=(*b.nodes, *map(read, graph.nodes)),
+        state=tuple(const for const in graph.state if const not in rows),
+    )
+
+
+def configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configuration) -> Graph:
+    """The graph with one-hot gates. InputError for a graph without a supernet, and for sites, tensors or words that it does not have."""
+    full = completed(choices_of(adapters), configuration)
+    gates = {site_of(const): const for const in gates_of(graph)}
+    change: dict[Value, Const] = {}
+    for site, words in full.items():
+        row = torch.zeros(WIDTH)
+        for pair in words.items():
+            row[COLUMNS[pair]] = 1
+        change[gates[site]] = loaded(gates[site], row.to(gates[site].tensor.torch_dtype))
+
+    def swap(value: Value) -> Value:
+        return change.get(value, value)
+
+    nodes = tuple(
+        node if change.keys().isdisjoint(node.inputs()) else replace(node, args=map_values(node.args, swap)) for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes, state=tuple(change.get(const, const) for const in graph.state))
+
+
+def choices_of(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, Sequence[str]]]:
+    """By site of the supernet, what each tensor may be. InputError where there is no supernet."""
+    found = {adapter.site: adapter.words for adapter in adapters if adapter.words is not None}
+    if not found:
+        raise InputError("the model is no supernet: no rule says glora: {search: true}")
+    return found
+
+
+def completed(choices: Mapping[str, Mapping[str, Sequence[str]]], configuration: Configuration) -> dict[str, dict[str, str]]:
+    """The configuration with every site and tensor. InputError naming a site that the supernet does not have, a tensor that glora does not
+    have, a word that is no choice there, or a tensor that must be named."""
+    for site, tensors in configuration.items():
+        if site not in choices:
+            raise InputError(f"the configuration names {site}, and the supernet has no such layer{did_you_mean(site, choices)}")
+        for tensor, word in tensors.items():
+            if tensor not in WORDS:
+                raise InputError(f"{site}: glora has no tensor {tensor}; there are {', '.join(WORDS)}")
+            if word not in choices[site][tensor]:
+                raise InputError(f"{site}: {tensor} cannot be {word}; it is one of {', '.join(choices[site][tensor])}")
+    return {
+        site: {tensor: configuration.get(site, {}).get(tensor) or _unnamed(site, tensor, words) for tensor, words in tensors.items()}
+        for site, tensors in choices.items()
+    }
+
+
+def _unnamed(site: str, tensor: str, words: Sequence[str]) -> str:
+    if len(words) > 1 and "none" not in words:
+        raise InputError(f"{site}: {tensor} must be named: one of {', '.join(words)}")
+    return words[0] if len(words) == 1 else "none"
+
+
+def spec_of(spec: Spec, adapters: Sequence[Adapter], configuration: Configuration) -> dict[str, Any]:
+    """The spec in which every rule that searches is replaced by what the configuration says: plain data that loads by itself.
+
+    Sites with the same configuration share a rule; a site that is none throughout keeps its weight. Raises as `completed`.
+    """
+    full = completed(choices_of(adapters), configuration)
+    sites: dict[str, list[str]] = {}
+    for adapter in adapters:
+        if adapter.words is not None:
+            sites.setdefault(adapter.rule, []).append(adapter.site)
+    rules = {rule.name: rule for rule in spec.rules}
+    data: dict[str, Any] = dict(spec.resolved)
+    if "stages" in data:
+        data["stages"] = [{**stage, "rules": _replaced(stage["rules"], rules, sites, full)} for stage in data["stages"]]
+    else:
+        data["rules"] = _replaced(data["rules"], rules, sites, full)
+    return {**data, "name": f"{spec.name}-found"}
+
+
+def _replaced(
+    data: Sequence[Mapping[str, Any]], rules: Mapping[str, Rule], sites: Mapping[str, Sequence[str]], configuration: Configuration
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for rule in data:
+        if rule["name"] not in sites:
+            found.append(dict(rule))
+            continue
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for site in sites[rule["name"]]:
+            groups.setdefault(tuple(configuration[site].items()), []).append(site)
+        for number, (words, paths) in enumerate(groups.items(), 1):
+            rewrite = _rewrite(rules[rule["name"]], rule["rewrite"], dict(words))
+            match = {"op": "matmul", "path": [f"re:{_escaped(path)}" for path in paths]}
+            found.append({**rule, "name": f"{rule['name']}-{number}", "match": match, "expect": len(paths), "rewrite": rewrite})
+    return found
+
+
+def _escaped(path: str) -> str:
+    """A path as a regular expression: names of modules hold letters, digits, _ and dots; slices brackets."""
+    return "".join(f"\\{letter}" if letter in ".[]:+*?()|^$\\" else letter for letter in path)
+
+
+def _rewrite(rule: Rule, data: Any, words: Mapping[str, str]) -> Any:
+    """The rule's rewrite with these words in the place of the search; without glora where they are all none."""
+    listed = data if isinstance(data, list) else [data]
+    settings = {tensor: word for tensor, word in words.items() if word != "none"}
+    uses: list[Any] = []
+    for use, plain in zip(rule.rewrite, listed, strict=True):
+        if use.method != "glora":
+            uses.append(plain)
+        elif settings:
+            uses.append({"glora": {**settings, "rank": use.spec.rank}})
+    return uses if len(uses) > 1 else uses[0] if uses else "keep"

@@ -1,0 +1,141 @@
+"""Patches: a block made narrower. Weights are cut, literals that carry the width are written anew, values from outside are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Node, Value
+from matmorph.ir.site import Choice, Site
+from matmorph.ir.types import TensorType, dtype_name
+from matmorph.passes.pruning.axes import QK, Counts, Kept, positions, resized
+from matmorph.passes.pruning.axis_walk import Literal, Place, replaced
+from matmorph.passes.pruning.find_blocks import Block
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """What a block becomes. `consts`: narrower weights and biases for those they replace, under their names. `nodes`: what stands in place
+    of nodes of the region. `added`: index constants. `features`: the consumer's input features that stay, `weight` [out, in] its new
+    matrix. `choice` is what was taken in the end."""
+
+    block: Block
+    consts: Mapping[Const, Const]
+    nodes: Mapping[Node, tuple[Node, ...]]
+    added: tuple[Const, ...]
+    features: Tensor
+    weight: Tensor
+    choice: Choice
+    notes: tuple[str, ...] = ()
+
+
+def counts_of(kept: Kept) -> Counts:
+    """How many of each unit stay."""
+    return {unit: int(index.shape[-1]) for unit, index in kept.items()}
+
+
+def make_patch(block: Block, kept: Kept, weight: Tensor, label: str, b: Builder, choice: Choice, notes: tuple[str, ...] = ()) -> Patch:
+    """The patch that keeps these units. `weight` [out, new in]: the consumer's matrix in its stored type. `label` names the method in the
+    storage keys of what it cut and in the names of index constants; `b` writes over the graph that the block was found in."""
+    marker = len(b.consts)
+    shop = _Shop(block, kept, label, b)
+    for producer in block.producers:
+        shop.cut_producer(producer.site, positions(producer.axis, kept))
+    shop.consts[block.consumer.const] = _stored(block.consumer, weight, label)
+    shop.edit_region()
+    features = positions(block.axis, kept)
+    return Patch(block, shop.consts, shop.written(), tuple(b.consts[marker:]), features, weight, choice, notes)
+
+
+class _Shop:
+    """The patch while it is made."""
+
+    def __init__(self, block: Block, kept: Kept, label: str, b: Builder) -> None:
+        self.consts: dict[Const, Const] = {}
+        self._block = block
+        self._kept = kept
+        self._label = label
+        self._b = b
+        self._rule, self._location = b.origin.rule, b.origin.location
+        self._edits: dict[Node, dict[Place, Any]] = {}
+        self._gathers: dict[Node, tuple[Node, ...]] = {}
+        self._gathered: dict[tuple[Value, int, str], Value] = {}
+        self._indices: dict[str, Const] = {}
+
+    def cut_producer(self, site: Site, rows: Tensor) -> None:
+        self.consts[site.const] = cut(site.const, 0 if site.layout == "oi" else 1, rows, self._label)
+        for application in site.applications:
+            bias = application.bias
+            if isinstance(bias, Const):
+                if bias not in self.consts:
+                    self.consts[bias] = cut(bias, len(bias.tensor.shape) - 1, rows, self._label)
+            elif bias is not None:
+                place = next((k,) for k, arg in enumerate(application.node.args) if arg is bias)
+                self._gather(application.node, place, bias, len(bias.tensor.shape) - 1, rows)
+
+    def edit_region(self) -> None:
+        counts = counts_of(self._kept)
+        for literal in self._block.literals:
+            self._edits.setdefault(literal.node, {})[literal.place] = -1 if literal.fill else _number(literal, counts)
+        for side in self._block.sides:
+            self._gather(side.node, side.place, side.value, side.dim, positions(side.axis, self._kept))
+        for scale in self._block.scales if QK in counts else ():
+            self._edits.setdefault(scale.node, {})[("scale",)] = scale.value
+
+    def _gather(self, node: Node, place: Place, value: Value, dim: int, rows: Tensor) -> None:
+        """`value` where `node` reads it, only `rows` of its axis; nodes stand in front of the first that reads it."""
+        if len(rows) == value.tensor.shape[dim]:
+            return
+        key = (value, dim, str(rows.tolist()))
+        if key not in self._gathered:
+            self._b.origin = replace(node.origin, rule=self._rule, location=self._location)
+            mark = len(self._b.nodes)
+            self._gathered[key] = self._b("aten.index_select.default", value, dim, self._index(rows), name=f"{value.name}_kept")
+            self._gathers[node] = (*self._gathers.get(node, ()), *self._b.nodes[mark:])
+        self._edits.setdefault(node, {})[place] = self._gathered[key]
+
+    def _index(self, rows: Tensor) -> Const:
+        key = str(rows.tolist())
+        if key not in self._indices:
+            name = f"{self._block.consumer.path}.{self._label}.kept_{len(self._indices)}"
+            self._indices[key] = self._b.const(name, rows, kind="buffer", rule=self._rule)
+        return self._indices[key]
+
+    def written(self) -> Mapping[Node, tuple[Node, ...]]:
+        found = {}
+        for node in self._edits.keys() | self._gathers.keys():
+            args, attrs = node.args, dict(node.attrs)
+            for place, new in self._edits.get(node, {}).items():
+                if isinstance(place[0], str):
+                    attrs[place[0]] = new
+                else:
+                    args = replaced(args, place, new)
+            found[node] = (*self._gathers.get(node, ()), replace(node, args=args, attrs=attrs))
+        return found
+
+
+def _number(literal: Literal, counts: Counts) -> int:
+    return sum(int(resized(term, counts)) for term in literal.terms)
+
+
+def cut(const: Const, dim: int, rows: Tensor, label: str) -> Const:
+    """The constant with only these positions along `dim`, under its own names; read when it is loaded."""
+    shape = [*const.tensor.shape]
+    shape[dim] = len(rows)
+
+    def load() -> Tensor:
+        stored = const.load()
+        return stored.detach().index_select(dim, rows.to(stored.device)).contiguous()
+
+    return replace(const, type=TensorType(const.tensor.dtype, tuple(shape)), load=load, storage=f"{const.storage or const.path}#{label}")
+
+
+def _stored(site: Site, weight: Tensor, label: str) -> Const:
+    """The consumer's weight in the layout of its constant."""
+    tensor = (weight if site.layout == "oi" else weight.T).contiguous()
+    type = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
+    return replace(site.const, type=type, load=lambda: tensor, storage=f"{site.const.storage or site.const.path}#{label}")

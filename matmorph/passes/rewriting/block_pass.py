@@ -1,0 +1,359 @@
+"""Methods that work on blocks: which blocks a stage's rules claim, what becomes of them, and the narrower graph.
+
+They run beside the methods of single sites: claims are divided, patches are built on the same graph, and applied behind its one splice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from matmorph.errors import SpecError, VerifyError
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Graph, Node, Origin, Value, map_values
+from matmorph.ir.infer import Inference
+from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
+from matmorph.ir.verify import retype
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
+from matmorph.passes.methods import Error, Method, SiteStats
+from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
+from matmorph.passes.pruning.find_blocks import Block, find_blocks
+from matmorph.passes.pruning.patch import Patch
+from matmorph.passes.rewriting.rewrite import Outcome, Part, without_orphans
+from matmorph.passes.sizes import exported_sizes
+from matmorph.specs.schema import MethodUse, Rule, Stage
+
+KIND = "block"
+_INDEX_BYTES = 8
+
+
+class BlockMethod(Protocol):
+    """A method of kind "block". Stateless, as the others are; `choices[k].rank` is the width of the block that the choice leaves."""
+
+    def needs(self, spec: Any) -> frozenset[Statistic]: ...
+    def reads(self, block: Block, spec: Any) -> tuple[Site, ...]: ...
+    def check(self, block: Block, spec: Any) -> Reject | None: ...
+    def impossible(self, blocks: Sequence[Block], spec: Any) -> str | None: ...
+    def choices(self, block: Block, spec: Any) -> Iterable[Choice]: ...
+    def schedule(self, block: Block, spec: Any) -> tuple[Choice, ...]: ...
+    def counts(self, block: Block, spec: Any, choice: Choice) -> Counts: ...
+    def costs(self, block: Block, spec: Any, choice: Choice) -> Mapping[Site, Cost]: ...
+    def errors(self, block: Block, spec: Any, choices: Sequence[Choice], stats: Mapping[Site, SiteStats]) -> Sequence[Error]: ...
+    def build(self, block: Block, spec: Any, choice: Choice, stats: Mapping[Site, SiteStats], b: Builder) -> Patch: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockJob:
+    """One block that a rule prunes."""
+
+    block: Block
+    rule: Rule
+    use: MethodUse
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Divided:
+    """Claims of single sites, blocks, and claimed sites of which no block can be made. `blocks`: all of the graph, where any was asked
+    for."""
+
+    claims: tuple[tuple[Site, Rule], ...]
+    jobs: tuple[BlockJob, ...] = ()
+    refused: tuple[Outcome, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+
+def of_block(rule: Rule, methods: Mapping[str, Method]) -> MethodUse | None:
+    """The block method of a rule, which stands alone in its rewrite."""
+    use = rule.rewrite[0] if rule.rewrite else None
+    return use if use is not None and getattr(methods.get(use.method), "kind", None) == KIND else None
+
+
+def divide(graph: Graph, sites: Sequence[Site], owners: Mapping[Site, Rule | None], methods: Mapping[str, Method]) -> Divided:
+    """The claims of one stage by what they work on. `owners`: the rule of every site of the graph.
+
+    SpecError: two rules claim parts of one block that one of them prunes; settings that fit no block of their rule.
+    """
+    claims = tuple((site, rule) for site, rule in owners.items() if rule is not None and rule.rewrite)
+    pruned = {site: (rule, use) for site, rule in claims if (use := of_block(rule, methods)) is not None}
+    if not pruned:
+        return Divided(claims)
+    blocks = find_blocks(graph, sites)
+    jobs: list[BlockJob] = []
+    refused: list[Outcome] = []
+    inside: set[Site] = set()
+    for block in blocks:
+        touched = [site for site in block.sites if site in pruned]
+        if not touched:
+            continue
+        rule, use = pruned[touched[0]]
+        _refuse_two_rules(block, rule, owners)
+        inside.update(touched)
+        missing = next((site for site in block.sites if site not in pruned), None)
+        if missing is None:
+            jobs.append(BlockJob(block, rule, use))
+        else:
+            reason = Reject(f"{block.name} is incomplete: rule {rule.name} does not match {missing.path}")
+            refused += [Outcome(site, rule, reason) for site in touched]
+    alone = Reject("it is part of no attention or MLP block")
+    refused += [Outcome(site, rule, alone) for site, (rule, _) in pruned.items() if site not in inside]
+    _refuse_impossible(jobs, methods)
+    return Divided(tuple(claim for claim in claims if claim[0] not in pruned), tuple(jobs), tuple(refused), blocks)
+
+
+def _refuse_two_rules(block: Block, rule: Rule, owners: Mapping[Site, Rule | None]) -> None:
+    others = {site: other for site in block.sites if (other := owners.get(site)) is not None and other is not rule}
+    if not others:
+        return
+    site, other = next(iter(others.items()))
+    own = next(site for site in block.sites if owners.get(site) is rule)
+    raise SpecError(
+        f"rules {rule.name} and {other.name} claim parts of one block: {own.path} and {site.path}",
+        at=other.at,
+        details=[f"rule {rule.name} is at {rule.at}", f"{block.name} is pruned as a whole: {', '.join(s.path for s in block.sites)}"],
+    )
+
+
+def _refuse_impossible(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> None:
+    owned: dict[int, list[BlockJob]] = {}
+    for job in jobs:
+        owned.setdefault(id(job.rule), []).append(job)
+    for group in owned.values():
+        use = group[0].use
+        why = _method(methods, use).impossible([job.block for job in group], use.spec)
+        if why is not None:
+            raise SpecError(f"rule {group[0].rule.name}: {why}", at=use.at)
+
+
+def _method(methods: Mapping[str, Method], use: MethodUse) -> BlockMethod:
+    method: Any = methods[use.method]
+    found: BlockMethod = method
+    return found
+
+
+def block_needs(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> list[Site]:
+    """Sites whose statistics are read. All that can be pruned, so that output errors are measured wherever there is data."""
+    found: dict[Site, None] = {}
+    for job in jobs:
+        method = _method(methods, job.use)
+        if method.check(job.block, job.use.spec) is None:
+            found.update(dict.fromkeys(method.reads(job.block, job.use.spec)))
+    return list(found)
+
+
+def rejected(job: BlockJob, reject: Reject) -> list[Outcome]:
+    return [Outcome(site, job.rule, reject) for site in job.block.sites]
+
+
+def _outcomes(job: BlockJob, method: BlockMethod, choice: Choice, notes: Sequence[str], patch: Patch | None = None) -> list[Outcome]:
+    """One per site of the block; notes and patch go with the consumer."""
+    costs = method.costs(job.block, job.use.spec, choice)
+    found = []
+    for site in job.block.sites:
+        last = site is job.block.consumer
+        part = Part(job.use, KIND, choice, costs[site], tuple(notes) if last else ())
+        found.append(Outcome(site, job.rule, None, (part,), cost=costs[site], block=job.block, patch=patch if last else None))
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Past:
+    """A consumer as the source has it: what later shots are measured against."""
+
+    weight: Tensor
+    moment: Tensor | None
+    features: Tensor
+
+
+class BlockPass:
+    """Blocks over the stages and shots of one run. It remembers how wide each block was to become after each shot, what its last matmul was
+    in the source, and how many keys and values there are. `aside`: parameters and bytes that a plan changes outside the sites' weights."""
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        self.aside = (0, 0)
+        self._methods = methods
+        self._schedules: dict[tuple[str, str], list[Choice]] = {}
+        self._past: dict[str, _Past] = {}
+        self._cache: dict[str, tuple[int, int]] = {}
+
+    def plan(self, graph: Graph, divided: Divided, precision: str) -> list[Outcome]:
+        """What would become of the blocks, from shapes alone."""
+        self._see(divided.blocks)
+        sizes = exported_sizes(graph, precision) if divided.jobs else {}
+        found = [*divided.refused]
+        for job in divided.jobs:
+            method, spec = _method(self._methods, job.use), job.use.spec
+            reject = method.check(job.block, spec)
+            if reject is not None:
+                found += rejected(job, reject)
+                continue
+            [choice, *_] = method.choices(job.block, spec)
+            counts = method.counts(job.block, spec, choice)
+            self._shrink(job.block, counts)
+            self.aside = tuple(a + b for a, b in zip(self.aside, _aside(job.block, counts, sizes), strict=True))  # type: ignore[assignment]
+            found += _outcomes(job, method, choice, choice.notes)
+        return found
+
+    def build(self, graph: Graph, divided: Divided, stats: Mapping[Site, SiteStats]) -> list[Outcome]:
+        """Outcomes with patches for one shot. SpecError: a method that needs calibration data where there is none."""
+        self._see(divided.blocks)
+        builder = Builder(graph, inference=Inference(graph.ranges, graph.device))
+        found = [*divided.refused]
+        for job in divided.jobs:
+            found += self._built(job, stats, builder)
+        return found
+
+    def notes(self) -> tuple[str, ...]:
+        """Elements of keys and values per token over all attentions whose heads are known, where pruning has changed them."""
+        before, after = (sum(pair[k] for pair in self._cache.values()) for k in (0, 1))
+        share = f"{after / before:.2%}" if before else ""
+        return (f"keys and values (KV cache): {before:,} -> {after:,} elements per token ({share})",) if before != after else ()
+
+    def keep(self, outcomes: Iterable[Outcome]) -> None:
+        """Notes what came of a shot in the end: a block that was taken back is as large as before."""
+        for outcome in outcomes:
+            if outcome.patch is not None and outcome.reject is None:
+                method = _method(self._methods, outcome.parts[0].use)
+                block = outcome.patch.block
+                self._shrink(block, method.counts(block, outcome.parts[0].use.spec, outcome.patch.choice))
+
+    def _see(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            if block.heads is not None:
+                elements = _elements(block, {})
+                self._cache.setdefault(block.consumer.path, (elements, elements))
+
+    def _shrink(self, block: Block, counts: Counts) -> None:
+        if block.heads is not None:
+            before = self._cache.get(block.consumer.path, (_elements(block, {}), 0))[0]
+            self._cache[block.consumer.path] = (before, _elements(block, counts))
+
+    def _built(self, job: BlockJob, stats: Mapping[Site, SiteStats], b: Builder) -> list[Outcome]:
+        method, spec, block = _method(self._methods, job.use), job.use.spec, job.block
+        schedule = self._schedules.get((job.rule.name, block.consumer.path))
+        if schedule is None:
+            reject = method.check(block, spec)
+            if reject is not None:
+                return rejected(job, reject)
+            schedule = self._schedules[(job.rule.name, block.consumer.path)] = list(method.schedule(block, spec))
+        if not schedule:
+            return rejected(job, Reject("it was not pruned by the first of its shots"))
+        refuse_without_data(job, self._methods, stats)
+        choice = schedule.pop(0)
+        at = job.rule.at
+        b.origin = Origin(rule=job.rule.name, location=f"{at.file}:{at.line}" if at is not None else None)
+        patch = method.build(block, spec, choice, stats, b)
+        notes, errors = self._measured(block, patch, stats)
+        outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes), patch)
+        return [replace(one, weight_error=errors[0], output_error=errors[1]) if one.patch is not None else one for one in outcomes]
+
+    def _measured(self, block: Block, patch: Patch, stats: Mapping[Site, SiteStats]) -> tuple[tuple[str, ...], tuple[float, float | None]]:
+        """Errors of the last matmul against the source's, the removed features as zero columns: sliced, and as it is stored."""
+        path = block.consumer.path
+        past = self._past.get(path)
+        if past is None:
+            found = stats.get(block.consumer)
+            every = torch.arange(block.width)
+            past = _Past(block.consumer.weight().detach(), found.second_moment if found is not None else None, every)
+        features = past.features[patch.features]
+        self._past[path] = replace(past, features=features)
+        w = past.weight if past.weight.dtype == torch.float64 else past.weight.float()
+        narrow, sliced = (torch.zeros_like(w) for _ in range(2))
+        narrow[:, features] = patch.weight.detach().to(w.dtype).to(w.device)
+        sliced[:, features] = w[:, features]
+        weight_error = relative_weight_error(w, narrow)
+        if past.moment is None:
+            return (), (weight_error, None)
+        plain, own = (relative_output_error(w, matrix, past.moment) for matrix in (sliced, narrow))
+        note = f"output error of {path}: {plain:.3g} sliced, {own:.3g} as it is stored"
+        return (note,), (weight_error, own)
+
+
+def _elements(block: Block, counts: Counts) -> int:
+    """Elements of keys and values per token, over all applications."""
+    heads = block.heads
+    if heads is None:
+        return 0
+    dim = counts[QK] * (2 if heads.pairs else 1) if QK in counts else heads.dim
+    return counts.get(HEADS, heads.groups) * (dim + counts.get(V, heads.value_dim)) * len(block.consumer.applications)
+
+
+def _aside(block: Block, counts: Counts, sizes: Mapping[Const, int]) -> tuple[int, int]:
+    """(parameters, bytes) that go from the producers' biases, and that indices of what meets the block from outside bring."""
+    parameters = size = 0
+    for producer in block.producers:
+        bias = producer.site.bias
+        if bias is not None:
+            change = int(resized(producer.axis, counts)) - producer.site.out_features
+            parameters += change
+            size += change * (sizes[bias] // bias.numel)
+    axes = {side.axis for side in block.sides if resized(side.axis, counts) != size_of(side.axis)}
+    return parameters, size + sum(_INDEX_BYTES * int(resized(axis, counts)) for axis in axes)
+
+
+def refuse_without_data(job: BlockJob, methods: Mapping[str, Method], stats: Mapping[Site, SiteStats]) -> None:
+    """SpecError at the method that needs calibration data where there is none."""
+    wanted = sorted(statistic.value for statistic in _method(methods, job.use).needs(job.use.spec))
+    if wanted and job.block.consumer not in stats:
+        raise SpecError(
+            f"rule {job.rule.name}: {job.use.method} needs calibration data ({', '.join(wanted)}) and none was given",
+            at=job.use.at,
+            details=["pass calibration=... to compile, or --calibration FILE on the command line"],
+        )
+
+
+def shots_of(stage: Stage, methods: Mapping[str, Method]) -> list[Stage]:
+    """The stage once per shot of its block methods: all but the last prune only, everything else happens in the last."""
+    counts = {rule.name: int(getattr(use.spec, "shots", 1)) for rule in stage.rules if (use := of_block(rule, methods)) is not None}
+    most = max(counts.values(), default=1)
+    found = []
+    for left in range(most - 1, 0, -1):
+        rules = tuple(rule if counts.get(rule.name, 0) > left else replace(rule, rewrite=()) for rule in stage.rules)
+        found.append(replace(stage, rules=rules, tolerance=None))
+    return [*found, stage]
+
+
+# ------------------------------------------------------------------------------------------------------------- the graph
+
+
+def narrowed(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
+    """The graph with the patches of all outcomes, types inferred anew. VerifyError where a consumer's result would change its type."""
+    patches = [outcome.patch for outcome in outcomes if outcome.patch is not None and outcome.reject is None]
+    if not patches:
+        return graph
+    consts: dict[Const, Const] = {}
+    nodes: dict[Node, tuple[Node, ...]] = {}
+    added: dict[Const, tuple[Const, ...]] = {}
+    for patch in patches:
+        consts.update(patch.consts)
+        nodes.update(patch.nodes)
+        added[patch.consts[patch.block.consumer.const]] = patch.added
+    written = [_with(new, consts) for node in graph.nodes for new in nodes.get(node, (node,))]
+    kept = without_orphans(written, {value for node in nodes for value in node.inputs()}, graph)
+    state = [item for const in graph.state for own in (consts.get(const, const),) for item in (own, *added.get(own, ()))]
+    narrow = retype(replace(graph, nodes=tuple(kept), state=tuple(state)))
+    _refuse_changed_borders(graph, narrow, patches)
+    return narrow
+
+
+def _with(node: Node, consts: Mapping[Const, Const]) -> Node:
+    if not any(value in consts for value in node.inputs()):
+        return node
+
+    def change(value: Value) -> Value:
+        return consts.get(value, value) if isinstance(value, Const) else value
+
+    attrs = {name: map_values(arg, change) for name, arg in node.attrs.items()}
+    return replace(node, args=map_values(node.args, change), attrs=attrs)
+
+
+def _refuse_changed_borders(before: Graph, after: Graph, patches: Sequence[Patch]) -> None:
+    types = {value.name: value.type for node in after.nodes for value in node.outputs}
+    for patch in patches:
+        for application in patch.block.consumer.applications:
+            value = application.output
+            if value.name in types and str(types[value.name]) != str(value.type):
+                raise VerifyError(f"{patch.block.name}: pruning changed %{value.name} from {value.type} to {types[value.name]}")

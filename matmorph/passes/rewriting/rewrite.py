@@ -1,0 +1,343 @@
+"""Rewrite: every claimed site gets its fragments, all on one graph, and ONE splice puts them in.
+
+`appraise` judges from shapes alone (plan uses it too), `build` makes the fragments and measures them, `splice` exchanges the nodes.
+`rewrite` is the three in a row; a caller that rolls back leaves outcomes out between the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from matmorph.errors import RewriteError, SpecError
+from matmorph.ir.build import Builder
+from matmorph.ir.core import Const, Graph, Node, Value, values_in
+from matmorph.ir.infer import Inference
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
+from matmorph.passes.linalg.parallel import ordered_map
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
+from matmorph.passes.methods import Method, SiteStats, dense_cost, refuse_larger
+from matmorph.passes.pruning.find_blocks import Block
+from matmorph.passes.pruning.patch import Patch
+from matmorph.passes.rewriting.row_view import unreadable
+from matmorph.passes.rewriting.site_builder import SiteScope
+from matmorph.specs.schema import Rank
+
+if TYPE_CHECKING:
+    from matmorph.specs.schema import MethodUse, Rule
+
+Progress = Callable[[int, int | None], None]
+"""(done, total or None where it is not known)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One method of a site's rewrite: what it takes under `choice`, and what its fragment had to say."""
+
+    use: MethodUse
+    kind: str
+    choice: Choice
+    cost: Cost
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What became of one claimed site. `reject`: why nothing did, then all the rest is empty.
+
+    `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
+    afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
+    `keeps_dense`: the dense weight stays beside them. `block`: the block that is pruned as a whole, `patch` what it becomes (with the
+    outcome of its last matmul alone).
+    """
+
+    site: Site
+    rule: Rule
+    reject: Reject | None = None
+    parts: tuple[Part, ...] = ()
+    weight_error: float | None = None
+    output_error: float | None = None
+    bound: Bound | None = None
+    cost: Cost | None = None
+    nodes: Mapping[Node, tuple[Node, ...]] | None = None
+    consts: tuple[Const, ...] = ()
+    keeps_dense: bool = False
+    block: Block | None = None
+    patch: Patch | None = None
+    spectrum: Spectrum | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
+
+
+def rewrite(
+    graph: Graph,
+    claims: Iterable[tuple[Site, Rule]],
+    methods: Mapping[str, Method],
+    stats: Mapping[Site, SiteStats] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Graph, tuple[Outcome, ...]]:
+    """The rewritten graph and an outcome per claim, in order. Claims of rules that keep (`rewrite: keep`) must be left out by the caller.
+
+    RewriteError: a weight with NaN or infinity. SpecError: a method that needs calibration data where `stats` has none for its site, or
+    a rank that no site of its rule can have.
+    """
+    outcomes = build(graph, claims, methods, stats, seed=seed, progress=progress)
+    return splice(graph, outcomes), outcomes
+
+
+def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | tuple[Part, ...]:
+    """What the rule would make of the site, from shapes only: a choice and a cost per method (upper limits where the data decides), or why
+    not. The bytes law is judged here where the choice is final."""
+    if site.blocked is not None:
+        return Reject(site.blocked)
+    site = _treated(site, rule)
+    if (reason := unreadable(site)) is not None:
+        return reason
+    parts: list[Part] = []
+    for use in rule.rewrite:
+        method = _standing(methods[use.method], parts)
+        reject = method.check(site, use.spec) or _without_dense(method, use, parts, methods)
+        if reject is not None:
+            return reject
+        choices = list(method.choices(site, use.spec))
+        if len(choices) != 1 or (method.kind == "replace" and parts):
+            raise RewriteError(f"{site.path}: {use.method} leaves {len(choices)} choices as part {len(parts) + 1} of its rewrite")
+        parts.append(Part(use, method.kind, choices[0], method.cost(site, use.spec, choices[0]), _said(choices[0])))
+    return _too_large(site, rule, [part for part in parts if not part.choice.at_most]) or tuple(parts)
+
+
+def _said(choice: Choice) -> tuple[str, ...]:
+    """Notes that shapes alone give."""
+    return (*((choice.clamped,) if choice.clamped else ()), *choice.notes)
+
+
+def _standing(method: Method, before: Sequence[Part]) -> Method:
+    """A method may have `beside`: the form of it for a site whose weight a method before it has replaced."""
+    beside: Method | None = getattr(method, "beside", None)
+    return method if beside is None or not any(part.kind == "replace" for part in before) else beside
+
+
+def _without_dense(method: Method, use: MethodUse, before: Sequence[Part], methods: Mapping[str, Method]) -> Reject | None:
+    """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there; one with
+    a `beside` works on the dense weight, which no update before it may have made its own."""
+    if before and _splits(method, use):
+        how = "with this init takes its start out of" if hasattr(use.spec, "init") else "works on"
+        return Reject(f"{use.method} {how} the dense weight, and {before[0].use.method} comes before it")
+    updates = [(part, methods[part.use.method]) for part in before]
+    taken = [part.use.method for part, other in updates if _splits(other, part.use) or hasattr(other, "beside")]
+    if not taken or not hasattr(method, "beside"):
+        return None
+    return Reject(f"{use.method} works on the dense weight, and {taken[0]} before it has made that its own")
+
+
+def _splits(method: Method, use: MethodUse) -> bool:
+    splits = getattr(method, "splits_weight", None)
+    return splits is not None and bool(splits(use.spec))
+
+
+def _treated(site: Site, rule: Rule) -> Site:
+    """The site as its methods see it: under `untie` its gathers keep the table to themselves."""
+    return replace(site, gathers=()) if rule.untie else site
+
+
+def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
+    """Of all parts together, and of the dense weight where none replaces it."""
+    costs = [part.cost for part in parts]
+    if not any(part.kind == "replace" for part in parts):
+        costs.append(dense_cost(site))
+    stored: dict[str, int] = {}
+    for cost in costs if any(cost.stored for cost in costs) else ():
+        for dtype, count in cost.stored or ((site.const.tensor.dtype, cost.parameters),):
+            stored[dtype] = stored.get(dtype, 0) + count
+    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded", "trains")}
+    return Cost(**sums, stored=tuple(stored.items()))
+
+
+def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
+    """SpecError for settings that fit no site of their rule at all: a rank above min(in, out) of EVERY one, or what a method's own
+    `impossible(sites, spec)` says. What fits some of them is a Reject of the others."""
+    owned: dict[int, tuple[Rule, list[Site]]] = {}
+    for site, rule in claims:
+        owned.setdefault(id(rule), (rule, []))[1].append(site)
+    for rule, sites in owned.values():
+        largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
+        limit = min(largest.in_features, largest.out_features)
+        for use in rule.rewrite:
+            judge = getattr(methods[use.method], "impossible", None)
+            if judge is not None and (why := judge(sites, use.spec)) is not None:
+                raise SpecError(f"rule {rule.name}: {why}", at=use.at)
+            rank = getattr(use.spec, "rank", None)
+            fixed = int(rank.value or 0) if isinstance(rank, Rank) and rank.kind == "fixed" else 0
+            if getattr(methods[use.method], "two_factor", False) and fixed > limit:
+                where = f"min(in, out) of every matched site; the largest is {limit} ({largest.path})"
+                raise SpecError(f"rank {fixed} of rule {rule.name} is above {where}", at=use.at)
+
+
+def build(
+    graph: Graph,
+    claims: Iterable[tuple[Site, Rule]],
+    methods: Mapping[str, Method],
+    stats: Mapping[Site, SiteStats] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Outcome, ...]:
+    """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
+    listed = list(claims)
+    refuse_impossible(listed, methods)
+    inference = Inference(graph.ranges, graph.device)
+    shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
+    found: list[Outcome] = []
+    plans = [(site, rule, appraise(site, rule, methods), (stats or {}).get(site)) for site, rule in listed]
+    solutions = ordered_map(lambda plan: _solution(shop, *plan), plans)
+    for plan, solution in zip(plans, solutions, strict=True):
+        found.append(_outcome(shop, *plan, solution))
+        if progress is not None:
+            progress(len(found), len(listed))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shop:
+    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken. `shared`: weights that
+    several sites read, by what makes them the same."""
+
+    builder: Builder
+    inference: Inference
+    dotted: set[str]
+    methods: Mapping[str, Method]
+    seed: int
+    shared: dict[Hashable, Const] = field(default_factory=dict)
+
+
+Plan: TypeAlias = Reject | tuple[Part, ...]
+
+
+def _solution(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None) -> Any:
+    """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
+    if isinstance(planned, Reject):
+        return None
+    use, treated = planned[0].use, _treated(site, rule)
+    method = shop.methods[use.method]
+    solve = getattr(method, "solve", None)
+    if solve is None or (stats is None and method.needs(use.spec)):
+        return None
+    return solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
+
+
+def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None, solution: Any) -> Outcome:
+    if isinstance(planned, Reject):
+        return Outcome(site, rule, planned)
+    location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
+    treated = _treated(site, rule)
+    scope = SiteScope(treated, shop.builder, shop.inference, rule.name, location, shop.dotted, shop.shared)
+    fragments: list[Fragment] = []
+    parts: list[Part] = []
+    for part, label in zip(planned, _labels(planned), strict=True):
+        method = _standing(shop.methods[part.use.method], parts)
+        _needs(method, part.use, rule, site, stats)
+        b = scope.builder_for(label, shop.seed, fragments, None if fragments else solution)
+        fragment = method.build(treated, part.use.spec, part.choice, stats, b)
+        fragments.append(fragment)
+        cost = method.cost(treated, part.use.spec, fragment.choice)
+        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=(*_said(fragment.choice), *fragment.notes)))
+    if (reject := _too_large(site, rule, parts)) is not None:
+        return Outcome(site, rule, reject)
+    return _measured(site, scope, rule, parts, fragments, stats)
+
+
+def _labels(parts: Sequence[Part]) -> list[str]:
+    """What names the weights of each part: the method, numbered where it comes again."""
+    names = [part.use.method for part in parts]
+    return [name if name not in names[:k] else f"{name}_{names[:k].count(name)}" for k, name in enumerate(names)]
+
+
+def _needs(method: Method, use: MethodUse, rule: Rule, site: Site, stats: SiteStats | None) -> None:
+    missing = sorted(statistic.value for statistic in method.needs(use.spec)) if stats is None else []
+    if missing:
+        raise SpecError(f"rule {rule.name}: {use.method} needs calibration data ({', '.join(missing)} of {site.path})", at=use.at)
+
+
+def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
+    """The bytes law, for the replacing part."""
+    judged = () if rule.force else (refuse_larger(site, part.cost) for part in parts if part.kind == "replace")
+    return next((reject for reject in judged if reject is not None), None)
+
+
+def _measured(
+    site: Site, scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None
+) -> Outcome:
+    keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
+    w = scope.weight()
+    approximation = _stands_for(w, fragments, keeps_node)
+    return Outcome(
+        site,
+        rule,
+        None,
+        tuple(parts),
+        weight_error=relative_weight_error(w, approximation),
+        output_error=None if stats is None else relative_output_error(w, approximation, stats.second_moment),
+        bound=fragments[0].bound if len(fragments) == 1 else None,  # a bound for one form says nothing of a sum
+        cost=total_cost(site, parts),
+        nodes=scope.close(fragments, keeps_node),
+        consts=tuple(const for fragment in fragments for const in fragment.consts),
+        keeps_dense=keeps_node or any(site.const in node.inputs() for item in fragments for part in item.parts for node in part),
+        spectrum=fragments[0].spectrum,
+    )
+
+
+def _stands_for(w: Tensor, fragments: Sequence[Fragment], keeps_node: bool) -> Tensor:
+    """W' = base + sum of updates, factors as they are stored."""
+    terms = [*([w] if keeps_node else []), *(fragment.weight() for fragment in fragments)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
+    """The graph with all fragments in the place of their nodes. What only they read (transposes of the weight, sizes, picked experts) goes
+    too, and a replaced weight that nothing reads any more leaves `state`; new weights stand where it stood."""
+    taken = [outcome for outcome in outcomes if outcome.nodes is not None]
+    exchanged = {node: new for outcome in taken for node, new in (outcome.nodes or {}).items()}
+    nodes = [new for node in graph.nodes for new in exchanged.get(node, (node,))]
+    nodes = without_orphans(nodes, {value for node in exchanged for value in node.inputs()}, graph)
+    read = {value for node in nodes for value in node.inputs()} | set(values_in(graph.outputs))
+    was_read = set(graph.used_state())
+    added: dict[Const, list[Const]] = {}
+    placed: set[Const] = set()
+    for outcome in taken:
+        added.setdefault(outcome.site.const, []).extend(const for const in outcome.consts if const not in placed)
+        placed.update(outcome.consts)
+    state: list[Const] = []
+    for const in graph.state:
+        if const in read or const not in was_read:
+            state.append(const)
+        state.extend(added.get(const, ()))
+    return replace(graph, nodes=tuple(nodes), state=tuple(state))
+
+
+def without_orphans(nodes: Sequence[Node], dropped: set[Value], graph: Graph) -> list[Node]:
+    """Nodes whose results only exchanged nodes read, and in turn what only those read. Nodes that nobody read before stay."""
+    uses: dict[Value, int] = {}
+    for value in (*(value for node in nodes for value in node.inputs()), *values_in(graph.outputs)):
+        uses[value] = uses.get(value, 0) + 1
+    makers = {value: node for node in nodes for value in node.outputs}
+    dead: set[Node] = set()
+    suspects = list(dropped)
+    while suspects:
+        maker = makers.get(suspects.pop())
+        if maker is None or maker in dead or any(uses.get(value, 0) for value in maker.outputs):
+            continue
+        dead.add(maker)
+        for value in maker.inputs():
+            uses[value] -= 1
+            suspects.append(value)
+    return [node for node in nodes if node not in dead]

@@ -1,0 +1,263 @@
+"""Calibration: the second moment of what each matmul reads, streamed over the user's batches.
+
+One accumulator per distinct input (query, key and value read the same rows), summed over all applications of a site. Rows that the model's
+`attention_mask` input marks as padding are left out. Products run in float32 per batch (float64 for float64 inputs) and are summed up in
+float64: the rounding of one batch does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Const, Graph, Value
+from matmorph.ir.evaluate import bind, evaluate
+from matmorph.ir.site import Application, Site, Statistic
+from matmorph.ir.types import as_dim
+from matmorph.passes.methods import SiteStats
+from matmorph.passes.rewriting.row_view import Step, apply, row_view
+
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""(samples read, how many there will be or None where that is not known)."""
+
+MASK_INPUT = "attention_mask"
+SPILL_ABOVE = 1 << 30
+"""Bytes of accumulators that are held in memory; above it, each lives in a temporary file that is mapped into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Rows of one application: a value, how it is read as rows, which matrix each row goes to, and which rows count."""
+
+    x: Value
+    enter: tuple[Step, ...]
+    select: Value | None
+    experts: int | None
+    mask: Value | None
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """Running sums: `moment` [in, in] or [E, in, in] float64, `rows` [] or [E]."""
+
+    moment: Tensor
+    rows: Tensor
+
+
+def calibrate(
+    graph: Graph,
+    needs: Sequence[tuple[Site, frozenset[Statistic]]],
+    batches: Iterable[Any],
+    samples: int,
+    progress: Progress | None = None,
+    *,
+    spill_above: int = SPILL_ABOVE,
+) -> Mapping[Site, SiteStats]:
+    """The statistics of every site that needs one, from at most `samples` samples (first axis of the model's first input).
+
+    A batch is a mapping by input names, a tuple of positional inputs, or one tensor; tensors or numpy arrays like the example inputs.
+    No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
+    disk; the files are gone as soon as the statistics are. Raises InputError where the batches yield nothing, where one does not fit the
+    model's inputs, or where an input of a matmul is NaN or infinite on them.
+    """
+    keys = {site: _sources(graph, site) for site, wanted in needs if Statistic.INPUT_SECOND_MOMENT in wanted}
+    if not keys:
+        return {}
+    shapes = {keys[site]: _shape(site) for site in keys}
+    spill = sum(8 * prod(shape) for shape in shapes.values()) > spill_above
+    sums = {key: _Sum(accumulator(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64)) for key, shape in shapes.items()}
+    _stream(graph, sums, batches, samples, progress)
+    return {site: _stats(site, sums[key]) for site, key in keys.items()}
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    return (*(() if site.batch is None else (site.batch,)), site.in_features, site.in_features)
+
+
+def accumulator(shape: tuple[int, ...], spill: bool) -> Tensor:
+    """Zeros, float64; in a temporary file that is mapped into memory where they are to `spill`. InputError where there is no room."""
+    if not spill:
+        return torch.zeros(shape, dtype=torch.float64)
+    size = 8 * prod(shape)
+    with tempfile.TemporaryFile(prefix="matmorph-") as file:  # without a name: it lives for as long as the mapping
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk must show now, not as a crash while the mapping is written
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_numpy(np.memmap(file, dtype=np.float64, mode="w+", shape=shape))
+        except OSError as error:
+            raise InputError(f"calibration needs {size:,} bytes of temporary files in {tempfile.gettempdir()}: {error.strerror}") from error
+
+
+def _stats(site: Site, found: _Sum) -> SiteStats:
+    if not bool(torch.isfinite(found.moment.diagonal(dim1=-2, dim2=-1)).all()):
+        raise InputError(f"the calibration data makes NaN or infinity at the input of {site.path}")
+    return SiteStats(found.moment, int(found.rows) if found.rows.dim() == 0 else found.rows)
+
+
+# What is read
+
+
+def _sources(graph: Graph, site: Site) -> tuple[_Source, ...]:
+    return tuple(_source(graph, site, application) for application in site.applications)
+
+
+def _source(graph: Graph, site: Site, application: Application) -> _Source:
+    view = row_view(site, application)
+    return _Source(application.x, view.enter, application.select, site.batch, _mask(graph, site, application))
+
+
+def _mask(graph: Graph, site: Site, application: Application) -> Value | None:
+    """The attention mask, where its axes are those in front of the features of x, apart or flattened into one."""
+    mask = next((entry.value for entry in graph.signature.inputs if entry.name == MASK_INPUT and entry.value is not None), None)
+    if mask is None or site.form == "conv1x1" or site.batch is not None:
+        return None
+    leading, axes = application.x.tensor.shape[:-1], mask.tensor.shape
+    return mask if leading in (axes, (as_dim(prod(axes)),)) else None
+
+
+# Streaming
+
+
+def _stream(
+    graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], batches: Iterable[Any], samples: int, progress: Progress | None
+) -> None:
+    total = _total(batches, samples)
+    done = 0
+    for number, batch in enumerate(batches):
+        inputs, count = cut_batch(graph, bound_batch(graph, batch, number), samples - done)
+        if count:
+            _observe(graph, sums, inputs)
+        done += count
+        if progress is not None:
+            progress(done, total)
+        if done >= samples:
+            break
+    if done == 0:
+        raise InputError("the calibration data yields nothing: it has no batch with a sample in it")
+
+
+def _total(batches: Iterable[Any], samples: int) -> int | None:
+    """How many samples there will be, where the batches are a list."""
+    if not isinstance(batches, list | tuple):
+        return None
+    shapes = [tuple(getattr(next(iter(_leaves(batch)), None), "shape", ())) for batch in batches]
+    return min(samples, sum(int(shape[0]) if shape else 1 for shape in shapes))
+
+
+def _leaves(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    return batch if isinstance(batch, tuple | list) else (batch,)
+
+
+def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
+    """The tensors of a batch in `graph.inputs` order, on the graph's device. Positional inputs may also come by their names."""
+    batch = _as_traced(graph, batch) if isinstance(batch, Mapping) else batch
+    args = () if isinstance(batch, Mapping) else tuple(_tensor(leaf, graph.device) for leaf in _leaves(batch))
+    kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in batch.items()} if isinstance(batch, Mapping) else {}
+    try:
+        return bind(graph, args, kwargs)
+    except InputError as error:
+        wanted = ", ".join(entry.name for entry in graph.signature.inputs)
+        given = ", ".join(kwargs) if kwargs else f"{len(args)} without names"
+        details = [*error.details, f"the model's inputs: {wanted}", f"the batch has: {given}"]
+        raise InputError(f"calibration batch {number + 1}: {error.message}", details) from error
+
+
+def _as_traced(graph: Graph, batch: Mapping[str, Any]) -> Any:
+    """A tuple where the model was traced with positional arguments alone and the mapping names them all."""
+    names = [entry.name for entry in graph.signature.inputs]
+    named = graph.signature.in_spec.children()[1].children()
+    return batch if named or set(batch) != set(names) else tuple(batch[name] for name in names)
+
+
+def _tensor(leaf: Any, device: str) -> Any:
+    tensor = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+    return tensor.to(device) if isinstance(tensor, Tensor) else tensor
+
+
+def cut_batch(graph: Graph, inputs: list[Tensor], left: int) -> tuple[list[Tensor], int]:
+    """At most `left` samples, and how many they are. An axis that is fixed or must be longer is not cut."""
+    if not inputs or not inputs[0].dim():
+        return inputs, 1
+    axis = graph.inputs[0].tensor.shape[0]
+    count = len(inputs[0])
+    least = graph.ranges[str(axis)].low if str(axis) in graph.ranges else 1
+    if isinstance(axis, int) or count <= left or left < least:
+        return inputs, count
+    along = [bool(value.tensor.shape) and value.tensor.shape[0] == axis for value in graph.inputs]
+    return [tensor[:left] if cut else tensor for tensor, cut in zip(inputs, along, strict=True)], left
+
+
+def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Sequence[Tensor]) -> None:
+    """One forward pass; a source is added as soon as its rows and what picks their experts are both there."""
+    given = dict(zip(graph.inputs, inputs, strict=True))
+    targets: dict[_Source, list[_Sum]] = {}
+    for key, found in sums.items():
+        for source in key:
+            targets.setdefault(source, []).append(found)
+    readers: dict[Value, list[_Source]] = {}
+    for source in targets:
+        for value in {source.x, source.select} - {None}:
+            readers.setdefault(value, []).append(source)  # type: ignore[arg-type]
+    seen: dict[Value, Tensor] = {}
+
+    def arrive(value: Value, tensor: Tensor) -> None:
+        if any(source.select is not None for source in readers[value]):
+            seen[value] = tensor
+        for source in readers[value]:
+            picked = None if source.select is None else (tensor if value is source.select else seen.get(source.select))
+            rows = tensor if value is source.x else seen.get(source.x)
+            if rows is not None and (source.select is None or picked is not None):
+                _add(targets[source], source, rows, picked, None if source.mask is None else given[source.mask])
+
+    with torch.no_grad():
+        for value in readers:
+            if isinstance(value, Const):
+                arrive(value, value.load())
+        evaluate(graph, inputs, {value: partial(arrive, value) for value in readers})
+
+
+def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | None, mask: Tensor | None) -> None:
+    rows = apply(source.enter, x.detach())
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    if source.experts is None:
+        flat = rows.reshape(-1, rows.shape[-1])
+        flat = flat if mask is None else flat[mask.reshape(-1) != 0]
+        moment, count = flat.T @ flat, torch.tensor(len(flat))
+    elif picked is None:
+        moment, count = _all_experts(rows)
+    else:
+        moment, count = _picked_experts(rows, picked, source.experts)
+    for target in targets:
+        target.moment += moment.to(target.moment)
+        target.rows += count
+
+
+def _all_experts(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Every expert has rows of its own [.., E, rows, in], or all read the same (no such axis, or one of size 1)."""
+    stacked = rows.unsqueeze(0) if rows.dim() == 2 else rows.movedim(-3, 0)
+    flat = stacked.reshape(len(stacked), -1, rows.shape[-1])
+    return flat.transpose(1, 2) @ flat, torch.tensor(flat.shape[1])
+
+
+def _picked_experts(rows: Tensor, picked: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Row group k [n, in] goes to expert `picked[k]`."""
+    groups = rows.reshape(len(picked), -1, rows.shape[-1])
+    moment = rows.new_zeros(experts, rows.shape[-1], rows.shape[-1])
+    count = torch.zeros(experts, dtype=torch.int64)
+    for expert in sorted(set(picked.tolist())):
+        flat = groups[picked == expert].reshape(-1, rows.shape[-1])
+        moment[expert] = flat.T @ flat
+        count[expert] = len(flat)
+    return moment, count
