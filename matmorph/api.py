@@ -34,9 +34,10 @@ from matmorph.passes.adapters.table import Adapter
 from matmorph.passes.adapters.trainables import selectors
 from matmorph.passes.budget.pareto import Front, refuse_unswept, sweep
 from matmorph.passes.methods import Method, method_table
-from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph, silent
+from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
 from matmorph.passes.selection.explain import Explanation
 from matmorph.passes.selection.explain import explain as explain_site
+from matmorph.progress import Progress, silent
 from matmorph.report.front import front_files
 from matmorph.report.model import Report
 from matmorph.specs.load import load_spec as read_spec
@@ -44,9 +45,6 @@ from matmorph.specs.optimizers import AnyOptimizer
 from matmorph.specs.schema import Spec, checked_optimizer
 
 __all__ = ["Compiled", "Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
-
-Progress: TypeAlias = Callable[[str, int, int | None], None]
-"""(what is going on, how much of it is done, of how much or None)."""
 
 SpecSource: TypeAlias = "Spec | str | os.PathLike[str] | Mapping[str, Any]"
 

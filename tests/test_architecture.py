@@ -19,7 +19,7 @@ PACKAGE = ROOT / "matmorph"
 
 # A module may import only from its own line and from lines above it. The longest matching prefix counts.
 LAYERS = (
-    ("matmorph.errors",),
+    ("matmorph.errors", "matmorph.progress"),
     ("matmorph.ir",),
     ("matmorph.report.model",),  # data that passes fill in; the rest of report shows it
     ("matmorph.specs",),

@@ -51,7 +51,7 @@ def merge_command(
     from matmorph.exporters.artifact import refuse_existing
     from matmorph.folders.after_training import merged_job
     from matmorph.folders.save import save
-    from matmorph.passes.pipeline import silent
+    from matmorph.progress import silent
 
     refuse_existing(out, force)
     job, adapters, values = _opened(folder, trained)

@@ -23,6 +23,7 @@ from matmorph.errors import InputError
 from matmorph.exporters.artifact import RUN, refuse_existing, rewrite_page
 from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.models.resolve import calibration_sentences, minilm, tokenize
+from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.reading import read_folder
 from matmorph.report.table import make_console, parity_line, print_plan
@@ -52,7 +53,7 @@ class Timing:
     provider: str
 
 
-def run_demo(out: Path, spec: str, progress: Callable[[str, int, int | None], None] | None) -> Callable[[], None]:
+def run_demo(out: Path, spec: str, progress: Progress | None) -> Callable[[], None]:
     """Compile minilm by `spec` into `out` and measure it; returns what prints the result, so that progress bars can end first.
 
     Replaces `out` only where an earlier demo wrote it. Raises InputError where another thing is there, and what compiling raises.

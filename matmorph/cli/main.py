@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -28,10 +28,8 @@ from matmorph.errors import InputError, MatmorphError
 if TYPE_CHECKING:
     from matmorph.models.resolve import Inputs, Model
     from matmorph.passes.budget.pareto import Front
+    from matmorph.progress import Progress
     from matmorph.report.model import Report
-
-Progress: TypeAlias = Callable[[str, int, int | None], None]
-"""(stage, done, total); total None = unknown."""
 
 app = typer.Typer(
     name="matmorph",
@@ -319,10 +317,10 @@ def progress_bars(quiet: bool = False) -> Iterator[Progress | None]:
     with Bars(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield show
 

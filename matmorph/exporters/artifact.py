@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.errors import InputError, VerifyError
-from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
+from matmorph.exporters.data_file import DATA, DataFile, FileInfo, WeightProgress, data_file
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import MODEL, OnnxInfo, Port, write_model
 from matmorph.exporters.vectors import Case
@@ -73,7 +73,7 @@ def write_artifact(
     folder: str | Path,
     artifact: Artifact,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: WeightProgress | None = None,
 ) -> OnnxInfo:
     """Writes the folder, whole or not at all.
 
@@ -91,7 +91,7 @@ def write_artifact(
     return info
 
 
-def _written_graphs(folder: Path, artifact: Artifact, progress: Progress | None) -> OnnxInfo:
+def _written_graphs(folder: Path, artifact: Artifact, progress: WeightProgress | None) -> OnnxInfo:
     """model.onnx, what lies beside it, and the data file of them all."""
     with data_file(folder) as data:
         info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ _DTYPES: Mapping[ir.DataType, torch.dtype] = {
 _PAGE, _LINE, _LARGE = 4096, 64, 65536
 """Large weights start on a memory page so that a session can map them, others on a cache line."""
 
-Progress = Callable[[str, int], None]
+WeightProgress: TypeAlias = Callable[[str, int], None]
 """Called with the path and the bytes of each weight when it has been written."""
 
 
@@ -72,7 +72,7 @@ class DataFile:
     _digest: Any = field(default_factory=hashlib.sha256)
     _written: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
-    def attach(self, weights: Iterable[tuple[ir.Value, Const]], progress: Progress | None = None) -> int:
+    def attach(self, weights: Iterable[tuple[ir.Value, Const]], progress: WeightProgress | None = None) -> int:
         """Gives each initializer its place in the file, and writes those that have none yet; the bytes of all of them, each once.
 
         The file is complete on disk afterwards, so that a checker can look at it.

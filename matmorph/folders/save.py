@@ -30,6 +30,7 @@ from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters.sparse_updates import inference_graph, kept_entries
 from matmorph.passes.adapters.table import describe_adapters, find_adapters
 from matmorph.passes.budget.account import Decided
+from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
@@ -66,7 +67,7 @@ class Job:
     more: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def save(folder: Path, job: Job, force: bool, progress: Callable[[str, int, int | None], None]) -> Report:
+def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     """Writes the folder, whole or not at all, and gives the report with its parity.
 
     Raises InputError (folder exists, cannot be written, disk full), ExportError, CheckError where ONNX Runtime and torch disagree, and what
@@ -120,7 +121,7 @@ def _served(job: Job) -> Served | None:
     return serve(job.graph, find_adapters(job.spec, job.graph, job.report), export.precision) if export.adapters == "inputs" else None
 
 
-def _training(graph: Graph, job: Job, progress: Callable[[str, int, int | None], None]) -> Training | None:
+def _training(graph: Graph, job: Job, progress: Progress) -> Training | None:
     if job.training is None:
         return None
     progress("differentiating", 0, 1)

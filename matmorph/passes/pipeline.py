@@ -6,7 +6,7 @@ inserts exists only once it is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from matmorph.passes.budget.account import Decided, verdict
 from matmorph.passes.budget.decide import Open, closed_part, decided, is_open, planned_notes, without_labels
 from matmorph.passes.budget.pays import refuse_slow
 from matmorph.passes.kernel_costs import kernel_summary
-from matmorph.passes.methods import Method, SiteStats
+from matmorph.passes.methods import Methods, SiteStats
 from matmorph.passes.reporting import dense_rows, planned_totals, site_rows, totals
 from matmorph.passes.rewriting.block_pass import BlockPass, Divided, block_needs, divide, narrowed, shots_of
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
@@ -32,21 +32,14 @@ from matmorph.passes.statistics.calibrate import calibrate
 from matmorph.passes.statistics.sensitivity import Sensitivity, sensitivity, with_moments
 from matmorph.passes.statistics.taylor import refuse_without_loss, with_taylor
 from matmorph.passes.statistics.weight_gradients import refuse_without_train, with_gradients
+from matmorph.progress import Progress, silent
 from matmorph.report.model import Report, SiteRow
 from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.match import leaves
 from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage, Train
 
-Progress = Callable[[str, int, int | None], None]
-"""(what is going on, how much of it is done, of how much or None)."""
-
-Methods = Mapping[str, Method]
 _EXPORT_FIELDS = ("tokens", "target")
 SECOND_MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
-
-
-def silent(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

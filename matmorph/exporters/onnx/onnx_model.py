@@ -16,7 +16,7 @@ import sympy
 
 from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.adapters import expose_adapters
-from matmorph.exporters.data_file import DATA, DataFile, FileInfo, Progress, data_file
+from matmorph.exporters.data_file import DATA, DataFile, FileInfo, WeightProgress, data_file
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower
@@ -61,7 +61,7 @@ class OnnxInfo:
 
 
 def export_onnx(
-    graph: Graph, folder: Path, export: Export, onnx_lowerings: Lowerings | None = None, progress: Progress | None = None
+    graph: Graph, folder: Path, export: Export, onnx_lowerings: Lowerings | None = None, progress: WeightProgress | None = None
 ) -> OnnxInfo:
     """Writes `model.onnx` and `model.onnx.data` into an existing folder; equal graphs give equal bytes. Raises as `write_model`."""
     with data_file(folder) as data:
@@ -75,7 +75,7 @@ def write_model(
     data: DataFile,
     export: Export,
     onnx_lowerings: Lowerings | None = None,
-    progress: Progress | None = None,
+    progress: WeightProgress | None = None,
 ) -> OnnxInfo:
     """Writes one graph, its weights into the data file beside it; `files` of the result lists the graph's own file alone.
 

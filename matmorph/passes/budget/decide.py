@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from matmorph.ir.site import Cost, Site
 from matmorph.ir.training.losses import LABELS
 from matmorph.passes.budget.account import Account, Decided, account, decide, plan_notes, refuse_unreachable
 from matmorph.passes.budget.offers import Offer, Option, kept, label, measured, offer, scale_of, settled, sizes_of, summed, within
-from matmorph.passes.methods import Method, SiteStats
+from matmorph.passes.methods import Methods, SiteStats
 from matmorph.passes.rewriting.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
 from matmorph.passes.selection.select import Selection
 from matmorph.passes.sizes import exported_sizes
@@ -19,10 +19,8 @@ from matmorph.passes.statistics.loss_gradients import dropped, label_names
 from matmorph.passes.statistics.sensitivity import Sensitivity
 from matmorph.passes.statistics.taylor import reads_labels
 from matmorph.passes.statistics.weight_gradients import asks_for_gradients
+from matmorph.progress import Progress
 from matmorph.specs.schema import Export, Spec, Stage
-
-Methods = Mapping[str, Method]
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -179,6 +179,10 @@ class Method(Protocol):
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Back to one dense (W, bias or None) from the tensors of the fragment's consts by their short names."""
         ...
+
+
+Methods: TypeAlias = Mapping[str, Method]
+"""All methods of a run, by their names in a spec."""
 
 
 def dense_cost(site: Site) -> Cost:

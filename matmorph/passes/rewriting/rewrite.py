@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,13 +24,11 @@ from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.row_view import unreadable
 from matmorph.passes.rewriting.site_builder import SiteScope
+from matmorph.progress import StepProgress
 from matmorph.specs.schema import Rank
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import MethodUse, Rule
-
-Progress = Callable[[int, int | None], None]
-"""(done, total or None where it is not known)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ def rewrite(
     stats: Mapping[Site, SiteStats] | None = None,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[Graph, tuple[Outcome, ...]]:
     """The rewritten graph and an outcome per claim, in order. Claims of rules that keep (`rewrite: keep`) must be left out by the caller.
 
@@ -187,7 +185,7 @@ def build(
     stats: Mapping[Site, SiteStats] | None = None,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[Outcome, ...]:
     """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
     listed = list(claims)

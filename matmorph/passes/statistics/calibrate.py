@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ from matmorph.ir.site import Application, Site, Statistic
 from matmorph.ir.types import as_dim
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.rewriting.row_view import Step, apply, row_view
-
-Progress: TypeAlias = Callable[[int, int | None], None]
-"""(samples read, how many there will be or None where that is not known)."""
+from matmorph.progress import StepProgress
 
 MASK_INPUT = "attention_mask"
 SPILL_ABOVE = 1 << 30
@@ -59,7 +57,7 @@ def calibrate(
     needs: Sequence[tuple[Site, frozenset[Statistic]]],
     batches: Iterable[Any],
     samples: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     *,
     spill_above: int = SPILL_ABOVE,
 ) -> Mapping[Site, SiteStats]:
@@ -67,8 +65,10 @@ def calibrate(
 
     A batch is a mapping by input names, a tuple of positional inputs, or one tensor; tensors or numpy arrays like the example inputs.
     No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
-    disk; the files are gone as soon as the statistics are. Raises InputError where the batches yield nothing, where one does not fit the
-    model's inputs, or where an input of a matmul is NaN or infinite on them.
+    disk; the files are gone as soon as the statistics are. `progress`: of the samples.
+
+    Raises InputError where the batches yield nothing, where one does not fit the model's inputs, or where an input of a matmul is NaN or
+    infinite on them.
     """
     keys = {site: _sources(graph, site) for site, wanted in needs if Statistic.INPUT_SECOND_MOMENT in wanted}
     if not keys:
@@ -129,7 +129,7 @@ def _mask(graph: Graph, site: Site, application: Application) -> Value | None:
 
 
 def _stream(
-    graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], batches: Iterable[Any], samples: int, progress: Progress | None
+    graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], batches: Iterable[Any], samples: int, progress: StepProgress | None
 ) -> None:
     total = _total(batches, samples)
     done = 0

@@ -16,7 +16,8 @@ from matmorph.ir.evaluate import check_tensors, run_node
 from matmorph.ir.infer import Inference
 from matmorph.ir.training.losses import LABELS, OF_CLASSES, Loss, judged, label_inputs, write_loss
 from matmorph.ir.types import TensorType
-from matmorph.passes.statistics.calibrate import Progress, bound_batch, cut_batch
+from matmorph.passes.statistics.calibrate import bound_batch, cut_batch
+from matmorph.progress import StepProgress
 from matmorph.specs.schema import Train
 
 Unlabelled: TypeAlias = Callable[[str, str], SpecError]
@@ -55,7 +56,7 @@ def loss_gradients(
     samples: int,
     train: Train,
     unlabelled: Unlabelled,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Iterator[Slopes]:
     """Batch by batch until `samples` samples are read. Batches are mappings with the labels beside the inputs.
 

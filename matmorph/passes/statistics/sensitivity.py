@@ -30,8 +30,9 @@ from matmorph.ir.site import Site
 from matmorph.ir.training.losses import tensor_outputs
 from matmorph.passes.methods import SiteStats
 from matmorph.passes.rewriting.row_view import Step, row_view, undo
-from matmorph.passes.statistics.calibrate import MASK_INPUT, SPILL_ABOVE, Progress, accumulator, bound_batch, cut_batch
+from matmorph.passes.statistics.calibrate import MASK_INPUT, SPILL_ABOVE, accumulator, bound_batch, cut_batch
 from matmorph.passes.statistics.loss_gradients import Slopes, differentiated, loss_gradients
+from matmorph.progress import StepProgress
 from matmorph.specs.schema import Calibration, Spec, Train
 
 WIDEST = 1 << 14
@@ -48,7 +49,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    graph: Graph, calibration: Calibration, spec: Spec, sites: Sequence[Site], batches: Iterable[Any] | None, progress: Progress | None
+    graph: Graph, calibration: Calibration, spec: Spec, sites: Sequence[Site], batches: Iterable[Any] | None, progress: StepProgress | None
 ) -> Sensitivity | None:
     """What the spec asks for; None where it asks for nothing.
 
@@ -73,7 +74,7 @@ def with_moments(stats: Mapping[Site, SiteStats], found: Sensitivity | None) -> 
 
 
 def fisher(
-    graph: Graph, sites: Sequence[Site], batches: Iterable[Any], samples: int, train: Train, progress: Progress | None = None
+    graph: Graph, sites: Sequence[Site], batches: Iterable[Any], samples: int, train: Train, progress: StepProgress | None = None
 ) -> Sensitivity:
     """From at most `samples` samples of batches that are mappings with the labels beside the inputs."""
     sums = _Sums(sites)
@@ -89,7 +90,7 @@ def of_output(
     samples: int,
     output: Value,
     seed: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Sensitivity:
     """From at most `samples` samples of batches like the model's inputs."""
     sums = _Sums(sites)

@@ -19,8 +19,8 @@ from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Site, Statistic
 from matmorph.passes.methods import Method, SiteStats
 from matmorph.passes.rewriting.block_pass import BlockJob, BlockMethod
-from matmorph.passes.statistics.calibrate import Progress
 from matmorph.passes.statistics.loss_gradients import loss_gradients
+from matmorph.progress import StepProgress
 from matmorph.specs.schema import MethodUse, Train
 
 _HINT = "for instance: train: {loss: cross_entropy}"
@@ -38,7 +38,7 @@ def taylor(
     samples: int,
     train: Train,
     use: MethodUse,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[Site, tuple[Tensor, Tensor]]:
     """(scores of the input features [in], of the output features [out]) of each site, float64, summed over its applications.
 
@@ -83,7 +83,7 @@ def with_taylor(
     batches: Iterable[Any] | None,
     samples: int,
     train: Train | None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Mapping[Site, SiteStats]:
     """`stats` with the Taylor scores of the blocks whose methods ask for them."""
     asking = [job for job in jobs if reads_labels([job.use], methods)]

@@ -22,8 +22,8 @@ from matmorph.ir.site import Site
 from matmorph.ir.training.gradient import GRAD, LOSS_SCALE, THETA, gradient_graph
 from matmorph.passes.linalg.hosvd import Bases, GradientGrams, GradientStats, top_share
 from matmorph.passes.methods import Method, Preliminary, SiteStats
-from matmorph.passes.statistics.calibrate import Progress
 from matmorph.passes.statistics.loss_gradients import Classes, classes_of, label_names, labelled_batch, loss_of
+from matmorph.progress import StepProgress
 from matmorph.specs.schema import MethodUse, Rule, Train
 
 Claims: TypeAlias = Sequence[tuple[Site, Rule]]
@@ -79,7 +79,7 @@ def with_gradients(
     stats: Mapping[Site, SiteStats],
     batches: Iterable[Any] | None,
     train: Train | None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Mapping[Site, SiteStats]:
     """`stats` with what the methods of the claims want of gradients. `batches`: mappings with the labels beside the inputs.
 
@@ -154,10 +154,10 @@ class _Source:
     batches: Iterable[Any]
     labels: Mapping[str, Value]
     classes: Classes | None
-    progress: Progress | None
+    progress: StepProgress | None
 
     @classmethod
-    def of(cls, graph: Graph, asked: Sequence[_Asked], batches: Iterable[Any], train: Train, progress: Progress | None) -> _Source:
+    def of(cls, graph: Graph, asked: Sequence[_Asked], batches: Iterable[Any], train: Train, progress: StepProgress | None) -> _Source:
         consts = tuple(dict.fromkeys(one.site.const for one in asked))
         gradient = gradient_graph(graph, consts, loss_of(train))
         names = label_names(graph, train)
