@@ -38,9 +38,9 @@ LAYERS = (
 IR_LAYERS = (
     ("matmorph.ir.types",),
     ("matmorph.ir.core",),
-    ("matmorph.ir.ops", "matmorph.ir.site"),
+    ("matmorph.ir.ops", "matmorph.ir.rewiring", "matmorph.ir.site"),
     ("matmorph.ir.infer",),
-    ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify", "matmorph.ir.view"),
+    ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify"),
     ("matmorph.ir.tracing",),
     ("matmorph.ir.sites.roles",),
     ("matmorph.ir.sites.matmuls",),

@@ -21,8 +21,9 @@ from torch import Tensor
 from matmorph.errors import ExportError, InputError
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Node, Value, map_values
-from matmorph.passes.adapters.table import Adapter, Join, consts_of, joins, swept
+from matmorph.ir.core import Const, Graph, Node, Value, mapped_arguments
+from matmorph.ir.rewiring import rewired, swept
+from matmorph.passes.adapters.table import Adapter, Join, consts_of, joins
 from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.methods.tt_lora import two_factor_form
 
@@ -178,32 +179,23 @@ def _as_written(
 ) -> tuple[Node, ...]:
     """The nodes as they are, over the new factors and without the scale."""
     known: dict[Value, Value] = {const: pair[part] for part in PARTS for const in graph.state if const.path == adapter.consts[part]}
-
-    def swap(value: Value) -> Value:
-        return known.get(value, value)
-
     nodes: list[Node] = []
     for node in graph.nodes:
         if not any(value in tainted for value in node.outputs):
-            nodes.append(_read(node, swap))
+            nodes.append(rewired(node, known))
         elif node.op == "aten.mul.Scalar":
-            known[node.output] = swap(node.args[0])
+            scaled: Value = node.args[0]
+            known[node.output] = known.get(scaled, scaled)
         else:
-            nodes += _written(node, b, swap, known)
+            nodes += _written(node, b, known)
     return tuple(nodes)
 
 
-def _read(node: Node, swap: Any) -> Node:
-    if not any(swap(value) is not value for value in node.inputs()):
-        return node
-    return replace(node, args=map_values(node.args, swap), attrs={name: map_values(arg, swap) for name, arg in node.attrs.items()})
-
-
-def _written(node: Node, b: Builder, swap: Any, known: dict[Value, Value]) -> list[Node]:
+def _written(node: Node, b: Builder, known: dict[Value, Value]) -> list[Node]:
     """The node again over other operands, its types inferred anew."""
     mark, b.origin = len(b.nodes), node.origin
-    attrs = {name: map_values(arg, swap) for name, arg in node.attrs.items()}
-    outputs = b.many(node.op, *map_values(node.args, swap), name=node.name, **attrs)
+    args, attrs = mapped_arguments(node, lambda value: known.get(value, value))
+    outputs = b.many(node.op, *args, name=node.name, **attrs)
     known.update(zip(node.outputs, outputs, strict=True))
     return b.nodes[mark:]
 
@@ -224,7 +216,7 @@ def _from_rows(
             known[update] = b("aten.matmul.default", narrow, pair["up"], name=node.name)
             nodes += b.nodes[mark:]
         elif not any(value in tainted for value in node.outputs):
-            nodes.append(_read(node, lambda value: known.get(value, value)))
+            nodes.append(rewired(node, known))
     return tuple(nodes)
 
 

@@ -133,6 +133,11 @@ def map_values(arg: Arg, change: Callable[[Value], Any]) -> Arg:
     return arg
 
 
+def mapped_arguments(node: Node, change: Callable[[Value], Any]) -> tuple[tuple[Arg, ...], dict[str, Arg]]:
+    """The positional and the keyword arguments of a node with every Value replaced by `change(value)`."""
+    return map_values(node.args, change), {name: map_values(arg, change) for name, arg in node.attrs.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One flat input of a call. `value` is None where the example had a literal (None, bool ...): a call must give `literal` again."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from matmorph.errors import InputError, did_you_mean
-from matmorph.ir.core import Const, Graph, Node, Value, map_values, values_in
+from matmorph.ir.core import Const, Graph, Node, Value, map_values, mapped_arguments, values_in
 from matmorph.ir.ops import resolve
 from matmorph.ir.types import format_dim
 
@@ -51,8 +51,7 @@ def _load(known: dict[Value, Any], value: Value) -> torch.Tensor:
 
 def run_node(node: Node, read: Callable[[Value], Any]) -> tuple[Any, ...]:
     """The results of one node, one per output. Sub-graphs of higher-order operators run as Python functions."""
-    args = map_values(node.args, read)
-    attrs = {name: map_values(value, read) for name, value in node.attrs.items()}
+    args, attrs = mapped_arguments(node, read)
     result = resolve(node.op)(*_bodies(args), **{name: _bodies(value) for name, value in attrs.items()})
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.evaluate import bind, last_uses, run_node
-from matmorph.ir.exchange import exchanged
+from matmorph.ir.rewiring import exchanged
 from matmorph.ir.text.printing import parse_graph, print_graph
 
 

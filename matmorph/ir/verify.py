@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from matmorph.errors import VerifyError
-from matmorph.ir.core import Arg, Graph, Node, Value, map_values, values_in
+from matmorph.ir.core import Arg, Graph, Node, Value, map_values, mapped_arguments, values_in
 from matmorph.ir.infer import Inference, called_bodies, infer_node
+from matmorph.ir.rewiring import rewired, rewired_outputs
 from matmorph.ir.text.printing import statements
 
 _AROUND = 5
@@ -151,9 +152,8 @@ def _retype(graph: Graph, inference: Inference, fakes: dict[Value, Any]) -> Grap
         outputs = tuple(_retyped(value, result, inference) for value, result in zip(node.outputs, results, strict=True))
         renewed.values.update((old, new) for old, new in zip(node.outputs, outputs, strict=True) if old is not new)
         stale = outputs != node.outputs or any(value in renewed.values for value in node.inputs()) or swaps
-        args = _swap(map_values(node.args, renewed), swaps)
-        attrs = {name: map_values(arg, renewed) for name, arg in node.attrs.items()}
-        renewed.nodes.append(replace(node, args=args, attrs=attrs, outputs=outputs) if stale else node)
+        args, attrs = mapped_arguments(node, renewed)
+        renewed.nodes.append(replace(node, args=_swap(args, swaps), attrs=attrs, outputs=outputs) if stale else node)
     if not renewed.values and tuple(renewed.nodes) == graph.nodes:
         return graph
     return replace(graph, nodes=tuple(renewed.nodes), outputs=tuple(map_values(value, renewed) for value in graph.outputs))
@@ -178,14 +178,11 @@ def _retyped_bodies(node: Node, inference: Inference, fakes: dict[Value, Any]) -
 def _with_inputs(graph: Graph, inputs: Mapping[Value, Value]) -> Graph:
     if all(old is new for old, new in inputs.items()):
         return graph
-    renewed = _Renewed(dict(inputs), [])
-    entries = tuple(replace(entry, value=renewed(entry.value)) if entry.value else entry for entry in graph.signature.inputs)
-    nodes = tuple(
-        replace(node, args=map_values(node.args, renewed), attrs={k: map_values(v, renewed) for k, v in node.attrs.items()})
-        for node in graph.nodes
+    entries = tuple(
+        replace(entry, value=inputs.get(entry.value, entry.value)) if entry.value else entry for entry in graph.signature.inputs
     )
-    outputs = tuple(map_values(value, renewed) for value in graph.outputs)
-    return replace(graph, signature=replace(graph.signature, inputs=entries), nodes=nodes, outputs=outputs)
+    nodes = tuple(rewired(node, inputs) for node in graph.nodes)
+    return replace(graph, signature=replace(graph.signature, inputs=entries), nodes=nodes, outputs=rewired_outputs(graph, inputs))
 
 
 def _swap(arg: Arg, swaps: Mapping[Graph, Graph]) -> Arg:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import TreeSpec
 
 from matmorph.errors import TraceError
-from matmorph.ir.core import Const, Graph, Input, Node, Origin, Range, Signature, Value, values_in
+from matmorph.ir.core import Const, Graph, Input, Node, Origin, Range, Signature, Value
 from matmorph.ir.ops import normalize, op_name
+from matmorph.ir.rewiring import needed
 from matmorph.ir.tracing.normal_form import Same, normal
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
 
@@ -65,18 +66,8 @@ def read_program(program: ExportedProgram, names: Names, device: str, notes: tup
     signature = Signature(inputs, in_spec, output_names(out_spec), out_spec)
     known = {const.path for const in names.state}
     lifted = tuple(const for const in reader.consts.values() if const.path not in known)
-    return Graph(signature, _live(reader.nodes, outputs), outputs, (*names.state, *lifted), _ranges(program, names.symbols), device, notes)
-
-
-def _live(nodes: Sequence[Node], outputs: Iterable[Any]) -> tuple[Node, ...]:
-    """Nodes that the outputs depend on; everything here is functional, so the rest is dead."""
-    wanted = set(values_in(tuple(outputs)))
-    kept: list[Node] = []
-    for node in reversed(nodes):
-        if wanted.intersection(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs())
-    return tuple(reversed(kept))
+    # Everything here is functional, so what the outputs do not need is dead.
+    return Graph(signature, needed(reader.nodes, outputs), outputs, (*names.state, *lifted), _ranges(program, names.symbols), device, notes)
 
 
 @dataclass(slots=True)
@@ -153,7 +144,7 @@ class _Reader:
         in_spec = torch.utils._pytree.tree_structure((tuple(0 for _ in inputs), {}))
         out_spec = torch.utils._pytree.tree_structure(tuple(0 for _ in flat))
         signature = Signature(tuple(inputs), in_spec, output_names(out_spec), out_spec)
-        return Graph(signature, _live(inner.nodes, flat), flat)
+        return Graph(signature, needed(inner.nodes, flat), flat)
 
     def _call(self, node: torch.fx.Node) -> None:
         if node.target is operator.getitem and isinstance(self.values[cast(torch.fx.Node, node.args[0])], tuple):

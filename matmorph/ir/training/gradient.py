@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_structure
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.ir.build import Builder, unique_name
-from matmorph.ir.core import Const, Graph, Input, Node, Origin, Signature, Value, values_in
+from matmorph.ir.core import Const, Graph, Input, Node, Origin, Signature, Value
 from matmorph.ir.infer import Inference
+from matmorph.ir.rewiring import needed, rewired
 from matmorph.ir.training.adjoints.table import RULES
-from matmorph.ir.training.adjoints.tape import Tape, is_float, substituted
+from matmorph.ir.training.adjoints.tape import Tape, is_float
 from matmorph.ir.training.gradient_cleanup import simplify_gradient
 from matmorph.ir.training.losses import Loss, Written, judged, label_inputs, tensor_outputs, write_loss
 from matmorph.ir.training.narrowing import narrow
@@ -95,7 +96,7 @@ class _Draft:
     def without_gradient(self, kept: Mapping[str, Value]) -> Graph:
         b = Builder(self.graph, self.taken, inference=self.inference)
         env = self._cut_out(b)
-        b.nodes += [substituted(node, env) for node in self.nodes]
+        b.nodes += [rewired(node, env) for node in self.nodes]
         results = {LOSS: self.written.loss, COUNT: self.written.count, **{name: env.get(value, value) for name, value in kept.items()}}
         return self._finished(b, results)
 
@@ -108,7 +109,7 @@ class _Draft:
         env = self._cut_out(b)
         tape = Tape(b, self.inference, RULES, _sizes(b, self.entries), torch.device(self.graph.device))
         tape.wanted.update(env[const] for const in self.trainables)
-        tape.run(_needed(self.nodes, [self.written.loss, self.written.count, *kept.values()]), wanted, env)
+        tape.run(needed(self.nodes, [self.written.loss, self.written.count, *kept.values()]), wanted, env)
         loss, count = (env.get(value, value) for value in (self.written.loss, self.written.count))
         tape.back(loss, tape.cast(self.inputs[LOSS_SCALE], loss.tensor.dtype))
         grad = self._joined(tape, env)
@@ -160,20 +161,9 @@ class _Draft:
         in_spec = tree_structure(((), {entry.name: 0 for entry in self.entries}))
         out_spec = tree_structure(dict.fromkeys(results, 0))
         signature = Signature(self.entries, in_spec, tuple(results), out_spec)
-        nodes = _needed(b.nodes, list(results.values()))
+        nodes = needed(b.nodes, list(results.values()))
         state = (*(const for const in self.graph.state if const not in set(self.trainables)), *self.constants, *b.consts)
         return Graph(signature, nodes, tuple(results.values()), state, self.graph.ranges, self.graph.device, self.graph.notes)
-
-
-def _needed(nodes: Sequence[Node], results: Iterable[Value]) -> tuple[Node, ...]:
-    """Nodes that the results depend on."""
-    wanted = set(values_in(tuple(results)))
-    kept: list[Node] = []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs())
-    return tuple(reversed(kept))
 
 
 def _sizes(b: Builder, entries: Sequence[Input]) -> dict[str, Any]:

@@ -7,18 +7,18 @@ rounding of products of two literals; no weight is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Arg, Graph, Node, Value, map_values, values_in
+from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.ops import base_name, resolve
+from matmorph.ir.rewiring import needed, rewired, rewired_outputs
 from matmorph.ir.training.cleanup_rules import RULES, Walk
-from matmorph.ir.training.narrowing import needed
 
 
 def simplify_gradient(graph: Graph) -> Graph:
@@ -41,7 +41,7 @@ def _walked(graph: Graph) -> Graph:
     env: dict[Value, Value] = {}
     seen: dict[Any, Node] = {}
     for original in graph.nodes:
-        node = _substituted(original, env)
+        node = rewired(original, env)
         b.origin = node.origin
         start = len(b.nodes)
         found = _simplified(walk, node)
@@ -55,7 +55,7 @@ def _walked(graph: Graph) -> Graph:
             continue
         b.nodes.append(node)
         walk.made.update((value, node) for value in node.outputs)
-    outputs = tuple(map_values(output, lambda value: env.get(value, value)) for output in graph.outputs)
+    outputs = rewired_outputs(graph, env)
     return replace(graph, nodes=needed(b.nodes, outputs), outputs=outputs)
 
 
@@ -68,13 +68,6 @@ def _simplified(walk: Walk, node: Node) -> Value | None:
         if found is not None and found.type == node.output.type:
             return found
     return None
-
-
-def _substituted(node: Node, env: Mapping[Value, Value]) -> Node:
-    if not any(value in env for value in node.inputs()):
-        return node
-    args = map_values(node.args, lambda value: env.get(value, value))
-    return replace(node, args=args, attrs={name: map_values(arg, lambda value: env.get(value, value)) for name, arg in node.attrs.items()})
 
 
 def _readers(nodes: Iterable[Node], outputs: Iterable[Arg]) -> dict[Value, int]:

@@ -7,13 +7,14 @@ where that has other readers by a slice. Results are the same numbers; the axis 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.ops import base_name
+from matmorph.ir.rewiring import needed
 from matmorph.ir.types import Dim, TensorType
 
 _END = 2**63 - 1
@@ -70,17 +71,6 @@ def narrow(graph: Graph, keep: Collection[str]) -> Graph:
         else:
             b.nodes.append(node)
     return replace(graph, nodes=needed(b.nodes, outputs), outputs=outputs)
-
-
-def needed(nodes: Sequence[Node], results: Iterable[Arg]) -> tuple[Node, ...]:
-    """Nodes that the results depend on."""
-    wanted = set(values_in(tuple(results)))
-    kept: list[Node] = []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs())
-    return tuple(reversed(kept))
 
 
 def _plans(nodes: Sequence[Node], outputs: tuple[Arg, ...]) -> dict[Node, Plan]:

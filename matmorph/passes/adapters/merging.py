@@ -17,16 +17,16 @@ from torch import Tensor
 
 from matmorph.errors import InputError, RewriteError, VerifyError
 from matmorph.ir.build import names_of, unique_name
-from matmorph.ir.core import Const, Graph, Node, Value, map_values
-from matmorph.ir.exchange import exchanged
+from matmorph.ir.core import Const, Graph, Node, Value
 from matmorph.ir.quantised.dense import codebook_rows, nbits_dense
 from matmorph.ir.quantised.ops import CODEBOOK, NBITS
+from matmorph.ir.rewiring import exchanged, loaded, rewired, swept
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.ir.verify import verify
 from matmorph.passes.adapters.reparametrised import constant, folded, with_constants
-from matmorph.passes.adapters.table import Adapter, consts_of, loaded, swept, with_values, without
+from matmorph.passes.adapters.table import Adapter, consts_of, with_values, without
 from matmorph.passes.linalg.svd import truncated_svd
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods import Method
@@ -222,18 +222,11 @@ def _separated(graph: Graph, site: Site, new: Const) -> Graph:
         if reads and node not in users and set(node.inputs()) <= chain and node not in site.gathers:
             copies.update({value: Value(unique_name(value.name, taken), value.type) for value in node.outputs})
             chain.update(node.outputs)
-            nodes += [node, _rewired(node, copies)]
+            nodes += [node, rewired(node, copies)]
         else:
-            nodes.append(_rewired(node, copies) if node in users else node)
+            nodes.append(rewired(node, copies) if node in users else node)
     state = [item for const in graph.state for item in ((const, new) if const is site.const else (const,))]
     return swept(replace(graph, nodes=tuple(nodes), state=tuple(state)), graph)
-
-
-def _rewired(node: Node, copies: Mapping[Value, Value]) -> Node:
-    def swap(value: Value) -> Value:
-        return copies.get(value, value)
-
-    return replace(node, args=map_values(node.args, swap), outputs=tuple(map(swap, node.outputs)))
 
 
 # a quantised base

@@ -16,8 +16,8 @@ from matmorph.errors import RewriteError, VerifyError
 from matmorph.ir.build import names_of, unique_name
 from matmorph.ir.core import Const, Graph, Node, Value
 from matmorph.ir.evaluate import run_node
+from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.types import TensorType, dtype_name
-from matmorph.passes.adapters.table import swept
 
 LINEAR = "aten.linear.default"
 
@@ -91,17 +91,13 @@ def with_constants(
     bare = swept(replace(graph, nodes=tuple(nodes.get(node, node) for node in graph.nodes)), graph)
     taken = names_of(bare) | {name for const in bare.state for name in const.names}
     weights = {value: _weight(unique_name(wish, taken), numbers, value) for value, (wish, numbers) in made.items()}
-
-    def put(node: Node) -> Node:
-        return replace(node, args=tuple(weights.get(arg, arg) if isinstance(arg, Value) else arg for arg in node.args))
-
     kept = set(bare.state)
     state: list[Const] = []
     for const in graph.state:
         state += [const] if const in kept else []
         state += weights.values() if const is anchor else ()
     ours = set(nodes.values())
-    return replace(bare, nodes=tuple(put(node) if node in ours else node for node in bare.nodes), state=tuple(state)), tuple(
+    return replace(bare, nodes=tuple(rewired(node, weights) if node in ours else node for node in bare.nodes), state=tuple(state)), tuple(
         const.path for const in weights.values()
     )
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from matmorph.errors import SpecError
 from matmorph.ir.core import Const, Graph, Value
-from matmorph.ir.exchange import mapped
+from matmorph.ir.rewiring import rewired, swept
 from matmorph.passes.adapters.reparametrised import folded
-from matmorph.passes.adapters.table import joins, swept
+from matmorph.passes.adapters.table import joins
 from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.methods.sparse_grad import DELTA, SparseGrad, SparseGradSpec
 from matmorph.specs.schema import Spec
@@ -34,7 +34,7 @@ def _bare(graph: Graph, update: Const) -> Graph:
     ends, _ = joins(graph, [update])
     beside: dict[Value, Value] = {join.node.output: join.beside for join in ends}
     dropped = {join.node for join in ends}
-    nodes = tuple(mapped(node, lambda value: beside.get(value, value)) for node in graph.nodes if node not in dropped)
+    nodes = tuple(rewired(node, beside) for node in graph.nodes if node not in dropped)
     return swept(replace(graph, nodes=nodes), graph)
 
 

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_structure
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Input, Node, Value, map_values
+from matmorph.ir.core import Const, Graph, Input, Value
+from matmorph.ir.rewiring import exchanged, loaded, rewired
 from matmorph.ir.types import TensorType
-from matmorph.passes.adapters.table import GATES, Adapter, loaded
+from matmorph.passes.adapters.table import GATES, Adapter
 from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.methods.glora import COLUMNS, WORDS
 from matmorph.passes.methods.glora import GATES as WIDTH
@@ -49,21 +50,12 @@ def with_gate_input(graph: Graph, consts: Sequence[Const]) -> Graph:
         value = b("aten.select.int", gates, 0, row)
         dtype = const.tensor.torch_dtype
         rows[const] = value if dtype == torch.float32 else b("aten._to_copy.default", value, dtype=dtype)
-
-    def swap(value: Value) -> Value:
-        return rows.get(value, value)
-
-    def read(node: Node) -> Node:
-        if rows.keys().isdisjoint(node.inputs()):
-            return node
-        return replace(node, args=map_values(node.args, swap), attrs={name: map_values(arg, swap) for name, arg in node.attrs.items()})
-
     inputs = (*graph.signature.inputs, Input(GATES, gates))
     in_spec = tree_structure(((), {entry.name: 0 for entry in inputs}))
     return replace(
         graph,
         signature=replace(graph.signature, inputs=inputs, in_spec=in_spec),
-        nodes=(*b.nodes, *map(read, graph.nodes)),
+        nodes=(*b.nodes, *(rewired(node, rows) for node in graph.nodes)),
         state=tuple(const for const in graph.state if const not in rows),
     )
 
@@ -72,20 +64,13 @@ def configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configu
     """The graph with one-hot gates. InputError for a graph without a supernet, and for sites, tensors or words that it does not have."""
     full = completed(choices_of(adapters), configuration)
     gates = {site_of(const): const for const in gates_of(graph)}
-    change: dict[Value, Const] = {}
+    change: dict[Const, Const] = {}
     for site, words in full.items():
         row = torch.zeros(WIDTH)
         for pair in words.items():
             row[COLUMNS[pair]] = 1
         change[gates[site]] = loaded(gates[site], row.to(gates[site].tensor.torch_dtype))
-
-    def swap(value: Value) -> Value:
-        return change.get(value, value)
-
-    nodes = tuple(
-        node if change.keys().isdisjoint(node.inputs()) else replace(node, args=map_values(node.args, swap)) for node in graph.nodes
-    )
-    return replace(graph, nodes=nodes, state=tuple(change.get(const, const) for const in graph.state))
+    return exchanged(graph, change)
 
 
 def choices_of(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, Sequence[str]]]:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from matmorph.errors import InputError, VerifyError, did_you_mean
-from matmorph.ir.core import Const, Graph, Node, Value, map_values, values_in
-from matmorph.ir.exchange import exchanged, mapped
-from matmorph.ir.types import TensorType, dtype_name
+from matmorph.ir.core import Const, Graph, Node, Value, values_in
+from matmorph.ir.rewiring import exchanged, loaded, rewired, rewired_outputs, swept
 from matmorph.passes.adapters.trainables import GROUPS
 from matmorph.passes.methods.quantized_base import QuantizedSpec
 from matmorph.report.model import Report, SiteRow
@@ -191,14 +190,6 @@ def _fitted(const: Const, value: Any, where: str) -> Tensor:
     return tensor.to(const.tensor.torch_dtype)
 
 
-def loaded(const: Const, tensor: Tensor, name: str | None = None) -> Const:
-    """The weight with other numbers, and another dotted name where one is given; its bytes are nobody else's."""
-    path = name or const.path
-    type = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
-    names = (path,) if name else const.names
-    return replace(const, name=name or const.name, type=type, load=lambda: tensor, names=names, storage=f"{path} (changed)")
-
-
 # surgery
 
 
@@ -234,31 +225,11 @@ def without(graph: Graph, factors: Collection[Const]) -> Graph:
     ends, tainted = joins(graph, factors)
     dropped = {join.node for join in ends}
     names: dict[Value, Value] = {}
-    for join in ends:  # the sum's value goes to what makes the other operand; sums of sums in turn
-        names[join.beside] = join.node.output
-
-    def swap(value: Value) -> Value:
-        while value in names:
-            value = names[value]
-        return value
-
-    kept = [mapped(node, swap) for node in graph.nodes if node not in dropped and not any(value in tainted for value in node.outputs)]
-    outputs = tuple(map_values(output, swap) for output in graph.outputs)
+    for join in reversed(ends):  # the sum's value goes to what makes the other operand; sums of sums in turn
+        names.setdefault(join.beside, names.get(join.node.output, join.node.output))
+    kept = [rewired(node, names) for node in graph.nodes if node not in dropped and not any(value in tainted for value in node.outputs)]
     state = tuple(const for const in graph.state if const not in factors)
-    return swept(replace(graph, nodes=tuple(kept), outputs=outputs, state=state), graph)
-
-
-def swept(graph: Graph, before: Graph) -> Graph:
-    """Without nodes that somebody read in `before` and nobody reads any more, and weights likewise."""
-    was_read = {value for node in before.nodes for value in node.inputs()} | set(values_in(before.outputs))
-    read = set(values_in(graph.outputs))
-    kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if any(value in read for value in node.outputs) or not any(value in was_read for value in node.outputs):
-            kept.append(node)
-            read.update(node.inputs())
-    state = tuple(const for const in graph.state if const in read or const not in was_read)
-    return replace(graph, nodes=tuple(reversed(kept)), state=state)
+    return swept(replace(graph, nodes=tuple(kept), outputs=rewired_outputs(graph, names), state=state), graph)
 
 
 def consts_of(graph: Graph, names: Iterable[str]) -> tuple[Const, ...]:

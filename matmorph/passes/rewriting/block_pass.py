@@ -14,8 +14,9 @@ from torch import Tensor
 
 from matmorph.errors import SpecError, VerifyError
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Node, Origin, Value, map_values
+from matmorph.ir.core import Const, Graph, Node, Origin
 from matmorph.ir.infer import Inference
+from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.ir.verify import retype
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
@@ -23,7 +24,7 @@ from matmorph.passes.methods import Error, Method, SiteStats
 from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
 from matmorph.passes.pruning.find_blocks import Block, find_blocks
 from matmorph.passes.pruning.patch import Patch
-from matmorph.passes.rewriting.rewrite import Outcome, Part, without_orphans
+from matmorph.passes.rewriting.rewrite import Outcome, Part
 from matmorph.passes.sizes import exported_sizes
 from matmorph.specs.schema import MethodUse, Rule, Stage
 
@@ -331,23 +332,11 @@ def narrowed(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
         consts.update(patch.consts)
         nodes.update(patch.nodes)
         added[patch.consts[patch.block.consumer.const]] = patch.added
-    written = [_with(new, consts) for node in graph.nodes for new in nodes.get(node, (node,))]
-    kept = without_orphans(written, {value for node in nodes for value in node.inputs()}, graph)
+    written = [rewired(new, consts) for node in graph.nodes for new in nodes.get(node, (node,))]
     state = [item for const in graph.state for own in (consts.get(const, const),) for item in (own, *added.get(own, ()))]
-    narrow = retype(replace(graph, nodes=tuple(kept), state=tuple(state)))
+    narrow = retype(swept(replace(graph, nodes=tuple(written), state=tuple(state)), graph))
     _refuse_changed_borders(graph, narrow, patches)
     return narrow
-
-
-def _with(node: Node, consts: Mapping[Const, Const]) -> Node:
-    if not any(value in consts for value in node.inputs()):
-        return node
-
-    def change(value: Value) -> Value:
-        return consts.get(value, value) if isinstance(value, Const) else value
-
-    attrs = {name: map_values(arg, change) for name, arg in node.attrs.items()}
-    return replace(node, args=map_values(node.args, change), attrs=attrs)
 
 
 def _refuse_changed_borders(before: Graph, after: Graph, patches: Sequence[Patch]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Node, Value, values_in
+from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.infer import Inference
+from matmorph.ir.rewiring import swept
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
@@ -306,36 +307,10 @@ def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     taken = [outcome for outcome in outcomes if outcome.nodes is not None]
     exchanged = {node: new for outcome in taken for node, new in (outcome.nodes or {}).items()}
     nodes = [new for node in graph.nodes for new in exchanged.get(node, (node,))]
-    nodes = without_orphans(nodes, {value for node in exchanged for value in node.inputs()}, graph)
-    read = {value for node in nodes for value in node.inputs()} | set(values_in(graph.outputs))
-    was_read = set(graph.used_state())
     added: dict[Const, list[Const]] = {}
     placed: set[Const] = set()
     for outcome in taken:
         added.setdefault(outcome.site.const, []).extend(const for const in outcome.consts if const not in placed)
         placed.update(outcome.consts)
-    state: list[Const] = []
-    for const in graph.state:
-        if const in read or const not in was_read:
-            state.append(const)
-        state.extend(added.get(const, ()))
-    return replace(graph, nodes=tuple(nodes), state=tuple(state))
-
-
-def without_orphans(nodes: Sequence[Node], dropped: set[Value], graph: Graph) -> list[Node]:
-    """Nodes whose results only exchanged nodes read, and in turn what only those read. Nodes that nobody read before stay."""
-    uses: dict[Value, int] = {}
-    for value in (*(value for node in nodes for value in node.inputs()), *values_in(graph.outputs)):
-        uses[value] = uses.get(value, 0) + 1
-    makers = {value: node for node in nodes for value in node.outputs}
-    dead: set[Node] = set()
-    suspects = list(dropped)
-    while suspects:
-        maker = makers.get(suspects.pop())
-        if maker is None or maker in dead or any(uses.get(value, 0) for value in maker.outputs):
-            continue
-        dead.add(maker)
-        for value in maker.inputs():
-            uses[value] -= 1
-            suspects.append(value)
-    return [node for node in nodes if node not in dead]
+    state = [item for const in graph.state for item in (const, *added.get(const, ()))]
+    return swept(replace(graph, nodes=tuple(nodes), state=tuple(state)), graph)

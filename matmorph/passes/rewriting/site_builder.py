@@ -11,8 +11,9 @@ from torch import Tensor
 
 from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder, unique_name
-from matmorph.ir.core import Const, ConstKind, Node, Origin, Value, map_values
+from matmorph.ir.core import Const, ConstKind, Node, Origin, Value
 from matmorph.ir.infer import Inference
+from matmorph.ir.rewiring import rewired
 from matmorph.ir.site import Application, Fragment, Site
 from matmorph.passes.rewriting.row_view import RowView, emit, row_view
 
@@ -131,7 +132,7 @@ class SiteScope:
     def _bound(self, written: Sequence[Node], final: Value, target: Value) -> tuple[Node, ...]:
         if not self._inference.equal(final.type, target.type):
             raise VerifyError(f"{self.site.path}: the rewrite gives {final.type} where the source gives {target.type}")
-        return tuple(_rebind(item, final, target) for item in written)
+        return tuple(rewired(item, {final: target}) for item in written)
 
     def _finish(self, entry: Entry, values: Sequence[Value], bias: Value | None, dense: Value | None) -> Value:
         """Sum, bias, layout; or, beside a dense matmul that stays, sum, layout, and the sum of both."""
@@ -231,19 +232,3 @@ class SiteBuilder:
         if self._entry is None:
             raise VerifyError("a matmul is emitted outside the body of a fragment")
         return self._entry
-
-
-def _rebind(node: Node, old: Value, new: Value) -> Node:
-    """The node with one Value exchanged, in what it reads and in what it makes."""
-    if old not in node.outputs and old not in node.inputs():
-        return node
-
-    def change(value: Value) -> Value:
-        return new if value is old else value
-
-    return replace(
-        node,
-        args=map_values(node.args, change),
-        attrs={name: map_values(arg, change) for name, arg in node.attrs.items()},
-        outputs=tuple(change(value) for value in node.outputs),
-    )

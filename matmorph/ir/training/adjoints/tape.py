@@ -11,7 +11,7 @@ it anyway, and nothing is expanded for them. The other rules get it in full (`Ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import sympy
@@ -22,6 +22,7 @@ from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Node, Value, map_values
 from matmorph.ir.infer import Inference
+from matmorph.ir.rewiring import rewired
 from matmorph.ir.types import Dim, TensorType, format_dim
 
 _HALVES = ("float16", "bfloat16")
@@ -70,7 +71,7 @@ class Tape:
     def run(self, nodes: Iterable[Node], wanted: frozenset[Value], env: dict[Value, Value]) -> None:
         """Copies nodes to the builder. `wanted`: results whose cotangents are needed; `env`: what stands for a value in the copy."""
         for node in nodes:
-            copied = substituted(node, env)
+            copied = rewired(node, env)
             if wanted.isdisjoint(node.outputs):
                 self.b.nodes.append(copied)
                 continue
@@ -264,15 +265,6 @@ def _widened(t: Tape, value: Value) -> Value:
     if not (is_float(value) and value.tensor.dtype in _HALVES):
         return value
     return t.call("aten._to_copy.default", value, dtype=torch.float32)
-
-
-def substituted(node: Node, env: Mapping[Value, Value]) -> Node:
-    """The node with its operands replaced; itself where none is."""
-    if not any(value in env for value in node.inputs()):
-        return node
-    args = map_values(node.args, lambda value: env.get(value, value))
-    attrs = {name: map_values(arg, lambda value: env.get(value, value)) for name, arg in node.attrs.items()}
-    return replace(node, args=args, attrs=attrs)
 
 
 def is_float(value: Value) -> bool:
