@@ -14,7 +14,7 @@ spec = {"version": 1, "name": "half-mlp", "rules": [rule]}
 compiled = mm.compile(model, spec, inputs, dynamic_shapes=({0: "batch"},), calibration=samples)
 for row in compiled.report.sites:
     print(f"{row.path}: rank {row.rank}, parameters {row.parameters}, output error {row.output_error:.3f}")
-print("under torch:", compiled.module(*inputs).shape)
+print("under torch:", compiled(*inputs).shape)
 
 folder = compiled.save("out-mlp", force=True)
 session = Session(folder)  # needs no torch

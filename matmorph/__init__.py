@@ -1,7 +1,7 @@
 """matmorph: a compiler for the matrix multiplications of trained torch models.
 
-The public names come from `matmorph.api`, `matmorph.specs.optimizers` and `matmorph.passes.linalg.widths` and are imported on first use, so
-that `import matmorph` and `import matmorph.runtime` work on a machine without torch.
+The public names are imported from their homes on first use, so that `import matmorph` and `import matmorph.runtime` work on a machine
+without torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from matmorph.api import Compiled, Model, compile, inspect_model, load_spec, plan, trace
-    from matmorph.passes.linalg.widths import prune_schedule
+    from matmorph.api import Model, Report, Spec, compile, explain, inspect_model, load_spec, plan, trace
+    from matmorph.compiled import Compiled
+    from matmorph.passes.pruning.widths import prune_schedule
     from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion
 
-_API = ("Compiled", "Model", "compile", "inspect_model", "load_spec", "plan", "trace")
+_API = ("Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace")
 _OPTIMIZERS = ("SGD", "AdamAtan2", "AdamW", "Lion")
 _HOMES = {
     **dict.fromkeys(_API, "matmorph.api"),
     **dict.fromkeys(_OPTIMIZERS, "matmorph.specs.optimizers"),
-    "prune_schedule": "matmorph.passes.linalg.widths",
+    "Compiled": "matmorph.compiled",
+    "prune_schedule": "matmorph.passes.pruning.widths",
 }
 
 __all__ = [
@@ -31,8 +33,11 @@ __all__ = [
     "Compiled",
     "Lion",
     "Model",
+    "Report",
+    "Spec",
     "__version__",
     "compile",
+    "explain",
     "inspect_model",
     "load_spec",
     "plan",

@@ -31,6 +31,7 @@ LAYERS = (
     ("matmorph.report",),
     ("matmorph.models",),  # where models come from
     ("matmorph.folders",),
+    ("matmorph.compiled",),
     ("matmorph.api",),
     ("matmorph.cli", "matmorph.__main__"),
 )

@@ -25,7 +25,7 @@ from matmorph.specs.notations import Width
 from matmorph.specs.schema import Train
 
 MODULES = (
-    "axes", "axis_walk", "axis_rules", "blocks", "patch", "linalg.refit", "linalg.widths", "methods.block_scores", "methods.transact",
+    "axes", "axis_walk", "axis_rules", "blocks", "patch", "linalg.refit", "pruning.widths", "methods.block_scores", "methods.transact",
     "block_pass", "loss_gradients", "taylor",
 )  # fmt: skip
 """In the order of their imports."""
@@ -59,8 +59,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "refit pushes the wrong way": (REFIT, "exact[:, kept] + torch.cholesky_solve", "exact[:, kept] - torch.cholesky_solve"),
     "refit forgets what was there": (REFIT, "exact[:, kept] + torch.cholesky_solve", "torch.cholesky_solve"),
     "refit without the cross moment": (REFIT, "moment[removed][:, kept]).T", "moment[removed][:, removed][:, : len(kept)]).T"),
-    "schedule without rounding up": ("linalg.widths", "-(-wanted // multiple_of) * multiple_of", "wanted // multiple_of * multiple_of"),
-    "schedule in equal steps of the target": ("linalg.widths", "(width - target) // left", "target // left"),
+    "schedule without rounding up": ("pruning.widths", "-(-wanted // multiple_of) * multiple_of", "wanted // multiple_of * multiple_of"),
+    "schedule in equal steps of the target": ("pruning.widths", "(width - target) // left", "target // left"),
     "widths round down": (METHOD, "return min(-(-wanted // step) * step, block.width)", "return min(wanted // step * step, block.width)"),
     "odd dimensions": (METHOD, "(dims if dims % 2 == 0 else 2 * dims)", "dims"),
 }  # fmt: skip
@@ -195,7 +195,7 @@ def check_refit(m: dict[str, ModuleType]) -> None:
 
 
 def check_widths(m: dict[str, ModuleType]) -> None:
-    schedule = m["linalg.widths"].prune_schedule
+    schedule = m["pruning.widths"].prune_schedule
     assert schedule(4096, 768, 8, multiple_of=128) == (3712, 3328, 2944, 2560, 2176, 1792, 1280, 768)
     assert schedule(11008, 1536) == (9824, 8640, 7456, 6272, 5088, 3904, 2720, 1536)
     _, _, graph, sites = source("llama")

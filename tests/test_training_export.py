@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 import matmorph as mm
-from matmorph.api import Compiled
+from matmorph.compiled import Compiled
 from matmorph.errors import CheckError, InputError, MatmorphError, SpecError
 from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.runtime.check import check

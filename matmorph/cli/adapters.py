@@ -18,7 +18,7 @@ import typer
 from matmorph.errors import InputError
 
 if TYPE_CHECKING:
-    from matmorph.folders.save import Job
+    from matmorph.folders.job import Job
     from matmorph.passes.adapters.merging import Merged
     from matmorph.passes.adapters.table import Adapter
 
@@ -145,7 +145,7 @@ def unmerge_command(
     """Get the adapters back: factors of what DIR2's weights have more than the stored base in DIR.
 
     They are exact but for the rounding of the merged weights."""
-    from matmorph.folders.unmerging import unmerge_files
+    from matmorph.folders.after_training import unmerge_files
 
     _refuse_file(out, force)
     job, adapters, _ = _opened(folder, None)

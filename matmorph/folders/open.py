@@ -19,7 +19,7 @@ from matmorph.errors import InputError
 from matmorph.exporters.adapters import base_fingerprint
 from matmorph.exporters.data_file import DATA
 from matmorph.exporters.peft import CONFIG, read_peft
-from matmorph.folders.save import Job
+from matmorph.folders.job import Job
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.text.printing import parse_graph
 from matmorph.passes.adapters.table import Adapter, read_adapters

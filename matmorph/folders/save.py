@@ -6,8 +6,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +23,13 @@ from matmorph.exporters.data_file import DataFile, FileInfo
 from matmorph.exporters.fingerprint import weights_sha256
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
-from matmorph.exporters.training.prepare_training import TrainRequest, prepare_training
+from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
+from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters.sparse_updates import inference_graph, kept_entries
 from matmorph.passes.adapters.table import describe_adapters, find_adapters
-from matmorph.passes.budget.account import Decided
 from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
@@ -44,27 +44,6 @@ ROUNDING_FACTOR = 2.0
 """The kernel rounds where torch does, but not to the same codes once an earlier layer differs: two samples of one distribution."""
 
 PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
-
-    `training`: what training files are asked for, None = none. `decisions`: of the budgets. `more`: further files.
-    `source_sha256`: of the source's weights, None = those of `source`.
-    """
-
-    spec: Spec
-    source: Graph
-    graph: Graph
-    report: Report
-    examples: Sequence[torch.Tensor]
-    onnx_lowerings: Mapping[Any, Callable[..., Any]]
-    seconds: Mapping[str, float]
-    training: TrainRequest | None = None
-    source_sha256: str | None = None
-    decisions: tuple[Decided, ...] = ()
-    more: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:

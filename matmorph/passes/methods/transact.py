@@ -21,13 +21,13 @@ from matmorph.ir.build import Builder
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.passes.linalg.refit import refit
 from matmorph.passes.linalg.whiten import relative_output_error
-from matmorph.passes.linalg.widths import prune_schedule
 from matmorph.passes.methods import Error, SiteStats
 from matmorph.passes.methods.block_scores import Scores, block_scores, kept_units
 from matmorph.passes.methods.weights import FLOATS, readable, stored
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Counts, V, positions, resized, units_of
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch, make_patch
+from matmorph.passes.pruning.widths import prune_schedule
 from matmorph.specs.notations import Width
 
 _AUTO = 8
