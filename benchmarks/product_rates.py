@@ -1,7 +1,7 @@
 """The constants by which contraction plans are costed, fitted to this machine: times of single MatMul nodes under ONNX Runtime.
 
 Measured are the nodes of all plans of the trains below, each in a session of its own with bound inputs and outputs; the least of many runs
-counts, since other work on the machine only adds. The constants are those of `contraction_rates.Rates`, fitted to the logarithms of the
+counts, since other work on the machine only adds. The constants are those of `runtime.targets.rates.Rates`, fitted to the logarithms of the
 times. Bounds of the caches are not fitted: they stay those of the table.
 
     python benchmarks/product_rates.py [--ranks 4 8 16 64] [--tokens 1 16 256] [--passes 3] [--largest 1e9]
@@ -22,7 +22,8 @@ from scipy.optimize import least_squares
 
 from matmorph.passes.linalg.contraction import TrainShape, candidate_plans, matrix_train
 from matmorph.passes.linalg.contraction_cost import products
-from matmorph.passes.linalg.contraction_rates import RATES, Product, Rates
+from matmorph.runtime.targets.cpu import CPU, CPU_RATES
+from matmorph.runtime.targets.rates import Product, Rates
 
 MODES = (
     ((8, 8, 16), (8, 8, 16)),
@@ -58,7 +59,7 @@ def least(item: Product, threads: int, runs: int = 5) -> float:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", value), ("y", result)))
     graph = helper.make_graph([helper.make_node("MatMul", names, ["y"])], "node", [x], [y], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, session_options(threads), providers=[CPU.provider])
     bound = session.io_binding()
     held = [onnxruntime.OrtValue.ortvalue_from_numpy(generator.standard_normal(shape, dtype=np.float32)) for shape in (value, result)]
     bound.bind_ortvalue_input("x", held[0])
@@ -116,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for turn in range(options.passes):
         say(f"{len(items)} nodes, pass {turn + 1} ...")
         times = np.minimum(times, [least(item, options.threads) for item in items])
-    names, table = features(items, RATES["cpu"])
-    constants, errors = fit(table, times, constants_of(RATES["cpu"]))
+    base = CPU_RATES
+    names, table = features(items, base)
+    constants, errors = fit(table, times, constants_of(base))
     rows = [{"constant": name, "seconds": float(value)} for name, value in zip(names, constants, strict=True)]
     middle, most = np.quantile(np.abs(errors), (0.5, 0.9))
     finish(

@@ -18,8 +18,8 @@ from mkdocs.structure.pages import Page
 from typer.main import get_command
 
 from matmorph.cli.main import app
-from matmorph.passes.kernel_costs import cpu_costs
 from matmorph.passes.methods import method_table
+from matmorph.runtime.targets.cpu import CPU
 from matmorph.specs.load import library_names, library_text
 from matmorph.specs.reference import reference_page
 
@@ -66,7 +66,7 @@ def on_page_content(text: str, page: Page, config: MkDocsConfig, files: Files) -
 def kernel_table() -> str:
     """The measured costs, as notes of plans have them."""
     rows = ["| kernel | 1 row | 16 rows | 256 rows |", "| --- | --- | --- | --- |"]
-    for cost in cpu_costs().values():
+    for cost in CPU.costs.values():
         figures = (f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in cost.ratios)
         rows.append(f"| {cost.kernel} | {' | '.join(figures)} |")
     return "\n".join(rows)

@@ -24,6 +24,7 @@ from matmorph.folders import save as saving
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
 from matmorph.runtime.check import main as check_main
+from matmorph.runtime.targets import TARGETS
 
 X = randn(3, 5, 8)
 INPUTS, AXES = {"x": X}, {"x": {0: "batch", 1: "seq"}}
@@ -394,7 +395,7 @@ def test_a_model_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_a_file_for_cuda_alone_is_written_and_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(saving, "cuda_obstacle", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], obstacle=lambda: "no NVIDIA driver on this machine"))
     compiled = compile_mlp(spec(export={"precision": "bf16", "target": ["cuda"]}))
     folder = compiled.save(tmp_path / "out")
     note = "outputs not checked: export.target is cuda alone, which this machine does not have (no NVIDIA driver on this machine)"

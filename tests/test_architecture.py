@@ -19,6 +19,7 @@ PACKAGE = ROOT / "matmorph"
 
 # A module may import only from its own line and from lines above it. The longest matching prefix counts.
 LAYERS = (
+    ("matmorph.runtime.targets",),  # records of execution providers, for the compiler too; the rest of the runtime stands apart
     ("matmorph.errors", "matmorph.progress"),
     ("matmorph.ir",),
     ("matmorph.report.model",),  # data that passes fill in; the rest of report shows it
@@ -47,6 +48,7 @@ IR_LAYERS = (
     ("matmorph.ir.sites.matmuls",),
 )
 RUNTIME = "matmorph.runtime"
+TARGETS = "matmorph.runtime.targets"
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
 MAY_IMPORT_RUNTIME = ("matmorph.folders", "matmorph.api", "matmorph.cli", "matmorph.__main__")
 MAX_FILE_LINES = 400
@@ -133,7 +135,13 @@ def test_runtime_stands_alone() -> None:
 
 def test_only_the_outermost_layers_import_runtime() -> None:
     others = [name for name in SOURCES if not within(name, RUNTIME) and not any(within(name, prefix) for prefix in MAY_IMPORT_RUNTIME)]
-    assert [name for name in others for other in imports(name) if within(other, RUNTIME)] == []
+    assert [name for name in others for other in imports(name) if within(other, RUNTIME) and not within(other, TARGETS)] == []
+
+
+def test_targets_are_records_alone() -> None:
+    """The compiler reads them, so they load nothing else: neither the rest of the runtime nor ONNX Runtime."""
+    loaded = {other for name in SOURCES if within(name, TARGETS) for other in imports(name, on_import_only=True)}
+    assert [other for other in loaded if not within(other, TARGETS) and other.partition(".")[0] not in sys.stdlib_module_names] == []
 
 
 @pytest.mark.parametrize("module", ["matmorph", "matmorph.runtime", "matmorph.runtime.check"])

@@ -144,7 +144,7 @@ def test_product_rates_fits_every_constant(load: Load, capsys: pytest.CaptureFix
 
 def test_product_rates_finds_the_constants_that_times_were_made_with(load: Load) -> None:
     script = load("product_rates")
-    base = script.RATES["cpu"]
+    base = script.CPU_RATES
     items = script.nodes([4, 16], [1, 16, 256], script.MODES, 1e9)
     names, table = script.features(items, base)
     truth = script.constants_of(base)

@@ -10,7 +10,10 @@ import pytest
 from matmorph.errors import InputError
 from matmorph.passes.linalg.contraction import Plan, TrainShape, candidate_plans, matrix_train, vector_train
 from matmorph.passes.linalg.contraction_cost import MARGIN, SAME, choose, estimate, plan_contraction, planning_target
-from matmorph.passes.linalg.contraction_rates import RATES, Product
+from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets.cpu import CPU_RATES
+from matmorph.runtime.targets.cuda import CUDA
+from matmorph.runtime.targets.rates import Product
 
 SIZES = {1024: (8, 8, 16), 4096: (16, 16, 16)}
 FORMS = ("chain", "merged_1-2_3", "dense")
@@ -25,7 +28,7 @@ def plan_named(train: TrainShape, name: str) -> Plan:
 
 
 def flops(train: TrainShape, name: str, tokens: int = 1) -> int:
-    return estimate(plan_named(train, name), train, tokens, RATES["cpu"]).flops
+    return estimate(plan_named(train, name), train, tokens, CPU_RATES).flops
 
 
 # ---- FLOPs and bytes
@@ -107,7 +110,7 @@ def _edges(train: TrainShape, core: int) -> list[tuple[int, str]]:
 def test_bytes_are_what_products_and_transpositions_touch() -> None:
     train = matrix_train((2, 5), (4, 3), (1, 3, 1))
     tokens = 6
-    found = {plan.name: estimate(plan, train, tokens, RATES["cpu"]).bytes for plan in candidate_plans(train)}
+    found = {plan.name: estimate(plan, train, tokens, CPU_RATES).bytes for plan in candidate_plans(train)}
     # x [6, 4, 3] with core 1 [6, 4] gives [6, 6, 3]; that, [12, 9], with core 2 [9, 5] gives [12, 5].
     chain = tokens * 4 * 3 + 2 * 3 * 4 + tokens * 2 * 3 * 3 + tokens * 2 * 9 + 9 * 5 + tokens * 2 * 5
     assert found["chain"] == 4 * chain
@@ -123,7 +126,7 @@ def test_a_product_of_batches_reads_its_constant_once() -> None:
 
 def test_traffic_is_what_does_not_fit_the_cache() -> None:
     train = square((16, 16, 16), 4)
-    found = {plan.name: estimate(plan, train, 16, RATES["cpu"]) for plan in candidate_plans(train)}
+    found = {plan.name: estimate(plan, train, 16, CPU_RATES) for plan in candidate_plans(train)}
     dense = found["dense"]
     assert dense.traffic == 4 * 4096 * 4096, "1 MiB is 2 ** 18 elements; x and y are 2 ** 16"
     # The chain's first product makes 2 ** 16 * 4 elements, which just fit.
@@ -204,8 +207,8 @@ def test_the_explanation_names_counts_target_and_ratios() -> None:
 
 
 def test_a_measured_target_decides_over_an_estimated_one() -> None:
-    assert RATES["cpu"].measured
-    assert not RATES["cuda"].measured
+    assert CPU_RATES.measured
+    assert not CUDA.rates.measured
     assert planning_target(("cuda", "cpu")) == "cpu"
     assert planning_target(("cuda",)) == "cuda"
     with pytest.raises(InputError, match=r"no contraction costs are known for tpu; they are for cpu, cuda"):
@@ -224,7 +227,7 @@ def test_no_rows_can_be_planned_for() -> None:
     assert planned.predicted[0].seconds > 0, "nodes cost even without rows"
 
 
-# Microseconds of single MatMul nodes (the least of many runs, less the 2 us of a run of the session) on the machine of RATES["cpu"]:
+# Microseconds of single MatMul nodes (the least of many runs, less the 2 us of a run of the session) on the machine of CPU_RATES:
 # batch, rows, inner, columns, whether the constant stands on the right.
 NODES = {
     (1, 1, 1024, 1024, True): 51.5,
@@ -256,10 +259,11 @@ NODES = {
 @pytest.mark.parametrize("node", NODES, ids=str)
 def test_a_node_costs_what_was_measured(node: tuple[int, int, int, int, bool]) -> None:
     """Nine tenths of the 1511 nodes of the fit lie within 24 %."""
-    assert RATES["cpu"].product(Product(*node)) * 1e6 == pytest.approx(NODES[node], rel=0.3)
+    assert CPU_RATES.product(Product(*node)) * 1e6 == pytest.approx(NODES[node], rel=0.3)
 
 
 def test_the_rates_say_where_they_come_from() -> None:
-    for name, rates in RATES.items():
-        assert ("not measured" in rates.source) is not rates.measured, name
-    assert "ONNX Runtime 1.31.1" in RATES["cpu"].source
+    assert set(TARGETS) == {"cpu", "cuda"}
+    for name, target in TARGETS.items():
+        assert ("not measured" in target.rates.source) is not target.rates.measured, name
+    assert "ONNX Runtime 1.31.1" in CPU_RATES.source

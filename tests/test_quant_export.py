@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from matmorph.errors import ExportError
 from matmorph.exporters.artifact import Artifact, Described, write_artifact
 from matmorph.exporters.data_file import DATA
-from matmorph.exporters.onnx import quantized
 from matmorph.exporters.onnx.onnx_model import MODEL, OnnxInfo, export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE, PARITY_TOLERANCE
 from matmorph.exporters.vectors import check_vectors
@@ -28,6 +27,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
+from matmorph.runtime.targets import TARGETS
 from matmorph.specs.schema import Export
 
 INT8 = 1e-2  # of the largest result: activations rounded to 8 bits per block (measured 4e-3 to 9e-3)
@@ -279,8 +279,7 @@ def test_types_that_no_kernel_has(rng: np.random.Generator, tmp_path: Path) -> N
 
 
 def test_providers_without_the_operator(rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only_cpu = {name: {"cpu": kernels["cpu"]} for name, kernels in quantized.KERNELS.items()}
-    monkeypatch.setattr(quantized, "KERNELS", only_cpu)
+    monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], kernels={}))
     graph = lookup(uniform(rng, 4, 16, 4, 16))
     with pytest.raises(ExportError, match=r"export\.target cuda has no GatherBlockQuantized at all"):
         export_onnx(graph, tmp_path, Export())

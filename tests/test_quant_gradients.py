@@ -15,9 +15,9 @@ from quantised import ROUNDING, Quantised, Weight, codebook, error, uniform
 from torch import Tensor, nn
 
 from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
-from matmorph.exporters.onnx.quantized import KERNELS
 from matmorph.ir.core import Graph
 from matmorph.ir.tracing.trace import trace
+from matmorph.runtime.targets.cuda import CUDA
 from matmorph.specs.schema import Export
 
 HALF = 2e-3  # of the largest result: dY, scales and the sum rounded to 11 bits
@@ -123,7 +123,7 @@ def test_no_operator_without_a_cuda_kernel(rng: np.random.Generator, tmp_path: P
         "Slice",
         "Transpose",
         "Unsqueeze",
-        *KERNELS,
+        *CUDA.kernels,
     }
     for kind in KINDS:
         export_onnx(back(weight_of(rng, kind, 35, 35, 16), y=randn(2, 35), both=True), tmp_path, Export())

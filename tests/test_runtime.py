@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import onnxruntime
 import pytest
 from tiny_artifact import OUT, VOCABULARY, expected_outputs, feeds, hash_files, write_artifact
 
-from matmorph.runtime import ArtifactError, ExecutionError, InputMismatch, ProviderError, Session, SessionError, TensorInfo, providers
+from matmorph.runtime import ArtifactError, ExecutionError, InputMismatch, ProviderError, Session, SessionError, TensorInfo
 from matmorph.runtime.check import check, difference, main, read_cases
 from matmorph.runtime.feeds import size_of
 from matmorph.runtime.manifest import read_manifest
+from matmorph.runtime.targets import TARGETS, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,7 +158,7 @@ class TestArtifactErrors:
 
 class TestProviders:
     def test_choice_falls_to_cpu_with_one_line(self, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("matmorph.runtime.session.cuda_obstacle", lambda: "no NVIDIA driver on this machine")
+        monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], obstacle=lambda: "no NVIDIA driver on this machine"))
         said: list[str] = []
         session = Session(artifact, log=said.append)
         assert session.provider == "CPUExecutionProvider"
@@ -170,7 +172,7 @@ class TestProviders:
     def test_cuda_that_does_not_load_after_all(self, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The checks from outside pass, and the session still comes up without CUDA."""
         create = onnxruntime.InferenceSession
-        monkeypatch.setattr("matmorph.runtime.session.cuda_obstacle", lambda: None)
+        monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], obstacle=lambda: None))
         monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: create(*a, **{**k, "providers": ["CPUExecutionProvider"]}))
         said: list[str] = []
         assert Session(artifact, log=said.append).provider == "CPUExecutionProvider"
@@ -187,7 +189,7 @@ class TestProviders:
                 raise RuntimeError("CUDA failure 2: out of memory\nmore")
             return create(*args, **options)
 
-        monkeypatch.setattr("matmorph.runtime.session.cuda_obstacle", lambda: None)
+        monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], obstacle=lambda: None))
         monkeypatch.setattr(onnxruntime, "InferenceSession", refuse_cuda)
         said: list[str] = []
         assert Session(artifact, log=said.append).provider == "CPUExecutionProvider"
@@ -206,8 +208,8 @@ class TestProviders:
             Session(artifact, asked)
 
     def test_cuda_asked_for_without_driver(self, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(providers.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-        monkeypatch.setattr(providers, "_driver_obstacle", lambda: "no NVIDIA driver on this machine")
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        monkeypatch.setattr(cuda, "_driver_obstacle", lambda: "no NVIDIA driver on this machine")
         with pytest.raises(ProviderError, match="CUDAExecutionProvider was asked for and cannot be used: no NVIDIA driver"):
             Session(artifact, "cuda")
 
@@ -222,21 +224,21 @@ class TestProviders:
         def missing(name: str) -> Driver:
             raise OSError(name)
 
-        monkeypatch.setattr(providers.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-        assert providers.cuda_obstacle() == "this onnxruntime was built without it"
-        monkeypatch.setattr(providers.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-        monkeypatch.setattr(providers.ctypes, "CDLL", missing)
-        assert providers.cuda_obstacle() == "no NVIDIA driver on this machine"
-        monkeypatch.setattr(providers.ctypes, "CDLL", lambda name: Driver(100, 0))
-        assert providers.cuda_obstacle() == "the NVIDIA driver finds no usable device (cuInit error 100)"
-        monkeypatch.setattr(providers.ctypes, "CDLL", lambda name: Driver(0, 0))
-        assert providers.cuda_obstacle() == "the NVIDIA driver finds no device"
-        monkeypatch.setattr(providers.ctypes, "CDLL", lambda name: Driver(0, 1))
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        assert cuda.cuda_obstacle() == "this onnxruntime was built without it"
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
+        assert cuda.cuda_obstacle() == "no NVIDIA driver on this machine"
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(100, 0))
+        assert cuda.cuda_obstacle() == "the NVIDIA driver finds no usable device (cuInit error 100)"
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(0, 0))
+        assert cuda.cuda_obstacle() == "the NVIDIA driver finds no device"
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(0, 1))
         text = "Failed to load libcudnn.so.9: libcudnn.so.9: not found\nPlease follow https://example.org to install CUDA."
-        monkeypatch.setattr(providers.onnxruntime, "preload_dlls", lambda: print(text))
-        assert providers.cuda_obstacle() == "libcudnn.so.9: not found"
-        monkeypatch.setattr(providers.onnxruntime, "preload_dlls", lambda: None)
-        assert providers.cuda_obstacle() is None
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(text))
+        assert cuda.cuda_obstacle() == "libcudnn.so.9: not found"
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+        assert cuda.cuda_obstacle() is None
 
 
 class TestCheck:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matmorph.errors import InputError
+from matmorph.runtime.targets import target_names
 
 if TYPE_CHECKING:
     from matmorph.folders.job import Job
@@ -109,7 +110,7 @@ def load_command(
 def switch_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model with `export.adapters: inputs`.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapters to switch between.")],
-    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help="cpu or cuda; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run the check inputs of DIR with each adapter in turn, in one session.

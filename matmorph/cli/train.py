@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from matmorph.errors import CheckError, InputError, did_you_mean
+from matmorph.runtime.targets import target_names
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Loader
@@ -61,7 +62,7 @@ def train_command(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order of the samples, and of what a supernet trains.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="Written after each epoch.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="Go on from this checkpoint.")] = None,
-    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help="cpu or cuda; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads of one operator.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE of --out where it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

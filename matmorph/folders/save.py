@@ -35,7 +35,7 @@ from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
 from matmorph.runtime.check import check, difference
-from matmorph.runtime.providers import cuda_obstacle
+from matmorph.runtime.targets import chosen_targets
 from matmorph.specs.dump import dump_resolved, entries
 from matmorph.specs.schema import Spec
 from matmorph.specs.tree import read
@@ -138,8 +138,14 @@ def _relocated(graph: Graph, spec: Spec, text: str) -> Graph:
 
 def _unchecked(spec: Spec) -> tuple[str, ...]:
     """A note where the file is not meant for this machine, so that its outputs cannot be held against torch here."""
-    obstacle = cuda_obstacle() if "cpu" not in spec.export.target else None
-    return (f"outputs not checked: export.target is cuda alone, which this machine does not have ({obstacle})",) if obstacle else ()
+    obstacles: list[str] = []
+    for target in chosen_targets(spec.export.target):
+        obstacle = target.obstacle()
+        if obstacle is None:
+            return ()
+        obstacles.append(obstacle)
+    where = " and ".join(spec.export.target)
+    return (f"outputs not checked: export.target is {where} alone, which this machine does not have ({'; '.join(obstacles)})",)
 
 
 def _rounding(graph: Graph, job: Job, exact: Vectors) -> float:

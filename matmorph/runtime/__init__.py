@@ -7,8 +7,8 @@
     trainer = Trainer("out-train/", lr=1e-4)
     trainer.fit(load_batches("train.npz", 16), epochs=3, schedule=linear(warmup=0.06), checkpoint="run.safetensors")
 
-`python -m matmorph.runtime.check DIR` checks a folder's files and its outputs on this machine. What only training needs is imported on
-first use.
+`python -m matmorph.runtime.check DIR` checks a folder's files and its outputs on this machine. Every name is imported on first use:
+who reads `matmorph.runtime.targets` needs no ONNX Runtime, and who runs a model loads nothing of training.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from matmorph.runtime.errors import (
     SessionError,
     TrainingError,
 )
-from matmorph.runtime.manifest import TensorInfo
-from matmorph.runtime.session import Session
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Batches, load_batches, trim_padding
     from matmorph.runtime.evolution import SearchResult, SearchSettings, search
     from matmorph.runtime.fitting import StepInfo
+    from matmorph.runtime.manifest import TensorInfo
     from matmorph.runtime.schedules import constant, cosine, linear
+    from matmorph.runtime.session import Session
     from matmorph.runtime.trainer import Trainer
 
 __all__ = [
@@ -60,7 +60,9 @@ __all__ = [
     "trim_padding",
 ]
 
-_TRAINING = {
+_HOMES = {
+    "Session": "session",
+    "TensorInfo": "manifest",
     "Batches": "batches",
     "load_batches": "batches",
     "trim_padding": "batches",
@@ -77,6 +79,6 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TRAINING:
+    if name not in _HOMES:
         raise AttributeError(f"module 'matmorph.runtime' has no attribute {name!r}")
-    return getattr(import_module(f"matmorph.runtime.{_TRAINING[name]}"), name)
+    return getattr(import_module(f"matmorph.runtime.{_HOMES[name]}"), name)

@@ -23,6 +23,7 @@ from matmorph.runtime.feeds import Array
 from matmorph.runtime.manifest import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest, artifact_folder, read_manifest
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session
+from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.training_check import check_training, is_training_folder
 
 _CHUNK = 1 << 20
@@ -199,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Check an artefact folder: its files, and its outputs on this machine's ONNX Runtime.",
     )
     parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--provider", action="append", metavar="NAME", help="cpu, cuda, or ONNX Runtime's name; may be repeated")
+    parser.add_argument(
+        "--provider", action="append", metavar="NAME", help=f"{', '.join(sorted(TARGETS))}, or ONNX Runtime's name; may be repeated"
+    )
     options: Any = parser.parse_args(arguments)
     try:
         result = check(options.folder, options.provider)

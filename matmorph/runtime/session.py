@@ -14,7 +14,9 @@ from matmorph.runtime.adapters import Adapter, load_adapter, read_slots
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.manifest import MODEL, Manifest, TensorInfo, read_manifest
-from matmorph.runtime.providers import CPU, CUDA, Provider, cuda_obstacle, name_of, requested
+from matmorph.runtime.providers import Provider, name_of, requested
+from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets.target import Target
 
 
 def to_stderr(line: str) -> None:
@@ -118,7 +120,7 @@ def load_session(
     options: onnxruntime.SessionOptions,
     log: Callable[[str], None],
 ) -> onnxruntime.InferenceSession:
-    """The model of one file, on CUDA where that truly loads when `providers` is None. Raises ArtifactError and ProviderError."""
+    """The model of one file, on the first of `TARGETS` that truly loads when `providers` is None. Raises ArtifactError, ProviderError."""
     if not path.is_file():
         raise ArtifactError(f"{path}: missing")
     return _automatic(path, options, log) if providers is None else _explicit(path, options, requested(providers))
@@ -141,20 +143,32 @@ def session_settings(threads: int | None, optimize: bool, given: onnxruntime.Ses
 
 
 def _automatic(path: Path, options: onnxruntime.SessionOptions, log: Callable[[str], None]) -> onnxruntime.InferenceSession:
-    obstacle = cuda_obstacle()
-    if obstacle is None:
-        try:
-            session = _create(path, options, [CUDA, CPU])
-        except ArtifactError:
-            # Either the model is broken, then CPU says so again, or CUDA is: the driver's own message has been printed by now.
-            obstacle = "a session could not be created on it"
-        else:
-            if CUDA in session.get_providers():
-                return session
-            obstacle = "ONNX Runtime did not load it"
-    session = _create(path, options, [CPU])
-    log(f"running on CPU: no CUDA ({obstacle})")
-    return session
+    """Never a silent change of mind: the line says what stands in the way of each target that comes before the one that runs."""
+    *preferred, last = TARGETS.values()
+    obstacles: list[str] = []
+    for target in preferred:
+        made = _tried(path, options, target, last)
+        if not isinstance(made, str):
+            break
+        obstacles.append(f"no {target.title} ({made})")
+    else:
+        target, made = last, _create(path, options, [last.provider])
+    if obstacles:
+        log(f"running on {target.title}: {', '.join(obstacles)}")
+    return made
+
+
+def _tried(path: Path, options: onnxruntime.SessionOptions, target: Target, last: Target) -> onnxruntime.InferenceSession | str:
+    """A session on the target, `last` beside it for what it has no kernel for; else what stands in its way."""
+    obstacle = target.obstacle()
+    if obstacle is not None:
+        return obstacle
+    try:
+        session = _create(path, options, list(dict.fromkeys((target.provider, last.provider))))
+    except ArtifactError:
+        # Either the model is broken, then the last target says so again, or this one is: its own message has been printed by now.
+        return "a session could not be created on it"
+    return session if target.provider in session.get_providers() else "ONNX Runtime did not load it"
 
 
 def _explicit(path: Path, options: onnxruntime.SessionOptions, providers: Sequence[Provider]) -> onnxruntime.InferenceSession:

@@ -1,4 +1,4 @@
-"""The three training graphs as ONNX Runtime sessions, and the state that stays with them: on the GPU where CUDA loads.
+"""The three training graphs as ONNX Runtime sessions, and the state that stays with them: in the memory of the target that loads.
 
 The state lies in two sets of buffers: an update reads one and writes the other, then they change roles. Each buffer is allocated by ONNX
 Runtime: an OrtValue made from a numpy array on a CPU is that array, so that m and v made from one `zeros` would be one vector.
@@ -16,8 +16,10 @@ import onnxruntime
 
 from matmorph.runtime.errors import ArtifactError, ExecutionError, first_line
 from matmorph.runtime.feeds import Array
-from matmorph.runtime.providers import CUDA, Provider
+from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import load_session, session_settings
+from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets.cpu import CPU
 from matmorph.runtime.train_manifest import APPLY, EVAL, GRAD, TrainManifest
 
 _OPTIONAL = ("mask", "segment_lr", "segment_decay")
@@ -27,7 +29,7 @@ _ERRORS_ONLY = 3  # apply.onnx has inputs with defaults, which ONNX Runtime warn
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """How a folder's sessions are made; `log` hears of it when there is no CUDA."""
+    """How a folder's sessions are made; `log` hears of it when the preferred target does not load."""
 
     folder: Path
     providers: str | Sequence[Provider] | None
@@ -51,14 +53,16 @@ class Sessions:
 class Device:
     """Where vectors lie, as ONNX Runtime names it."""
 
-    kind: str = "cpu"
+    kind: str = CPU.memory
     number: int = 0
 
     @classmethod
     def of(cls, session: onnxruntime.InferenceSession) -> Device:
-        if session.get_providers()[0] != CUDA:
+        provider = session.get_providers()[0]
+        kind = next((target.memory for target in TARGETS.values() if target.provider == provider), CPU.memory)
+        if kind == CPU.memory:
             return cls()
-        return cls("cuda", int(session.get_provider_options()[CUDA].get("device_id", 0)))
+        return cls(kind, int(session.get_provider_options()[provider].get("device_id", 0)))
 
     def value(self, array: Array) -> onnxruntime.OrtValue:
         """A copy of the array here."""
@@ -168,7 +172,7 @@ def _run(session: onnxruntime.InferenceSession, binding: Any, arrays: Mapping[st
     for name, array in whole.items():
         binding.bind_cpu_input(name, array)
     for name in names:
-        binding.bind_output(name, "cpu")
+        binding.bind_output(name, CPU.memory)
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # ONNX Runtime's exceptions share no base class but this one

@@ -14,8 +14,8 @@ import numpy as np
 
 from matmorph.runtime.errors import ArtifactError, SessionError, first_line
 from matmorph.runtime.feeds import Array
-from matmorph.runtime.providers import CPU
 from matmorph.runtime.session import Session, load_session, session_settings
+from matmorph.runtime.targets.cpu import CPU
 from matmorph.runtime.train_manifest import APPLY, EVAL, GRAD, TRAIN_MANIFEST, read_train_manifest
 from matmorph.runtime.train_values import initial_theta
 
@@ -103,7 +103,7 @@ def _open(path: Path, model: Session) -> Run:
     """Runs a graph of the folder on the provider that `model` runs on."""
     options = session_settings(None, True)
     options.log_severity_level = 3  # inputs with defaults are meant to be inputs
-    session = load_session(path, list(dict.fromkeys((model.provider, CPU))), options, lambda line: None)
+    session = load_session(path, list(dict.fromkeys((model.provider, CPU.provider))), options, lambda line: None)
 
     def run(outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position, SpecError
+from matmorph.runtime.targets import TARGETS
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.notations import Count, Rank, Size, Width
 from matmorph.specs.optimizers import OPTIMIZERS, SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, Optimizer, optimizer_name
@@ -96,8 +97,9 @@ class Export:
     precision: Literal["fp32", "fp16", "bf16", "keep"] = field(
         default="fp32", metadata={"doc": "type of the exported weights and activations; keep: as in the model"}
     )
-    target: tuple[Literal["cuda", "cpu"], ...] = field(
-        default=("cuda", "cpu"), metadata={"doc": "devices on which ONNX Runtime must run the file", "min_items": 1}
+    target: tuple[str, ...] = field(
+        default=tuple(target.name for target in TARGETS.values() if target.default),
+        metadata={"doc": "devices on which ONNX Runtime must run the file", "choices": TARGETS.keys(), "min_items": 1},
     )
     tokens: tuple[int, ...] = field(
         default=(1, 16, 256), metadata={"doc": "numbers of rows for which contractions are planned", "minimum": 1, "min_items": 1}

@@ -17,10 +17,12 @@ import onnx_ir as ir
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx.cleanup import unique
 from matmorph.exporters.onnx.folding import Array
+from matmorph.runtime.targets import TARGETS, chosen_targets
 
 Precision = Literal["fp32", "fp16", "bf16", "keep"]
 
 HALF: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_STORED: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _HALVES = frozenset(HALF.values())
 _FLOAT = ir.DataType.FLOAT
 
@@ -48,13 +50,16 @@ UPPER = frozenset([
 
 def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -> None:
     """Raises ExportError where a target has no kernel for the precision. `dtypes`: the stored dtypes of the weights ("bfloat16" ...)."""
-    wants = precision == "bf16" or (precision == "keep" and "bfloat16" in set(dtypes))
-    if wants and "cpu" in target:
-        has = "" if precision == "bf16" else " (the model's weights are bfloat16)"
-        raise ExportError(
-            f"export.precision {precision}{has} does not run on target cpu: ONNX Runtime has no bfloat16 MatMul or Gemm there",
-            ["set export.target to [cuda], or export.precision to fp32 or fp16"],
-        )
+    needed = computed_in(precision, dtypes)
+    for device in chosen_targets(target):
+        if needed in device.lacks:
+            has = f" (the model's weights are {_STORED[needed]})" if precision == "keep" else ""
+            others = ", ".join(other.name for other in TARGETS.values() if needed not in other.lacks)
+            wide = " or ".join(one for one in PARITY_TOLERANCE if one not in device.lacks)
+            raise ExportError(
+                f"export.precision {precision}{has} does not run on target {device.name}: {device.lacks[needed]}",
+                [(f"set export.target to [{others}], or export.precision to " if others else "set export.precision to ") + wide],
+            )
 
 
 def parity_tolerance(precision: str, dtypes: Iterable[str], int8: bool = False) -> float:

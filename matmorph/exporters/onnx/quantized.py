@@ -1,4 +1,4 @@
-"""ONNX forms of the operators on quantised weights, and which providers of ONNX Runtime have kernels for them.
+"""ONNX forms of the operators on quantised weights, and the refusal of what a target has no kernel for.
 
 | operator                  | ONNX                                                                                       |
 |---------------------------|--------------------------------------------------------------------------------------------|
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -27,30 +26,13 @@ from matmorph.exporters.onnx.emit import DOMAIN
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.quantised.dense import TABLES, byte_levels, stored_bits
+from matmorph.runtime.targets import TARGETS, chosen_targets
+from matmorph.runtime.targets.target import Kernel
 
 ACCURACY: Mapping[str, int] = {"fp32": 1, "int8": 4}
 """MatMulNBits's `accuracy_level` by `export.activations`. The CPU provider alone looks at it."""
 
-_FLOAT, _HALF, _BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
-_BLOCKS = (16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What one provider runs: types of the activations (of the result of a gather), block sizes, bits of a code."""
-
-    dtypes: tuple[ir.DataType, ...]
-    blocks: tuple[int, ...] = _BLOCKS
-    bits: tuple[int, ...] = (2, 4, 8)
-
-
-KERNELS: Mapping[str, Mapping[str, Kernel]] = {
-    "MatMulNBits": {"cpu": Kernel((_FLOAT, _HALF)), "cuda": Kernel((_FLOAT, _HALF, _BFLOAT))},
-    # On the CPU the kernel is float's; ONNX Runtime writes Casts around it for fp16.
-    "MatMulBnb4": {"cpu": Kernel((_FLOAT, _HALF), bits=(4,)), "cuda": Kernel((_FLOAT, _HALF, _BFLOAT), bits=(4,))},
-    "GatherBlockQuantized": {"cpu": Kernel((_FLOAT, _HALF)), "cuda": Kernel((_FLOAT, _HALF, _BFLOAT))},
-}
-"""By operator of com.microsoft and export target, as registered in ONNX Runtime 1.31."""
+_FLOAT = ir.DataType.FLOAT
 
 
 def quantized_lowerings(activations: str = "fp32", *, packed: bool = False) -> Lowerings:
@@ -167,7 +149,7 @@ def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
         if node.domain != DOMAIN:
             continue
         for device in target:
-            reason = _obstacle(node, KERNELS.get(node.op_type, {}).get(device))
+            reason = _obstacle(node, _kernel(device, node.op_type))
             if reason is not None:
                 path = node.metadata_props.get("matmorph.path", "")
                 raise ExportError(
@@ -176,13 +158,17 @@ def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
                 )
 
 
+def _kernel(device: str, operator: str) -> Kernel | None:
+    return TARGETS[device].kernels.get(operator) if device in TARGETS else None
+
+
 def _obstacle(node: ir.Node, kernel: Kernel | None) -> str | None:
     """What of the node the kernel does not do."""
     if kernel is None:
         return "at all"
     dtype = node.outputs[0].dtype
     block, bits = node.attributes.get_int("block_size"), node.attributes.get_int("bits", 4)
-    if dtype is not None and dtype not in kernel.dtypes:
+    if dtype is not None and dtype.numpy().name not in kernel.dtypes:
         return f"for {dtype.numpy().name}"
     if block not in kernel.blocks:
         return f"with blocks of {block}"
@@ -190,10 +176,9 @@ def _obstacle(node: ir.Node, kernel: Kernel | None) -> str | None:
 
 
 def _kernels_of(name: str) -> str:
-    kernels = KERNELS.get(name, {})
+    kernels = {target.name: target.kernels[name] for target in chosen_targets(TARGETS) if name in target.kernels}
     described = [
-        f"{device}: {', '.join(dtype.numpy().name for dtype in kernel.dtypes)}, blocks of {', '.join(map(str, kernel.blocks))}, "
-        f"{', '.join(map(str, kernel.bits))} bits"
+        f"{device}: {', '.join(kernel.dtypes)}, blocks of {', '.join(map(str, kernel.blocks))}, {', '.join(map(str, kernel.bits))} bits"
         for device, kernel in kernels.items()
     ]
     return f"{name} has kernels on " + ("; ".join(described) or "no target")

@@ -1,7 +1,7 @@
 """What a contraction plan costs on a target, and which plan is taken.
 
-FLOPs and bytes are counted by running the plan itself on shapes; the time of a product follows from the constants of `contraction_rates`,
-which were measured (or are marked as an estimate).
+FLOPs and bytes are counted by running the plan itself on shapes; the time of a product follows from the rates of the target, which were
+measured (or are marked as an estimate).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from opt_einsum.helpers import flop_count
 
 from matmorph.errors import InputError
 from matmorph.passes.linalg.contraction import Plan, TrainShape, candidate_plans, contract
-from matmorph.passes.linalg.contraction_rates import RATES, Product, Rates
+from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets.rates import Product, Rates
 
 MARGIN = 0.9
 """A plan is taken only where it is predicted to need at most this share of dense's time, at every token count: the model errs by about as
@@ -77,10 +78,16 @@ def planning_target(targets: Sequence[str]) -> str:
 
     InputError where the cost of none is known.
     """
-    known = [name for name in targets if name in RATES]
+    return _planned_for(targets)[0]
+
+
+def _planned_for(targets: Sequence[str]) -> tuple[str, Rates]:
+    rates = {name: found.rates for name, found in TARGETS.items() if found.rates is not None}
+    known = [name for name in targets if name in rates]
     if not known:
-        raise InputError(f"no contraction costs are known for {', '.join(targets) or 'no target'}; they are for {', '.join(RATES)}")
-    return next((name for name in known if RATES[name].measured), known[0])
+        raise InputError(f"no contraction costs are known for {', '.join(targets) or 'no target'}; they are for {', '.join(sorted(rates))}")
+    name = next((name for name in known if rates[name].measured), known[0])
+    return name, rates[name]
 
 
 @cache
@@ -94,7 +101,7 @@ def plan_contraction(train: TrainShape, tokens: tuple[int, ...], target: str = "
     """
     if not tokens or min(tokens) < 0:
         raise InputError(f"a contraction is planned for numbers of rows, 0 or more; these are {tokens}")
-    rates = RATES[planning_target((target,))]
+    _, rates = _planned_for((target,))
     candidates = tuple(Candidate(plan, tuple(estimate(plan, train, count, rates) for count in tokens)) for plan in candidate_plans(train))
     chosen = choose(candidates, force)
     return Planned(chosen, candidates, target, _explanation(chosen, candidates, target, rates))

@@ -18,6 +18,7 @@ from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, p
 from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
 from matmorph.passes.methods import FragmentBuilder
 from matmorph.passes.methods.weights import FLOATS
+from matmorph.runtime.targets import TARGETS
 from matmorph.specs.ranks import Ranks
 from matmorph.specs.schema import Export
 
@@ -50,8 +51,9 @@ class ContractionSpec:
     tokens: tuple[int, ...] | None = field(
         default=None, metadata={"doc": "numbers of rows to plan for; those of export by default", "minimum": 1, "min_items": 1}
     )
-    target: tuple[Literal["cuda", "cpu"], ...] | None = field(
-        default=None, metadata={"doc": "devices to plan for; those of export by default", "min_items": 1}
+    target: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"doc": "devices to plan for; those of export by default", "choices": TARGETS.keys(), "min_items": 1},
     )
 
 

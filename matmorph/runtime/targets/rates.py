@@ -1,4 +1,4 @@
-"""What matrix products cost under ONNX Runtime: constants fitted to measured times of single nodes, with machine and versions.
+"""What matrix products cost under ONNX Runtime, as a formula; each target has its own constants.
 
 The form follows the kernel (MLAS): 16 columns at a time (a narrower product pays for 16), 12 rows at a time, the right operand copied into
 panels unless it is a constant that was packed at load, and traffic that costs more where it does not fit the caches.
@@ -6,7 +6,7 @@ panels unless it is a constant that was packed at load, and traffic that costs m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Tiers = tuple[tuple[int, float], ...]
@@ -95,42 +95,3 @@ class Rates:
 
 def _beyond(elements: int, tiers: Tiers) -> float:
     return elements * sum(cost for limit, cost in tiers if elements > limit)
-
-
-RATES: Mapping[str, Rates] = {
-    # Fitted by benchmarks/product_rates.py to 1511 nodes, those of all plans of 29 trains at 1, 16 and 256 rows: half of them lie within
-    # 7 %, nine tenths within 24 %. On two threads the order of the plans is the same, as far as a busy machine could tell.
-    "cpu": Rates(
-        source="ONNX Runtime 1.31.1, CPU provider, one thread, AMD EPYC (Zen 4, AVX512, 1 MiB L2, 32 MiB L3)",
-        measured=True,
-        node=4e-7,
-        view=2.5e-7,
-        call=1.17e-7,
-        work=1.55e-11,
-        panel=2.39e-11,
-        copy=1.31e-10,
-        left=2.4e-11,
-        result=3.2e-11,
-        moved=4e-10,
-        constants=((2**16, 8.9e-12), (3 * 2**20, 1.59e-10)),
-        values=((2**19, 1.94e-11), (3 * 2**20, 3.15e-10)),
-    ),
-    # A launch of some microseconds, 20 TFLOP/s of float32, 2 TB/s; batches run at once.
-    "cuda": Rates(
-        source="estimate, not measured: a launch per node, 20 TFLOP/s in float32, 2 TB/s",
-        measured=False,
-        node=5e-6,
-        view=0.0,
-        call=0.0,
-        work=1e-13,
-        panel=0.0,
-        copy=0.0,
-        left=2e-12,
-        result=2e-12,
-        moved=4e-12,
-        constants=((0, 2e-12),),
-        values=(),
-        cache=2**23,
-        lanes=32,
-    ),
-}
