@@ -154,7 +154,7 @@ def test_whitened_candidates_beat_a_uniform_ratio_on_the_outputs(graph: Graph) -
 
 
 def test_the_predicted_error_is_the_one_that_is_measured(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    decided: list[budgets.Decided] = []
+    decided: list[budgets.Decision] = []
     real = budgets.decide
     monkeypatch.setattr("matmorph.passes.budget.decide.decide", lambda *given: decided.append(real(*given)) or decided[-1])
     rewrites = (WHITE, {"tt": {"rank": "auto", "cores": 2}}, {"quantize": {"quantizer": "uniform", "bits": "auto", "block_size": 16}})
@@ -322,7 +322,7 @@ def test_sites_that_hurt_most_are_rolled_back_and_the_budget_says_so(graph: Grap
 def test_a_rewrite_above_its_promise_is_a_bug(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     real = budgets.decide
 
-    def cheated(*given: Any) -> budgets.Decided:
+    def cheated(*given: Any) -> budgets.Decision:
         decided = real(*given)
         limits = dict.fromkeys(decided.account.limits, 1)
         object.__setattr__(decided.account, "limits", limits)

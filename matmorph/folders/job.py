@@ -10,7 +10,7 @@ import torch
 
 from matmorph.exporters.training.prepare_training import TrainRequest
 from matmorph.ir.core import Graph
-from matmorph.passes.budget.account import Decided
+from matmorph.passes.budget.account import Decision
 from matmorph.report.model import Report
 from matmorph.specs.schema import Spec
 
@@ -32,5 +32,5 @@ class Job:
     seconds: Mapping[str, float]
     training: TrainRequest | None = None
     source_sha256: str | None = None
-    decisions: tuple[Decided, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     more: Mapping[str, bytes] = field(default_factory=dict)

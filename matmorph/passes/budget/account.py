@@ -52,7 +52,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decided:
+class Decision:
     """A selection without open rules, and the account, options, candidates (one per option) and scales that it came from."""
 
     selection: Selection
@@ -143,7 +143,7 @@ def _amount(amount: Amount, base: int) -> int:
 
 def decide(
     offers: tuple[Offer, ...], held: Account, selection: Selection, stats: Mapping[Site, SiteStats], scales: Sequence[Scale]
-) -> Decided:
+) -> Decision:
     """The choice for every open site, exactly optimal. `offers` are measured, `scales` go with them. SpecError at the budget where it
     cannot be met."""
     candidates = tuple(
@@ -155,7 +155,7 @@ def decide(
         raise unreachable(held, found, offers)
     chosen = tuple(one.options[index] for one, index in zip(offers, found.chosen, strict=True))
     notes = tuple(_summary(held, found, offers, chosen))
-    return Decided(_closed(selection, offers, chosen), notes, held, offers, chosen, found, candidates, tuple(scales))
+    return Decision(_closed(selection, offers, chosen), notes, held, offers, chosen, found, candidates, tuple(scales))
 
 
 def _candidate(option: Option, error: float) -> Candidate:
@@ -235,7 +235,7 @@ def _summary(held: Account, found: Allocation, offers: Sequence[Offer], chosen: 
     yield "budget: " + ", ".join(f"{count} x {text}" for text, count in counted.most_common())
 
 
-def verdict(decided: Decided, rows: Sequence[SiteRow]) -> tuple[str, ...]:
+def verdict(decided: Decision, rows: Sequence[SiteRow]) -> tuple[str, ...]:
     """What the budget came to once the stage was built, from its report rows. A note for each limit that sites which were rolled back, or
     refused when they were built, now exceed. VerifyError where it is exceeded and there are none: our bug."""
     held = decided.account

@@ -9,7 +9,7 @@ from typing import Any
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Cost, Site
 from matmorph.ir.training.losses import LABELS
-from matmorph.passes.budget.account import Account, Decided, account, decide, plan_notes, refuse_unreachable
+from matmorph.passes.budget.account import Account, Decision, account, decide, plan_notes, refuse_unreachable
 from matmorph.passes.budget.offers import Offer, Option, kept, label, measured, offer, scale_of, settled, sizes_of, summed, within
 from matmorph.passes.methods import Methods, SiteStats
 from matmorph.passes.rewriting.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
@@ -69,9 +69,9 @@ def planned_notes(job: Open, methods: Methods, export: Export) -> tuple[str, ...
     return plan_notes(job.account(methods, export), job.offers(methods, export))
 
 
-def decided(
+def decision(
     job: Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], felt: Sensitivity | None, progress: Progress
-) -> Decided:
+) -> Decision:
     """One concrete choice for every open site and block. Raises SpecError for a budget that cannot be met, and without data."""
     held, offers = job.account(methods, spec.export), job.offers(methods, spec.export)
     refuse_unreachable(held, offers)

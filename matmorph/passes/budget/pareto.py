@@ -11,7 +11,7 @@ from math import sqrt
 from typing import Any
 
 from matmorph.errors import InputError, SpecError, VerifyError
-from matmorph.passes.budget.account import Decided
+from matmorph.passes.budget.account import Decision
 from matmorph.passes.budget.knapsack import Allocation, Resource, allocate, smallest
 from matmorph.passes.budget.offers import describe
 from matmorph.specs.schema import Spec
@@ -68,7 +68,7 @@ def refuse_unswept(spec: Spec, points: int) -> None:
         raise SpecError(f"a front sweeps one limit, and the budget has {', '.join(limited)}", at=budget.at, keypath="budget")
 
 
-def sweep(decided: Decided, points: int) -> Front:
+def sweep(decided: Decision, points: int) -> Front:
     """Limits at equal distances, from the least that can be reached to what the best choice takes where nothing is limited. Limits that
     lead to the same choice make one point."""
     held = decided.account
@@ -86,13 +86,13 @@ def sweep(decided: Decided, points: int) -> Front:
     return Front(name, held.budget.of, held.base[name], tuple(found.values()))
 
 
-def _free(decided: Decided, name: Resource) -> int:
+def _free(decided: Decision, name: Resource) -> int:
     """What the smallest errors take; of equal errors the smallest size."""
     best = (min(offer, key=lambda one: (one.error, one.takes(name))) for offer in decided.candidates)
     return sum(one.takes(name) for one in best)
 
 
-def _point(decided: Decided, answer: Allocation, limit: int, total: int) -> Point:
+def _point(decided: Decision, answer: Allocation, limit: int, total: int) -> Point:
     picked = zip(decided.offers, answer.chosen, strict=True)
     chosen = {one.site.path: describe(one.options[index].uses) for one, index in picked}
     return Point(limit, total, _mean(answer.objective, [scale.whole for scale in decided.scales]), chosen)

@@ -6,7 +6,7 @@ They run beside the methods of single sites: claims are divided, patches are bui
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,12 @@ from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.ir.verify import retype
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
-from matmorph.passes.methods import Error, Method, SiteStats
+from matmorph.passes.methods import Error, Methods, SiteStats
 from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
-from matmorph.passes.pruning.find_blocks import Block, find_blocks
+from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.rewrite import Outcome, Part
+from matmorph.passes.selection.survey import Survey
 from matmorph.passes.sizes import exported_sizes
 from matmorph.specs.schema import MethodUse, Rule, Stage
 
@@ -67,14 +68,14 @@ class Divided:
     blocks: tuple[Block, ...] = ()
 
 
-def of_block(rule: Rule, methods: Mapping[str, Method]) -> MethodUse | None:
+def of_block(rule: Rule, methods: Methods) -> MethodUse | None:
     """The block method of a rule, which stands alone in its rewrite."""
     use = rule.rewrite[0] if rule.rewrite else None
     return use if use is not None and getattr(methods.get(use.method), "kind", None) == KIND else None
 
 
-def divide(graph: Graph, sites: Sequence[Site], owners: Mapping[Site, Rule | None], methods: Mapping[str, Method]) -> Divided:
-    """The claims of one stage by what they work on. `owners`: the rule of every site of the graph.
+def divide(survey: Survey, owners: Mapping[Site, Rule | None], methods: Methods) -> Divided:
+    """The claims of one stage by what they work on. `owners`: the rule of every site of the survey.
 
     SpecError: two rules claim parts of one block that one of them prunes; settings that fit no block of their rule.
     """
@@ -82,11 +83,10 @@ def divide(graph: Graph, sites: Sequence[Site], owners: Mapping[Site, Rule | Non
     pruned = {site: (rule, use) for site, rule in claims if (use := of_block(rule, methods)) is not None}
     if not pruned:
         return Divided(claims)
-    blocks = find_blocks(graph, sites)
     jobs: list[BlockJob] = []
     refused: list[Outcome] = []
     inside: set[Site] = set()
-    for block in blocks:
+    for block in survey.blocks:
         touched = [site for site in block.sites if site in pruned]
         if not touched:
             continue
@@ -102,7 +102,7 @@ def divide(graph: Graph, sites: Sequence[Site], owners: Mapping[Site, Rule | Non
     alone = Reject("it is part of no attention or MLP block")
     refused += [Outcome(site, rule, alone) for site, (rule, _) in pruned.items() if site not in inside]
     _refuse_impossible(jobs, methods)
-    return Divided(tuple(claim for claim in claims if claim[0] not in pruned), tuple(jobs), tuple(refused), blocks)
+    return Divided(tuple(claim for claim in claims if claim[0] not in pruned), tuple(jobs), tuple(refused), survey.blocks)
 
 
 def _refuse_two_rules(block: Block, rule: Rule, owners: Mapping[Site, Rule | None]) -> None:
@@ -118,7 +118,7 @@ def _refuse_two_rules(block: Block, rule: Rule, owners: Mapping[Site, Rule | Non
     )
 
 
-def _refuse_impossible(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> None:
+def _refuse_impossible(jobs: Sequence[BlockJob], methods: Methods) -> None:
     owned: dict[int, list[BlockJob]] = {}
     for job in jobs:
         owned.setdefault(id(job.rule), []).append(job)
@@ -129,13 +129,13 @@ def _refuse_impossible(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) 
             raise SpecError(f"rule {group[0].rule.name}: {why}", at=use.at)
 
 
-def _method(methods: Mapping[str, Method], use: MethodUse) -> BlockMethod:
+def _method(methods: Methods, use: MethodUse) -> BlockMethod:
     method: Any = methods[use.method]
     found: BlockMethod = method
     return found
 
 
-def block_needs(jobs: Sequence[BlockJob], methods: Mapping[str, Method]) -> list[Site]:
+def block_needs(jobs: Sequence[BlockJob], methods: Methods) -> list[Site]:
     """Sites whose statistics are read. All that can be pruned, so that output errors are measured wherever there is data."""
     found: dict[Site, None] = {}
     for job in jobs:
@@ -161,116 +161,136 @@ def _outcomes(job: BlockJob, method: BlockMethod, choice: Choice, notes: Sequenc
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Past:
-    """A consumer as the source has it: what later shots are measured against."""
+class _Source:
+    """A consumer as the source has it: what every shot is measured against. `features`: those that are still there."""
 
     weight: Tensor
     moment: Tensor | None
     features: Tensor
 
+    @classmethod
+    def of(cls, block: Block, stats: Mapping[Site, SiteStats]) -> _Source:
+        found = stats.get(block.consumer)
+        return cls(block.consumer.weight().detach(), found.second_moment if found is not None else None, torch.arange(block.width))
 
-class BlockPass:
-    """Blocks over the stages and shots of one run. It remembers how wide each block was to become after each shot, what its last matmul was
-    in the source, and how many keys and values there are. `aside`: parameters and bytes that a plan changes outside the sites' weights."""
+    def narrowed(self, features: Tensor) -> _Source:
+        return replace(self, features=self.features[features])
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
-        self.aside = (0, 0)
-        self._methods = methods
-        self._schedules: dict[tuple[str, str], list[Choice]] = {}
-        self._past: dict[str, _Past] = {}
-        self._cache: dict[str, tuple[int, int]] = {}
 
-    def plan(self, graph: Graph, divided: Divided, precision: str) -> list[Outcome]:
-        """What would become of the blocks, from shapes alone."""
-        self._see(divided.blocks)
-        sizes = exported_sizes(graph, precision) if divided.jobs else {}
-        found = [*divided.refused]
-        for job in divided.jobs:
-            method, spec = _method(self._methods, job.use), job.use.spec
-            reject = method.check(job.block, spec)
-            if reject is not None:
-                found += rejected(job, reject)
-                continue
-            [choice, *_] = method.choices(job.block, spec)
-            counts = method.counts(job.block, spec, choice)
-            self._shrink(job.block, counts)
-            self.aside = tuple(a + b for a, b in zip(self.aside, _aside(job.block, counts, sizes), strict=True))  # type: ignore[assignment]
-            found += _outcomes(job, method, choice, choice.notes)
-        return found
+@dataclass(frozen=True, slots=True, eq=False)
+class PruningSoFar:
+    """What the shots so far have made of the blocks of a run, by their consumers' paths. `left`: the choices of the shots to come, by rule
+    too. `sources`: consumers as the source has them. `cache`: elements of keys and values per token, before and now. `aside`: parameters
+    and bytes that a plan changes outside the sites' weights."""
 
-    def build(self, graph: Graph, divided: Divided, stats: Mapping[Site, SiteStats]) -> list[Outcome]:
-        """Outcomes with patches for one shot. SpecError: a method that needs calibration data where there is none."""
-        self._see(divided.blocks)
-        builder = Builder(graph, inference=Inference(graph.ranges, graph.device))
-        found = [*divided.refused]
-        for job in divided.jobs:
-            found += self._built(job, stats, builder)
+    left: Mapping[tuple[str, str], tuple[Choice, ...]] = field(default_factory=dict)
+    sources: Mapping[str, _Source] = field(default_factory=dict)
+    cache: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    aside: tuple[int, int] = (0, 0)
+
+    def seeing(self, blocks: Sequence[Block]) -> PruningSoFar:
+        """With the attentions among these blocks, as large as they are unless a shot before has seen them."""
+        sizes = {block.consumer.path: _elements(block, {}) for block in blocks if block.heads is not None}
+        return replace(self, cache={**{path: (size, size) for path, size in sizes.items()}, **self.cache})
+
+    def shrunk(self, block: Block, counts: Counts) -> PruningSoFar:
+        if block.heads is None:
+            return self
+        before = self.cache.get(block.consumer.path, (_elements(block, {}), 0))[0]
+        return replace(self, cache={**self.cache, block.consumer.path: (before, _elements(block, counts))})
+
+    def keeping(self, outcomes: Iterable[Outcome], methods: Methods) -> PruningSoFar:
+        """With what came of a shot in the end: a block that was taken back is as large as before."""
+        found = self
+        for outcome in outcomes:
+            if outcome.patch is not None and outcome.reject is None:
+                use, block, patch = outcome.parts[0].use, outcome.patch.block, outcome.patch
+                found = found.shrunk(block, _method(methods, use).counts(block, use.spec, patch.choice))
+                source = found.sources[block.consumer.path].narrowed(patch.features)
+                found = replace(found, sources={**found.sources, block.consumer.path: source})
         return found
 
     def notes(self) -> tuple[str, ...]:
         """Elements of keys and values per token over all attentions whose heads are known, where pruning has changed them."""
-        before, after = (sum(pair[k] for pair in self._cache.values()) for k in (0, 1))
+        before, after = (sum(pair[k] for pair in self.cache.values()) for k in (0, 1))
         share = f"{after / before:.2%}" if before else ""
         return (f"keys and values (KV cache): {before:,} -> {after:,} elements per token ({share})",) if before != after else ()
 
-    def keep(self, outcomes: Iterable[Outcome]) -> None:
-        """Notes what came of a shot in the end: a block that was taken back is as large as before."""
-        for outcome in outcomes:
-            if outcome.patch is not None and outcome.reject is None:
-                method = _method(self._methods, outcome.parts[0].use)
-                block = outcome.patch.block
-                self._shrink(block, method.counts(block, outcome.parts[0].use.spec, outcome.patch.choice))
 
-    def _see(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            if block.heads is not None:
-                elements = _elements(block, {})
-                self._cache.setdefault(block.consumer.path, (elements, elements))
+def plan_blocks(
+    graph: Graph, divided: Divided, so_far: PruningSoFar, methods: Methods, precision: str
+) -> tuple[tuple[Outcome, ...], PruningSoFar]:
+    """What would become of the blocks, from shapes alone."""
+    pruned = so_far.seeing(divided.blocks)
+    sizes = exported_sizes(graph, precision) if divided.jobs else {}
+    found = [*divided.refused]
+    for job in divided.jobs:
+        method, spec = _method(methods, job.use), job.use.spec
+        reject = method.check(job.block, spec)
+        if reject is not None:
+            found += rejected(job, reject)
+            continue
+        [choice, *_] = method.choices(job.block, spec)
+        counts = method.counts(job.block, spec, choice)
+        parameters, size = _aside(job.block, counts, sizes)
+        pruned = replace(pruned.shrunk(job.block, counts), aside=(pruned.aside[0] + parameters, pruned.aside[1] + size))
+        found += _outcomes(job, method, choice, choice.notes)
+    return tuple(found), pruned
 
-    def _shrink(self, block: Block, counts: Counts) -> None:
-        if block.heads is not None:
-            before = self._cache.get(block.consumer.path, (_elements(block, {}), 0))[0]
-            self._cache[block.consumer.path] = (before, _elements(block, counts))
 
-    def _built(self, job: BlockJob, stats: Mapping[Site, SiteStats], b: Builder) -> list[Outcome]:
-        method, spec, block = _method(self._methods, job.use), job.use.spec, job.block
-        schedule = self._schedules.get((job.rule.name, block.consumer.path))
-        if schedule is None:
-            reject = method.check(block, spec)
-            if reject is not None:
-                return rejected(job, reject)
-            schedule = self._schedules[(job.rule.name, block.consumer.path)] = list(method.schedule(block, spec))
-        if not schedule:
-            return rejected(job, Reject("it was not pruned by the first of its shots"))
-        refuse_without_data(job, self._methods, stats)
-        choice = schedule.pop(0)
-        at = job.rule.at
-        b.origin = Origin(rule=job.rule.name, location=f"{at.file}:{at.line}" if at is not None else None)
-        patch = method.build(block, spec, choice, stats, b)
-        notes, errors = self._measured(block, patch, stats)
-        outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes), patch)
-        return [replace(one, weight_error=errors[0], output_error=errors[1]) if one.patch is not None else one for one in outcomes]
+def build_blocks(
+    graph: Graph, divided: Divided, stats: Mapping[Site, SiteStats], so_far: PruningSoFar, methods: Methods
+) -> tuple[tuple[Outcome, ...], PruningSoFar]:
+    """Outcomes with patches for one shot, of which `keeping` then hears which stay. SpecError: a method that needs calibration data where
+    there is none."""
+    pruned = so_far.seeing(divided.blocks)
+    builder = Builder(graph, inference=Inference(graph.ranges, graph.device))
+    found = [*divided.refused]
+    for job in divided.jobs:
+        path = job.block.consumer.path
+        method, key = _method(methods, job.use), (job.rule.name, path)
+        schedule = _schedule(job, method, pruned.left.get(key))
+        if isinstance(schedule, Reject):
+            found += rejected(job, schedule)
+            continue
+        choice, *later = schedule
+        refuse_without_data(job, methods, stats)
+        source = pruned.sources.get(path) or _Source.of(job.block, stats)
+        found += _built(job, method, choice, source, stats, builder)
+        pruned = replace(pruned, left={**pruned.left, key: tuple(later)}, sources={**pruned.sources, path: source})
+    return tuple(found), pruned
 
-    def _measured(self, block: Block, patch: Patch, stats: Mapping[Site, SiteStats]) -> tuple[tuple[str, ...], tuple[float, float | None]]:
-        """Errors of the last matmul against the source's, the removed features as zero columns: sliced, and as it is stored."""
-        path = block.consumer.path
-        past = self._past.get(path)
-        if past is None:
-            found = stats.get(block.consumer)
-            every = torch.arange(block.width)
-            past = _Past(block.consumer.weight().detach(), found.second_moment if found is not None else None, every)
-        features = past.features[patch.features]
-        self._past[path] = replace(past, features=features)
-        w = past.weight if past.weight.dtype == torch.float64 else past.weight.float()
-        narrow, sliced = (torch.zeros_like(w) for _ in range(2))
-        narrow[:, features] = patch.weight.detach().to(w.dtype).to(w.device)
-        sliced[:, features] = w[:, features]
-        weight_error = relative_weight_error(w, narrow)
-        if past.moment is None:
-            return (), (weight_error, None)
-        plain, own = (relative_output_error(w, matrix, past.moment) for matrix in (sliced, narrow))
-        note = f"output error of {path}: {plain:.3g} sliced, {own:.3g} as it is stored"
-        return (note,), (weight_error, own)
+
+def _schedule(job: BlockJob, method: BlockMethod, left: tuple[Choice, ...] | None) -> tuple[Choice, ...] | Reject:
+    """The choice of this shot and those of the shots to come. `left`: what an earlier shot left of them, None in the first."""
+    found = left if left is not None else method.check(job.block, job.use.spec) or tuple(method.schedule(job.block, job.use.spec))
+    return found or Reject("it was not pruned by the first of its shots")
+
+
+def _built(
+    job: BlockJob, method: BlockMethod, choice: Choice, source: _Source, stats: Mapping[Site, SiteStats], b: Builder
+) -> list[Outcome]:
+    at = job.rule.at
+    b.origin = Origin(rule=job.rule.name, location=f"{at.file}:{at.line}" if at is not None else None)
+    patch = method.build(job.block, job.use.spec, choice, stats, b)
+    notes, errors = _measured(job.block, patch, source)
+    outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes), patch)
+    return [replace(one, weight_error=errors[0], output_error=errors[1]) if one.patch is not None else one for one in outcomes]
+
+
+def _measured(block: Block, patch: Patch, source: _Source) -> tuple[tuple[str, ...], tuple[float, float | None]]:
+    """Errors of the last matmul against the source's, the removed features as zero columns: sliced, and as it is stored."""
+    features = source.features[patch.features]
+    w = source.weight if source.weight.dtype == torch.float64 else source.weight.float()
+    narrow, sliced = (torch.zeros_like(w) for _ in range(2))
+    narrow[:, features] = patch.weight.detach().to(w.dtype).to(w.device)
+    sliced[:, features] = w[:, features]
+    weight_error = relative_weight_error(w, narrow)
+    if source.moment is None:
+        return (), (weight_error, None)
+    plain, own = (relative_output_error(w, matrix, source.moment) for matrix in (sliced, narrow))
+    note = f"output error of {block.consumer.path}: {plain:.3g} sliced, {own:.3g} as it is stored"
+    return (note,), (weight_error, own)
 
 
 def _elements(block: Block, counts: Counts) -> int:
@@ -295,7 +315,7 @@ def _aside(block: Block, counts: Counts, sizes: Mapping[Const, int]) -> tuple[in
     return parameters, size + sum(_INDEX_BYTES * int(resized(axis, counts)) for axis in axes)
 
 
-def refuse_without_data(job: BlockJob, methods: Mapping[str, Method], stats: Mapping[Site, SiteStats]) -> None:
+def refuse_without_data(job: BlockJob, methods: Methods, stats: Mapping[Site, SiteStats]) -> None:
     """SpecError at the method that needs calibration data where there is none."""
     wanted = sorted(statistic.value for statistic in _method(methods, job.use).needs(job.use.spec))
     if wanted and job.block.consumer not in stats:
@@ -306,7 +326,7 @@ def refuse_without_data(job: BlockJob, methods: Mapping[str, Method], stats: Map
         )
 
 
-def shots_of(stage: Stage, methods: Mapping[str, Method]) -> list[Stage]:
+def shots_of(stage: Stage, methods: Methods) -> list[Stage]:
     """The stage once per shot of its block methods: all but the last prune only, everything else happens in the last."""
     counts = {rule.name: int(getattr(use.spec, "shots", 1)) for rule in stage.rules if (use := of_block(rule, methods)) is not None}
     most = max(counts.values(), default=1)

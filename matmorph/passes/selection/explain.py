@@ -11,6 +11,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.site import Site
 from matmorph.passes.selection.dead_rules import nearest_paths
 from matmorph.passes.selection.select import facts_of
+from matmorph.passes.selection.survey import Survey
 from matmorph.specs.conditions import Condition, Facts, GroupCondition, NotCondition, StatisticCondition, site_names
 from matmorph.specs.match import evaluate
 
@@ -82,7 +83,7 @@ def explain(stage: Stage, graph: Graph, sites: Sequence[Site], path: str) -> Exp
     InputError: there is no such site (the nearest paths are named). SpecError: a statistic asked of a weight on the meta device.
     """
     site = find_site(sites, path)
-    facts = facts_of(graph, sites)[site]
+    facts = facts_of(Survey.of(graph, sites))[site]
     owner = next((rule for rule in stage.rules if rule.match.test(facts)), None)
     rules = tuple(_rule_row(rule, facts, rule is owner) for rule in stage.rules)
     shape = (site.out_features, site.in_features)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from matmorph.errors import SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Site
-from matmorph.passes.pruning.find_blocks import find_blocks
 from matmorph.passes.selection.dead_rules import dead_rule, wrong_count
+from matmorph.passes.selection.survey import Survey
 from matmorph.specs.conditions import Facts, PathCondition, path_matches, read_statistic, site_names
 from matmorph.specs.globs import Glob
 from matmorph.specs.match import Match, leaves
@@ -47,34 +47,28 @@ class Selection:
         return tuple(claim for claim in self.claims if claim.rule is rule)
 
 
-def layer_count(sites: Sequence[Site]) -> int:
-    """What `layer: last 2` counts back from."""
-    return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
-
-
-def facts_of(graph: Graph, sites: Sequence[Site], layers: int | None = None) -> dict[Site, Facts]:
+def facts_of(survey: Survey) -> dict[Site, Facts]:
     """What conditions may ask, per site; a pattern is searched and a statistic is read at most once for all of them."""
-    layers = layer_count(sites) if layers is None else layers
 
     @cache
     def occurrences(pattern: Pattern) -> tuple[Occurrence, ...]:
-        return find(pattern, graph, sites)
+        return find(pattern, survey.graph, survey.sites)
 
     @cache
     def kinds() -> Mapping[Site, str]:
-        return {site: block.kind for block in find_blocks(graph, sites) for site in block.sites}
+        return {site: block.kind for block in survey.blocks for site in block.sites}
 
     statistic = cache(read_statistic)
-    return {site: Facts(site, layers, occurrences, statistic, lambda part: kinds().get(part)) for site in sites}
+    return {site: Facts(site, survey.layers, occurrences, statistic, lambda part: kinds().get(part)) for site in survey.sites}
 
 
-def select(stage: Stage, graph: Graph, sites: Sequence[Site], layers: int | None = None) -> Selection:
-    """The claims of a stage's rules on the given sites of the graph; `layers`: of the whole graph, where some sites are left out.
+def select(stage: Stage, survey: Survey) -> Selection:
+    """The claims of a stage's rules on the sites of the survey.
 
     SpecError: a rule that is not `optional` and owns nothing (with what exists nearby, and which condition excludes the most sites), an
     `expect` that is not the number of sites the rule owns, a statistic asked of weights on the meta device.
     """
-    facts = facts_of(graph, sites, layers)
+    graph, sites, facts = survey.graph, survey.sites, facts_of(survey)
     owners: dict[Site, Rule] = {}
     for rule in stage.rules:
         taken = [site for site in sites if site not in owners and rule.match.test(facts[site])]

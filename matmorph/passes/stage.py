@@ -1,0 +1,270 @@
+"""One stage of a run, step by step: selected -> measured -> decided -> built; a plan goes from the first to what would be built.
+
+Each step is a value that holds the one before it, made by the function of its name; nothing is changed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+from matmorph.errors import MatmorphError, SpecError
+from matmorph.ir.core import Graph
+from matmorph.ir.site import Reject, Site, Statistic
+from matmorph.ir.verify import verify
+from matmorph.passes.budget.account import Decision, verdict
+from matmorph.passes.budget.decide import Open, closed_part, decision, is_open, planned_notes
+from matmorph.passes.budget.pays import refuse_slow
+from matmorph.passes.kernel_costs import kernel_summary
+from matmorph.passes.methods import Methods, SiteStats
+from matmorph.passes.reporting import site_rows
+from matmorph.passes.rewriting.block_pass import (
+    Divided,
+    PruningSoFar,
+    block_needs,
+    build_blocks,
+    divide,
+    narrowed,
+    plan_blocks,
+    shots_of,
+)
+from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
+from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
+from matmorph.passes.selection.select import Selection, select
+from matmorph.passes.selection.survey import Survey
+from matmorph.passes.statistics.calibrate import calibrate
+from matmorph.passes.statistics.sensitivity import Sensitivity, sensitivity, with_moments
+from matmorph.passes.statistics.taylor import refuse_without_loss, with_taylor
+from matmorph.passes.statistics.weight_gradients import refuse_without_train, with_gradients
+from matmorph.progress import Progress, StepProgress, silent
+from matmorph.report.model import SiteRow
+from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
+
+SECOND_MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
+_EXPORT_FIELDS = ("tokens", "target")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What all stages of a run share. `source`: the model as traced. `batches`: the calibration data as it was given, which has labels
+    where a method needs them; `inputs`: the same without. Both are None where there is none, as in a plan."""
+
+    source: Graph
+    spec: Spec
+    methods: Methods
+    batches: Iterable[Any] | None = None
+    inputs: Iterable[Any] | None = None
+    seed: int = 0
+    progress: Progress = silent
+
+    def step(self, what: str) -> StepProgress:
+        return partial(self.progress, what)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Of the spec, as they hold for its export."""
+        return tuple(_for_export(stage, self.spec.export) for stage in self.spec.stages)
+
+    @property
+    def shots(self) -> tuple[Stage, ...]:
+        """The stages, each as often as its block methods want it."""
+        return tuple(shot for stage in self.stages for shot in shots_of(stage, self.methods))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selected:
+    """Who owns which site of a stage, and what of that is a matter of blocks."""
+
+    stage: Stage
+    survey: Survey
+    selection: Selection
+    divided: Divided
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """`stats` of the sites that a method or the report needs them of ({} without data); `felt`: what the model feels of errors there."""
+
+    selected: Selected
+    stats: Mapping[Site, SiteStats]
+    felt: Sensitivity | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decided:
+    """No rule is open any more but those of sites that no method takes. `decision`: of the budget, None where nothing was open."""
+
+    measured: Measured
+    selection: Selection
+    divided: Divided
+    decision: Decision | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Built:
+    """What came of a stage: an outcome per site that a rule rewrites, and the graph behind it. Of a plan it is what would come, and `graph`
+    the one that it looked at."""
+
+    graph: Graph
+    outcomes: tuple[Outcome, ...]
+    rows: tuple[SiteRow, ...]
+    notes: tuple[str, ...]
+    pruning: PruningSoFar
+    decision: Decision | None = None
+
+    @property
+    def replaced(self) -> frozenset[Site]:
+        """Sites that another form stands for now; a pruned one is only narrower."""
+        return frozenset(outcome.site for outcome in self.outcomes if outcome.reject is None and outcome.block is None)
+
+
+def selected(stage: Stage, survey: Survey, run: Run) -> Selected:
+    """From shapes alone, except where a condition asks for a statistic of a weight. SpecError: dead rules, `expect`, rules that share a
+    block, settings that fit no site."""
+    selection = select(stage, survey)
+    return Selected(stage, survey, selection, _divided(survey, selection, run.methods))
+
+
+def measured(one: Selected, run: Run) -> Measured:
+    """SpecError where a method needs data, a loss or labels and there is none; InputError for data that is none."""
+    graph, claims, step = one.survey.graph, one.divided.claims, run.step("differentiating")
+    refuse_without_train(claims, run.methods, run.spec.train)
+    stats = _statistics(one, run)
+    stats = with_gradients(graph, claims, run.methods, stats, run.batches, run.spec.train, step)
+    calibration = one.stage.calibration
+    sites = list(dict.fromkeys((*stats, *(site for site, rule in claims if rule.is_open))))  # with tables, which have no statistics
+    read = run.batches if calibration.sensitivity == "fisher" else run.inputs
+    felt = sensitivity(graph, calibration, run.spec, sites, read, step)
+    return Measured(one, with_moments(stats, felt), felt)
+
+
+def decided(one: Measured, coded: int, run: Run) -> Decided:
+    """`coded`: parameters that earlier stages have put into codes. SpecError for a budget that cannot be met."""
+    before = one.selected
+    if not is_open(before.divided):
+        return Decided(one, before.selection, before.divided, None)
+    job = _open(before, coded, run)
+    found = decision(job, run.spec, run.methods, one.stats, one.felt, run.progress)
+    return Decided(one, found.selection, closed_part(_divided(before.survey, found.selection, run.methods)), found)
+
+
+def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
+    """All fragments and patches, and ONE splice. SpecError: rejects under `strict`; CheckError: a tolerance; VerifyError: our bug."""
+    stage, graph, stats, export = one.measured.selected.stage, one.measured.selected.survey.graph, one.measured.stats, run.spec.export
+    outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
+    outcomes = (*refuse_slow(outcomes, export), *(one.decision.refused if one.decision is not None else ()))
+    blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
+    outcomes = (*outcomes, *blocks)
+    refuse_rejects(outcomes, run.spec.strict)
+    outcomes, rolled_back = hold(outcomes, stage.tolerance)
+    after = _checked(narrowed(splice(graph, outcomes), outcomes))
+    rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
+    notes = (*one.selection.notes, *(one.decision.notes if one.decision is not None else ()), *rolled_back)
+    notes = (*notes, *kernel_summary(outcomes, export), *(verdict(one.decision, rows) if one.decision is not None else ()))
+    return Built(after, outcomes, rows, notes, pruning.keeping(outcomes, run.methods), one.decision)
+
+
+def planned(one: Selected, pruning: PruningSoFar, run: Run) -> Built:
+    """What would be built, from shapes alone; what the budget decides stays open."""
+    graph, export = one.survey.graph, run.spec.export
+    notes = planned_notes(_open(one, 0, run), run.methods, export) if is_open(one.divided) else ()
+    divided = closed_part(one.divided)
+    blocks, pruning = plan_blocks(graph, divided, pruning, run.methods, export.precision)
+    outcomes = (*refuse_slow(_appraised(divided.claims, run.methods), export), *blocks)
+    refuse_rejects(outcomes, run.spec.strict)
+    notes = (*notes, *one.selection.notes, *kernel_summary(outcomes, export))
+    rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
+    return Built(graph, outcomes, rows, notes, pruning)
+
+
+# what is selected
+
+
+def _for_export(stage: Stage, export: Export) -> Stage:
+    """The stage's rules as they hold for this export: methods that plan for numbers of rows and devices are told which."""
+    rules = (replace(rule, rewrite=_uses_for_export(rule.rewrite, export)) for rule in stage.rules)
+    return replace(stage, rules=tuple(rules))
+
+
+def _uses_for_export(uses: tuple[MethodUse, ...], export: Export) -> tuple[MethodUse, ...]:
+    return tuple(_use_for_export(use, export) for use in uses)
+
+
+def _use_for_export(use: MethodUse, export: Export) -> MethodUse:
+    if isinstance(use.spec, AnyOf):
+        return replace(use, spec=AnyOf(tuple(_uses_for_export(uses, export) for uses in use.spec.alternatives)))
+    names = {field.name for field in fields(use.spec)} if is_dataclass(use.spec) else set()
+    open_ = {name: getattr(export, name) for name in _EXPORT_FIELDS if name in names and getattr(use.spec, name) is None}
+    return replace(use, spec=replace(use.spec, **open_)) if open_ else use
+
+
+def _divided(survey: Survey, selection: Selection, methods: Methods) -> Divided:
+    return divide(survey, {claim.site: claim.rule for claim in selection.claims}, methods)
+
+
+# what is measured
+
+
+def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
+    """Second moments of all sites that will be rewritten, and gradients where a block's method asks for them."""
+    graph, divided, methods, samples = one.survey.graph, one.divided, run.methods, one.stage.calibration.samples
+    refuse_without_loss(divided.jobs, methods, run.spec.train)
+    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
+    if run.inputs is None:
+        _refuse_without_data(working, methods)
+        return {}
+    sites = (*(site for site, _ in working), *block_needs(divided.jobs, methods))
+    needs = [(site, SECOND_MOMENT) for site in sites if site.applications]
+    stats = calibrate(graph, needs, run.inputs, samples, run.step("calibrating"))
+    return with_taylor(graph, divided.jobs, methods, stats, run.batches, samples, run.spec.train, run.step("differentiating"))
+
+
+def _works(site: Site, rule: Rule, methods: Methods) -> bool:
+    """Whether anything may become of the site."""
+    if not rule.is_open:
+        return not isinstance(appraise(site, rule, methods), Reject)
+    return site.blocked is None and any(uses and methods[uses[0].method].check(site, uses[0].spec) is None for uses in rule.alternatives)
+
+
+def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> None:
+    for _, rule in claims:
+        for use in (use for uses in rule.alternatives for use in uses):
+            wanted = methods[use.method].needs(use.spec)
+            if wanted:
+                statistics = ", ".join(sorted(statistic.value for statistic in wanted))
+                raise SpecError(
+                    f"rule {rule.name}: {use.method} needs calibration data ({statistics}) and none was given",
+                    at=use.at,
+                    details=["pass calibration=... to compile, or --calibration FILE on the command line"],
+                )
+
+
+# what is decided and built
+
+
+def _open(one: Selected, coded: int, run: Run) -> Open:
+    return Open(one.survey.graph, run.source, one.stage, one.selection, one.divided, coded)
+
+
+def _appraised(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:
+    refuse_impossible(claims, methods)
+    found = []
+    for site, rule in claims:
+        parts = appraise(site, rule, methods)
+        if isinstance(parts, Reject):
+            found.append(Outcome(site, rule, parts))
+        else:
+            found.append(Outcome(site, rule, None, parts, cost=total_cost(site, parts)))
+    return found
+
+
+def _checked(graph: Graph) -> Graph:
+    """Laws of the IR, after every splice."""
+    try:
+        verify(graph)
+    except MatmorphError as error:
+        error.add_note("after the rewrite pass")
+        raise
+    return graph
