@@ -12,12 +12,13 @@ from exporting import session
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.training.gradient import gradient_graph
 from matmorph.ir.training.losses import Loss, label_inputs
+from matmorph.runtime.format.artifact import MODEL
 from matmorph.specs.schema import Export
 
 EXACT = 1e-10

@@ -22,8 +22,9 @@ import matmorph as mm
 from matmorph.errors import ExportError, InputError
 from matmorph.exporters.adapters import adapter_arrays, serve
 from matmorph.runtime import Session
-from matmorph.runtime.adapters import Slots, load_adapter, read_adapter, read_slots, save_adapter
+from matmorph.runtime.adapters import load_adapter, read_adapter, read_slots, save_adapter
 from matmorph.runtime.errors import AdapterError
+from matmorph.runtime.format.adapters import Slots
 
 INPUTS = {"export": {"adapters": "inputs", "target": ["cpu"]}}
 

@@ -8,7 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -49,6 +49,7 @@ IR_LAYERS = (
 )
 RUNTIME = "matmorph.runtime"
 TARGETS = "matmorph.runtime.targets"
+FORMAT = "matmorph.runtime.format"  # names and records of what lies on disk: written above, read in the runtime
 RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "safetensors", *sys.stdlib_module_names}
 MAY_IMPORT_RUNTIME = ("matmorph.folders", "matmorph.api", "matmorph.cli", "matmorph.__main__")
 MAX_FILE_LINES = 400
@@ -133,9 +134,31 @@ def test_runtime_stands_alone() -> None:
     assert foreign == []
 
 
-def test_only_the_outermost_layers_import_runtime() -> None:
+def beyond_records(names: Iterable[str], records: Iterable[str] = (FORMAT, TARGETS)) -> list[str]:
+    """Imports of the runtime that are none of these of its rooms."""
+    found = [(name, other) for name in names for other in imports(name) if within(other, RUNTIME)]
+    return [f"{name} imports {other}" for name, other in found if not any(within(other, room) for room in records)]
+
+
+def test_only_the_outermost_layers_import_runtime_beyond_its_records() -> None:
+    """Everything above `errors` may know what lies on disk and what a provider can do, and nothing else of the runtime."""
     others = [name for name in SOURCES if not within(name, RUNTIME) and not any(within(name, prefix) for prefix in MAY_IMPORT_RUNTIME)]
-    assert [name for name in others for other in imports(name) if within(other, RUNTIME) and not within(other, TARGETS)] == []
+    assert beyond_records(others) == []
+    assert [other for other in imports("matmorph.errors") if within(other, RUNTIME)] == []
+
+
+def test_the_format_stands_below_the_runtime() -> None:
+    """So that whoever writes a folder loads nothing that runs one."""
+    assert beyond_records((name for name in SOURCES if within(name, FORMAT)), [FORMAT]) == []
+    outside = {other.partition(".")[0] for name in SOURCES if within(name, FORMAT) for other in imports(name)}
+    assert outside <= {"matmorph", "numpy", *sys.stdlib_module_names}
+
+
+def test_the_runtime_rule_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "diff.py"
+    source.write_text("from matmorph.runtime.format.artifact import GRAPH\nfrom matmorph.runtime.check import check\n")
+    monkeypatch.setitem(SOURCES, "matmorph.report.diff", source)
+    assert beyond_records(["matmorph.report.diff"]) == ["matmorph.report.diff imports matmorph.runtime.check"]
 
 
 def test_targets_are_records_alone() -> None:
@@ -147,6 +170,13 @@ def test_targets_are_records_alone() -> None:
 @pytest.mark.parametrize("module", ["matmorph", "matmorph.runtime", "matmorph.runtime.check"])
 def test_light_modules_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'onnx', 'yaml', 'sympy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_format_loads_no_onnx_runtime() -> None:
+    names = [name for name in SOURCES if within(name, FORMAT)]
+    code = f"import sys, {', '.join(names)}; print([m for m in ('torch', 'onnxruntime', 'safetensors') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -28,9 +28,10 @@ from matmorph.exporters.artifact import (
     write_artifact,
 )
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
-from matmorph.exporters.vectors import Case, check_vectors
+from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime.check import check
+from matmorph.runtime.format.cases import Case
 from matmorph.specs.schema import Export
 
 FILES = {"model.onnx", "model.onnx.data", "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"}

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from zoo import ZOO, Entry
 
 from matmorph.errors import ExportError, InputError
-from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.training.gradient import gradient_graph, loss_graph
 from matmorph.ir.training.losses import Loss, tensor_outputs
 from matmorph.ir.verify import verify
+from matmorph.runtime.format.artifact import MODEL
 from matmorph.specs.schema import Export
 
 MSE = Loss("mse")

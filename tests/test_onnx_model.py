@@ -16,11 +16,11 @@ from torch import nn
 from zoo import ZOO
 
 from matmorph.errors import ExportError
-from matmorph.exporters.data_file import DATA
-from matmorph.exporters.onnx.onnx_model import MODEL, Port, export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.types import TensorType
+from matmorph.runtime.format.artifact import DATA, MODEL, TensorInfo
 from matmorph.specs.schema import Export
 
 PARITY = 1e-5  # what the project promises in float32; a few hundred roundings of 6e-8
@@ -59,7 +59,7 @@ def test_parity_names_and_checker(name: str, tmp_path: Path) -> None:
 def test_ports_and_axes(tmp_path: Path) -> None:
     module, example, shapes = ZOO["bert"].build()
     info = export_onnx(trace(module, example, shapes), tmp_path, Export())
-    assert info.inputs == (Port("input_ids", "int64", ("batch", "seq")), Port("attention_mask", "int64", ("batch", "seq")))
+    assert info.inputs == (TensorInfo("input_ids", "int64", ("batch", "seq")), TensorInfo("attention_mask", "int64", ("batch", "seq")))
     assert [port.name for port in info.outputs] == ["last_hidden_state", "pooler_output"]
     assert info.outputs[0].shape == ("batch", "seq", 32)
     model = onnx.load(str(tmp_path / MODEL), load_external_data=False)

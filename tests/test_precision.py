@@ -14,9 +14,10 @@ from torch import nn
 from zoo import ZOO
 
 from matmorph.errors import ExportError
-from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx, skeleton
+from matmorph.exporters.onnx.onnx_model import export_onnx, skeleton
 from matmorph.exporters.onnx.precision import LOWER, PARITY_TOLERANCE, UPPER, check_target, convert, parity_tolerance
 from matmorph.ir.tracing.trace import trace
+from matmorph.runtime.format.artifact import MODEL
 from matmorph.specs.schema import Export
 
 HALF_ROUNDING = 2.0**-11  # of fp16

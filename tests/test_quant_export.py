@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from matmorph.errors import ExportError
 from matmorph.exporters.artifact import Artifact, Described, write_artifact
-from matmorph.exporters.data_file import DATA
-from matmorph.exporters.onnx.onnx_model import MODEL, OnnxInfo, export_onnx
+from matmorph.exporters.onnx.onnx_model import OnnxInfo, export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE, PARITY_TOLERANCE
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.core import Graph
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
+from matmorph.runtime.format.artifact import DATA, MODEL
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.schema import Export
 

@@ -14,9 +14,10 @@ from exporting import LEVELS, randn, session
 from quantised import ROUNDING, Quantised, Weight, codebook, error, uniform
 from torch import Tensor, nn
 
-from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir.core import Graph
 from matmorph.ir.tracing.trace import trace
+from matmorph.runtime.format.artifact import MODEL
 from matmorph.runtime.targets.cuda import CUDA
 from matmorph.specs.schema import Export
 

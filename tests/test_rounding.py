@@ -13,13 +13,14 @@ from quantised import Quantised, codebook, error, expected, uniform
 from torch import Tensor, nn
 
 import matmorph as mm
-from matmorph.exporters.onnx.onnx_model import MODEL, export_onnx
+from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE
 from matmorph.exporters.onnx.rounding import round_int8, rounds_activations, run_rounded
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
+from matmorph.runtime.format.artifact import MODEL
 from matmorph.specs.schema import Export
 
 

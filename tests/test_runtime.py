@@ -126,7 +126,7 @@ class TestArtifactErrors:
             (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
             (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: manifest: unexpected value \[\]"),
             (lambda f: hash_files(f, format=2), r"format: this matmorph reads format 1, the file has 2"),
-            (lambda f: hash_files(f, inputs=[{"name": "ids"}]), r"inputs\[0\]\.shape: missing"),
+            (lambda f: hash_files(f, inputs=[{"name": "ids", "dtype": "int64"}]), r"inputs\[0\]\.shape: missing"),
             (lambda f: hash_files(f, ranges={"seq": [2]}), r"ranges\.seq: expected \[low, high\], found \[2\]"),
             (lambda f: hash_files(f, tolerance="small"), r"tolerance: unexpected value 'small'"),
             (lambda f: hash_files(f, files={"../x": {}}), r"files\['\.\./x'\]: a file must lie inside the folder"),

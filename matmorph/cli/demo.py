@@ -20,7 +20,7 @@ from rich.console import Console
 
 from matmorph import api
 from matmorph.errors import InputError
-from matmorph.exporters.artifact import RUN, refuse_existing, rewrite_page
+from matmorph.exporters.artifact import refuse_existing, rewrite_page
 from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.models.resolve import calibration_sentences, minilm, tokenize
 from matmorph.progress import Progress
@@ -28,6 +28,7 @@ from matmorph.report.html import html_page
 from matmorph.report.reading import read_folder
 from matmorph.report.table import make_console, parity_line, print_plan
 from matmorph.runtime import Session
+from matmorph.runtime.format.artifact import MODEL, RUN
 from matmorph.specs.schema import Export
 
 Array = np.ndarray[Any, Any]
@@ -138,7 +139,7 @@ def _time(compiled: Any, session: Session, out: Path) -> Timing:
     feeds = tokenize(calibration_sentences()[:TIMING_BATCH])
     with tempfile.TemporaryDirectory(prefix="matmorph-") as folder:
         export_onnx(compiled.source, Path(folder), Export())
-        dense = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), sess_options=options, providers=[session.provider])
+        dense = onnxruntime.InferenceSession(str(Path(folder) / MODEL), sess_options=options, providers=[session.provider])
         seconds = medians({"dense": lambda: dense.run(None, feeds), "rewritten": lambda: rewritten.run(feeds)}, TIMING_ROUNDS)
     return Timing(seconds["dense"], seconds["rewritten"], session.provider)
 

@@ -59,7 +59,7 @@ Every = Annotated[bool, typer.Option("--all", help="List every site of a long mo
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from matmorph import __version__
+        from matmorph.runtime.format.version import __version__
 
         print(f"matmorph {__version__}")
         raise typer.Exit
@@ -289,16 +289,16 @@ def _print_front(front: Front) -> None:
 
 def _print_saved(folder: Path, report: Report) -> None:
     from matmorph.report.table import parity_line
-    from matmorph.runtime.train_manifest import TRAIN_MANIFEST, read_train_manifest
+    from matmorph.runtime.format.training import TRAIN_MANIFEST
+    from matmorph.runtime.train_manifest import read_train_manifest
 
     if report.parity is not None:
         print(parity_line(report.parity))
     print(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
     if (folder / TRAIN_MANIFEST).is_file():
         training = read_train_manifest(folder)
-        names = (
-            f"{training.length:,} numbers of {len(training.parameters)} parameters train ({training.loss}, {training.optimizer['name']})"
-        )
+        how = f"{training.loss.name}, {training.optimizer['name']}"
+        names = f"{training.length:,} numbers of {len(training.parameters)} parameters train ({how})"
         print(f"{names}: matmorph train {folder} --data FILE --out FILE.safetensors")
 
 

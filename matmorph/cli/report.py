@@ -26,9 +26,10 @@ def report_command(
     """Draw report.html of DIR anew, with the times of run.json.
 
     The manifest of DIR gets the new page's hash, so that `matmorph verify` still holds."""
-    from matmorph.exporters.artifact import PAGE, rewrite_page
+    from matmorph.exporters.artifact import rewrite_page
     from matmorph.report.html import html_page
     from matmorph.report.reading import read_folder
+    from matmorph.runtime.format.artifact import PAGE
 
     page = html_page(*read_folder(folder))
     if out is None:

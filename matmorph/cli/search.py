@@ -11,13 +11,14 @@ import typer
 
 from matmorph.cli.train import loader_of, metrics_of, readable_errors
 from matmorph.errors import InputError
+from matmorph.runtime.format.artifact import SPEC
 from matmorph.runtime.targets import target_names
 
 if TYPE_CHECKING:
     from matmorph.runtime.evolution import Scored, SearchResult, SearchSettings, Watch
     from matmorph.runtime.trainer import Metric, Trainer
 
-STATE, SPEC, VALUES = "search.json", "spec.yaml", "values.safetensors"
+STATE, VALUES = "search.json", "values.safetensors"
 
 
 def search_command(
@@ -110,15 +111,15 @@ def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> N
     from matmorph.passes.adapters.table import read_adapters
     from matmorph.passes.methods import method_table
     from matmorph.runtime.checkpoint import write_tensors
-    from matmorph.runtime.train_manifest import TRAIN_MANIFEST
+    from matmorph.runtime.format.training import TRAIN_MANIFEST
+    from matmorph.runtime.supernet import supernet_of
     from matmorph.specs.dump import dump_resolved
     from matmorph.specs.load import load_spec
 
-    table = json.loads((folder / TRAIN_MANIFEST).read_text(encoding="utf-8"))["adapters"]
-    adapters = read_adapters(table, str(folder / TRAIN_MANIFEST))
+    adapters = read_adapters(trainer.manifest.adapters, str(folder / TRAIN_MANIFEST))
     methods = method_table()
-    spec = load_spec(spec_of(load_spec(folder / "spec.yaml", methods), adapters, result.named), methods)
-    supernet = trainer.manifest.supernet
+    spec = load_spec(spec_of(load_spec(folder / SPEC, methods), adapters, result.named), methods)
+    supernet = supernet_of(trainer.manifest)
     if supernet is not None:
         write_tensors(out / VALUES, supernet.values(trainer.parameters(), result.best.configuration), {})
     (out / SPEC).write_text(dump_resolved(spec), encoding="utf-8")

@@ -173,16 +173,16 @@ def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | N
 
 def metrics_of(folder: Path) -> dict[str, Metric]:
     """Accuracy where the loss judges classes."""
-    from matmorph.runtime.train_manifest import TRAIN_MANIFEST, read_train_manifest
+    from matmorph.runtime.train_manifest import read_train_manifest
 
-    labels = read_train_manifest(folder).labels
-    loss = json.loads((folder / TRAIN_MANIFEST).read_text(encoding="utf-8"))["loss"]
-    if loss["name"] != "cross_entropy":
+    manifest = read_train_manifest(folder)
+    labels, loss, output = manifest.labels, manifest.loss, manifest.loss.output
+    if loss.name != "cross_entropy" or output is None:
         return {}
 
     def right(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         wanted = batch[labels[0].name]
-        return (outputs[loss["output"]].argmax(-1) == wanted)[wanted != loss["ignore_index"]]
+        return (outputs[output].argmax(-1) == wanted)[wanted != loss.ignore_index]
 
     return {"accuracy": right}
 

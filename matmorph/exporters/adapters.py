@@ -10,7 +10,7 @@ neither folds nor prepacks it, and runs with IO binding ignore adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from matmorph.errors import ExportError, InputError
-from matmorph.exporters.fingerprint import weights_sha256
+from matmorph.exporters.data_file import weights_sha256
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, mapped_arguments
 from matmorph.ir.rewiring import rewired, swept
 from matmorph.passes.adapters.table import Adapter, Join, consts_of, joins
 from matmorph.passes.adapters.trainables import method_of
 from matmorph.passes.methods.tt_lora import two_factor_form
+from matmorph.runtime.format.adapters import Slot, Slots
 
 PARTS = ("down", "up")
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -33,32 +34,17 @@ METHODS = ("lora", "loftq", "qlora", "tt_lora")
 """Those with a two-factor form."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterInput:
-    """One pair of inputs. `down`, `up`: their names. `rank`: that of the default, 0 = the base alone. `batch`: experts, None = no stack."""
-
-    site: str
-    method: str
-    down: str
-    up: str
-    in_features: int
-    out_features: int
-    batch: int | None
-    rank: int
-    dtype: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
     """A graph whose adapters can be inputs. `fingerprint`: of all weights but those of the adapters."""
 
     graph: Graph
-    inputs: tuple[AdapterInput, ...]
+    inputs: tuple[Slot, ...]
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
         """The `adapters` of a manifest."""
-        return {"fingerprint": self.fingerprint, "inputs": [asdict(entry) for entry in self.inputs]}
+        return Slots(self.fingerprint, self.inputs).to_dict()
 
 
 def serve(graph: Graph, adapters: Sequence[Adapter], precision: str) -> Served:
@@ -70,7 +56,7 @@ def serve(graph: Graph, adapters: Sequence[Adapter], precision: str) -> Served:
     if not adapters:
         raise ExportError("export.adapters: inputs, and the model has no adapters (no rule put in lora, tt_lora, loftq or qlora)")
     fingerprint = base_fingerprint(graph, adapters)
-    inputs: list[AdapterInput] = []
+    inputs: list[Slot] = []
     for adapter in adapters:
         graph, entry = _served(graph, adapter, precision)
         inputs.append(entry)
@@ -133,7 +119,7 @@ def _name(adapter: Adapter, part: str) -> str:
     return f"{next(iter(adapter.consts.values())).rpartition('.')[0]}.{part}"
 
 
-def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, AdapterInput]:
+def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, Slot]:
     if adapter.method not in METHODS:
         raise ExportError(f"{adapter.site}: adapters of {adapter.method} cannot be inputs; use export.adapters: inline")
     factors = consts_of(graph, adapter.consts.values())
@@ -160,7 +146,7 @@ def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, Adap
     for const in graph.state:
         state += list(pair.values()) if const is factors[0] else [] if const in factors else [const]
     result = swept(replace(graph, nodes=nodes, state=tuple(state)), graph)
-    entry = AdapterInput(
+    entry = Slot(
         adapter.site,
         adapter.method,
         pair["down"].path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import shutil
@@ -18,22 +17,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.errors import InputError, VerifyError
-from matmorph.exporters.data_file import DATA, DataFile, FileInfo, WeightProgress, data_file
+from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.lowering import Lowerings
-from matmorph.exporters.onnx.onnx_model import MODEL, OnnxInfo, Port, write_model
-from matmorph.exporters.vectors import Case
+from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
 from matmorph.ir.core import Graph
 from matmorph.ir.text.printing import print_graph
+from matmorph.runtime.format.artifact import (
+    CHECK_VECTORS,
+    DATA,
+    MANIFEST,
+    MODEL,
+    PAGE,
+    REPORT,
+    RUN,
+    SPEC,
+    FileRecord,
+    Manifest,
+    Source,
+    TensorInfo,
+    file_record,
+    is_manifest,
+    with_file,
+)
+from matmorph.runtime.format.cases import Case, case_arrays
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
-
-FORMAT = 1
-"""Of manifest.json; `matmorph.runtime` reads this one."""
-
-REPORT, PAGE, SPEC, CHECK, MANIFEST, RUN = "report.json", "report.html", "spec.yaml", "check.npz", "manifest.json", "run.json"
-BEFORE, AFTER = "source.ir", "graph.ir"
-"""The graphs as text, without weights: of the source model, and as rewritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Artifact:
     spec: str
     describe: Callable[[Path, OnnxInfo], Described]
     cases: Sequence[Case]
-    companions: Callable[[Path, DataFile], Mapping[str, FileInfo]] | None = None
+    companions: Callable[[Path, DataFile], Mapping[str, FileRecord]] | None = None
     more: Mapping[str, bytes] = field(default_factory=dict)
     run: Callable[[], Mapping[str, Any]] = dict
     notes: Sequence[str] = ()
@@ -81,12 +90,16 @@ def write_artifact(
     """
     with staged_folder(folder, force) as staging:
         info = _written_graphs(staging, artifact, progress)
-        beside = {SPEC: artifact.spec.encode(), CHECK: npz_bytes(_arrays(artifact.cases, info)), **artifact.more}
-        files = {**info.files, **_written(staging, beside)}
-        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
+        beside = {
+            SPEC: artifact.spec.encode(),
+            CHECK_VECTORS: npz_bytes(case_arrays([_typed(case, info) for case in artifact.cases])),
+            **artifact.more,
+        }
+        files = {**info.files, **write_files(staging, beside)}
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files).to_dict()))
         described = artifact.describe(staging, info)
-        files |= _written(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
-        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files)))
+        files |= write_files(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files).to_dict()))
         (staging / RUN).write_bytes(json_bytes(artifact.run()))
     return info
 
@@ -99,44 +112,38 @@ def _written_graphs(folder: Path, artifact: Artifact, progress: WeightProgress |
     return replace(info, files={**info.files, **beside, DATA: data.info()}, tolerance=max(info.tolerance, artifact.tolerance))
 
 
-def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileInfo]:
+def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
     """Writes the files; their hashes and sizes."""
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    return {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+    return {name: file_record(data) for name, data in files.items()}
 
 
-def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileInfo]) -> dict[str, Any]:
-    """manifest.json as plain data; `ranges` lists what the model demands of each axis, [low, high] with high null = unbounded."""
-    return {
-        "format": FORMAT,
-        "matmorph": artifact.version,
-        "source": {"weights_sha256": artifact.source_sha256},
-        "inputs": [port.to_dict() for port in info.inputs],
-        "outputs": [port.to_dict() for port in info.outputs],
-        "ranges": {name: [limits.low, limits.high] for name, limits in artifact.graph.ranges.items()},
-        "precision": info.precision,
-        "tolerance": info.tolerance,
-        "opset": info.opset,
-        "target": list(artifact.export.target),
-        "notes": list(artifact.notes),
-        **({"adapters": artifact.adapters} if artifact.adapters is not None else {}),
-        "files": {name: files[name].to_dict() for name in sorted(files)},
-    }
+def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]) -> Manifest:
+    """What manifest.json says; `ranges`: what the model demands of each axis."""
+    return Manifest(
+        version=artifact.version,
+        source=Source(artifact.source_sha256),
+        inputs=info.inputs,
+        outputs=info.outputs,
+        ranges=artifact.graph.ranges,
+        precision=info.precision,
+        tolerance=info.tolerance,
+        opset=info.opset,
+        target=tuple(artifact.export.target),
+        notes=tuple(artifact.notes),
+        adapters=artifact.adapters,
+        files=files,
+    )
 
 
-def _arrays(cases: Sequence[Case], info: OnnxInfo) -> dict[str, np.ndarray[Any, Any]]:
-    """`input:<name>:<k>` and `output:<name>:<k>`. Inputs take the dtype of the exported graph (float32 where the source took half)."""
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    for number, case in enumerate(cases):
-        for port in info.inputs:
-            found[f"input:{port.name}:{number}"] = _as(case.inputs[port.name], port)
-        for port in info.outputs:
-            found[f"output:{port.name}:{number}"] = np.asarray(case.outputs[port.name])
-    return found
+def _typed(case: Case, info: OnnxInfo) -> Case:
+    """Inputs take the dtype of the exported graph (float32 where the source took half)."""
+    inputs = {port.name: _as(case.inputs[port.name], port) for port in info.inputs}
+    return Case(inputs, {port.name: np.asarray(case.outputs[port.name]) for port in info.outputs})
 
 
-def _as(array: np.ndarray[Any, Any], port: Port) -> np.ndarray[Any, Any]:
+def _as(array: np.ndarray[Any, Any], port: TensorInfo) -> np.ndarray[Any, Any]:
     return array if port.dtype == "bfloat16" else np.asarray(array, np.dtype(port.dtype))
 
 
@@ -159,14 +166,14 @@ def rewrite_page(folder: Path, html: str) -> None:
     record = _exchanged(folder / PAGE, html.encode())
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = data["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return  # no manifest, or a damaged one: `check` says so
-    if isinstance(files, dict) and PAGE in files:
-        _exchanged(folder / MANIFEST, json_bytes({**data, "files": {**files, PAGE: record.to_dict()}}))
+    changed = with_file(data, PAGE, record)
+    if changed is not None:
+        _exchanged(folder / MANIFEST, json_bytes(changed))
 
 
-def _exchanged(path: Path, data: bytes) -> FileInfo:
+def _exchanged(path: Path, data: bytes) -> FileRecord:
     """Written beside, then renamed; what was there stays where that fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -174,7 +181,7 @@ def _exchanged(path: Path, data: bytes) -> FileInfo:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return FileInfo(hashlib.sha256(data).hexdigest(), len(data))
+    return file_record(data)
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
@@ -213,7 +220,7 @@ def is_artifact(folder: Path) -> bool:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and "matmorph" in data and "format" in data
+    return is_manifest(data)
 
 
 @contextlib.contextmanager

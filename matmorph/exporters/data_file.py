@@ -1,4 +1,5 @@
-"""The data file of an artefact folder: every weight once, whichever of the folder's graphs read it, loaded and written one at a time."""
+"""The data file of an artefact folder: every weight once, whichever of the folder's graphs read it, loaded and written one at a time; and
+hashes that tell whether weights are the ones something was made for."""
 
 from __future__ import annotations
 
@@ -16,8 +17,7 @@ import torch
 
 from matmorph.errors import ExportError, VerifyError
 from matmorph.ir.core import Const
-
-DATA = "model.onnx.data"
+from matmorph.runtime.format.artifact import DATA, FileRecord
 
 _DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
@@ -39,17 +39,6 @@ _PAGE, _LINE, _LARGE = 4096, 64, 65536
 
 WeightProgress: TypeAlias = Callable[[str, int], None]
 """Called with the path and the bytes of each weight when it has been written."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """Hash and size of a written file."""
-
-    sha256: str
-    bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sha256": self.sha256, "bytes": self.bytes}
 
 
 @contextmanager
@@ -95,9 +84,9 @@ class DataFile:
         self._open().flush()
         return sum(length for _, length in seen)
 
-    def info(self) -> FileInfo:
+    def info(self) -> FileRecord:
         """Hash and size of what has been written."""
-        return FileInfo(self._digest.hexdigest(), self.position)
+        return FileRecord(self._digest.hexdigest(), self.position)
 
     def _place(self, const: Const, dtype: ir.DataType) -> tuple[int, int]:
         """(offset, length) of a weight; nothing holds it afterwards."""
@@ -138,3 +127,22 @@ def _bytes_of(const: Const, dtype: ir.DataType) -> npt.NDArray[np.uint8]:
         raise ExportError(f"weight {const.path} has values beyond the range of fp16 (65504); export with precision fp32 or bf16")
     flat: npt.NDArray[np.uint8] = cast.reshape(-1).view(torch.uint8).numpy()
     return flat
+
+
+# hashes of weights
+
+
+def weights_sha256(consts: Iterable[Const]) -> str:
+    """Name, type and bytes of each weight in order, one in memory at a time."""
+    digest = hashlib.sha256()
+    for const in consts:
+        digest.update(f"{const.path} {const.type}\n".encode())
+        data = const.load().detach().cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def names_sha256(consts: Iterable[Const]) -> str:
+    """Name and shape of each weight in order: two sets of values for the same places have one hash."""
+    lines = (f"{const.path} {[int(dim) for dim in const.tensor.shape]}\n" for const in consts)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -18,17 +18,9 @@ from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Range, Value
 from matmorph.ir.evaluate import Runner, evaluate
 from matmorph.ir.types import Dim, TensorType, dim_symbols, symbol
+from matmorph.runtime.format.cases import Case
 
-Arrays = Mapping[str, np.ndarray]
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """One call: arrays by input name, and by output name what torch answers (None and plain numbers are left out)."""
-
-    inputs: Arrays
-    outputs: Arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)

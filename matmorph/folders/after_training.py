@@ -28,12 +28,13 @@ from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow, Totals
 from matmorph.runtime.adapters import read_slots, save_adapter
+from matmorph.runtime.format.training import PARAMETERS, TRAINABLE
 from matmorph.specs.schema import Spec
 
 Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
 
-FILES = ("trainable.safetensors", "parameters.safetensors")
+FILES = (TRAINABLE, PARAMETERS)
 """What a folder of values keeps them in: a training folder, a checkpoint."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 
 from matmorph.errors import InputError
 from matmorph.exporters.adapters import base_fingerprint
-from matmorph.exporters.data_file import DATA
 from matmorph.exporters.peft import CONFIG, read_peft
 from matmorph.folders.job import Job
 from matmorph.ir.core import Const, Graph
@@ -25,17 +23,18 @@ from matmorph.ir.text.printing import parse_graph
 from matmorph.passes.adapters.table import Adapter, read_adapters
 from matmorph.passes.methods import method_table
 from matmorph.report.reading import read_report
-from matmorph.runtime.adapters import Slots, read_adapter
+from matmorph.runtime.adapters import read_adapter
 from matmorph.runtime.check import read_cases
 from matmorph.runtime.checkpoint import read_tensors
 from matmorph.runtime.errors import AdapterError, InputMismatch, SessionError
-from matmorph.runtime.manifest import MANIFEST, read_manifest
-from matmorph.runtime.train_manifest import TRAIN_MANIFEST, TrainManifest, read_train_manifest
+from matmorph.runtime.format.adapters import ADAPTER_SUFFIX, Slots
+from matmorph.runtime.format.artifact import DATA, GRAPH, MODEL, REPORT, SPEC, Manifest
+from matmorph.runtime.format.training import TRAIN_MANIFEST, TrainManifest
+from matmorph.runtime.manifest import read_manifest
+from matmorph.runtime.train_manifest import read_train_manifest
 from matmorph.runtime.train_values import belonging
 from matmorph.specs.load import load_spec
 
-GRAPH, REPORT, SPEC = "graph.ir", "report.json", "spec.yaml"
-_ADAPTER = ".onnx_adapter"
 _CLASS = re.compile(r'^(?:result|call) .*"[\w.]+\.\w+" ', re.MULTILINE)
 """A pytree of some package's class: what it is called with does not matter to weights, and its package may not be here."""
 
@@ -55,9 +54,10 @@ def reopen(folder: Path) -> tuple[Job, tuple[Adapter, ...]]:
     if missing:
         raise InputError(f"{folder}: no file in it holds the weight {missing[0]} of {GRAPH}")
     spec = load_spec(folder / SPEC, method_table())
-    job = Job(spec, graph, graph, read_report(folder / REPORT), _examples(folder, graph), {}, {}, source_sha256=_source(folder))
-    table = json.loads(_text(folder / TRAIN_MANIFEST)).get("adapters", [])
-    return job, read_adapters(table, str(folder / TRAIN_MANIFEST))
+    report, manifest = read_report(folder / REPORT), _manifest(folder)
+    source = None if manifest.source is None else manifest.source.weights_sha256
+    job = Job(spec, graph, graph, report, _examples(folder, manifest, graph), {}, {}, source_sha256=source)
+    return job, read_adapters(train.adapters, str(folder / TRAIN_MANIFEST))
 
 
 def _train_manifest(folder: Path) -> TrainManifest:
@@ -67,10 +67,11 @@ def _train_manifest(folder: Path) -> TrainManifest:
         raise InputError(str(error)) from error
 
 
-def _source(folder: Path) -> str | None:
-    """The hash of the source's weights, as the folder's manifest keeps it."""
-    found = json.loads(_text(folder / MANIFEST)).get("source", {}).get("weights_sha256")
-    return None if found is None else str(found)
+def _manifest(folder: Path) -> Manifest:
+    try:
+        return read_manifest(folder)
+    except SessionError as error:
+        raise InputError(str(error)) from error
 
 
 def _text(path: Path) -> str:
@@ -106,7 +107,7 @@ class _Weights(Mapping[str, torch.Tensor]):
 
 def initializers(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of `folder/model.onnx` by name. InputError where there is no such file."""
-    path = folder / "model.onnx"
+    path = folder / MODEL
     if not path.is_file():
         raise InputError(f"{path}: missing, so {folder} is no artefact folder")
     return {tensor.name: _mapped(tensor, folder / DATA) for tensor in onnx.load(path, load_external_data=False).graph.initializer}
@@ -127,10 +128,10 @@ def _bytes(data: Path, place: Mapping[str, str], dtype: Any, tensor: onnx.Tensor
     return np.memmap(data, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
-def _examples(folder: Path, graph: Graph) -> tuple[torch.Tensor, ...]:
+def _examples(folder: Path, manifest: Manifest, graph: Graph) -> tuple[torch.Tensor, ...]:
     """The inputs of the first check case, in the graph's order and types."""
     try:
-        case = read_cases(folder, read_manifest(folder))[0]
+        case = read_cases(folder, manifest)[0]
     except SessionError as error:
         raise InputError(str(error)) from error
     entries = [entry for entry in graph.signature.inputs if entry.value is not None]
@@ -151,7 +152,7 @@ def read_trained(folder: Path, graph: Graph, adapters: Sequence[Adapter], source
         return read_peft(source, adapters, prefix=prefix)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    return _of_adapter(source, graph, adapters) if source.suffix == _ADAPTER else _of_tensors(source, _train_manifest(folder))
+    return _of_adapter(source, graph, adapters) if source.suffix == ADAPTER_SUFFIX else _of_tensors(source, _train_manifest(folder))
 
 
 def _of_tensors(source: Path, train: TrainManifest) -> Mapping[str, Any]:

@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-import matmorph
 from matmorph.errors import CheckError
 from matmorph.exporters.adapters import Served, serve
-from matmorph.exporters.artifact import AFTER, BEFORE, SPEC, Artifact, Described, graph_bytes, refuse_existing, write_artifact
-from matmorph.exporters.data_file import DataFile, FileInfo
-from matmorph.exporters.fingerprint import weights_sha256
+from matmorph.exporters.artifact import Artifact, Described, graph_bytes, refuse_existing, write_artifact
+from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
 from matmorph.exporters.training.prepare_training import prepare_training
@@ -35,6 +33,8 @@ from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
 from matmorph.runtime.check import check, difference
+from matmorph.runtime.format.artifact import GRAPH, SOURCE_GRAPH, SPEC, FileRecord
+from matmorph.runtime.format.version import __version__
 from matmorph.runtime.targets import chosen_targets
 from matmorph.specs.dump import dump_resolved, entries
 from matmorph.specs.schema import Spec
@@ -75,7 +75,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     artifact = Artifact(
         graph=_relocated(plain, job.spec, spec),
         export=job.spec.export,
-        version=matmorph.__version__,
+        version=__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
         spec=spec,
         describe=describe,
@@ -111,11 +111,11 @@ def _training(graph: Graph, job: Job, progress: Progress) -> Training | None:
 
 def _graphs(source: Graph, graph: Graph, training: Training | None) -> dict[str, bytes]:
     """What `matmorph diff` reads. Training files have the rewritten graph among them."""
-    return {BEFORE: graph_bytes(source), **({AFTER: graph_bytes(graph)} if training is None else {})}
+    return {SOURCE_GRAPH: graph_bytes(source), **({GRAPH: graph_bytes(graph)} if training is None else {})}
 
 
-def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileInfo]:
-    return write_training(folder, data, training, job.spec.export, matmorph.__version__, job.onnx_lowerings or None)
+def _companions(training: Training, job: Job, folder: Path, data: DataFile) -> Mapping[str, FileRecord]:
+    return write_training(folder, data, training, job.spec.export, __version__, job.onnx_lowerings or None)
 
 
 def _relocated(graph: Graph, spec: Spec, text: str) -> Graph:

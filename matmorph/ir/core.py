@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from matmorph.ir.types import TensorType, Type, dim_symbols, element_size
+from matmorph.runtime.format.artifact import Range as Range
 
 Arg: TypeAlias = Any
 """A nest (tuple, list) of Values, Graphs (bodies of higher-order operators) and literals: None, bool, int, float, str, and torch's dtypes,
@@ -158,18 +159,10 @@ class Signature:
     out_spec: TreeSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """What the trace assumed of a symbol; `high` None = unbounded."""
-
-    low: int = 1
-    high: int | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """`outputs` are Values or literals (None, numbers), aligned with `signature.outputs`. `state` lists every Const of the model, used by a
-    node or not, in state_dict order; `ranges` the assumptions on each symbol; `device` the traced module's device; `notes` one plain line
+    node or not, in state_dict order; `ranges` what the trace assumed of each symbol; `device` the traced module's; `notes` one plain line
     for each thing that the trace did to the model ("train mode switched to eval for the trace")."""
 
     signature: Signature

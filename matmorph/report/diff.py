@@ -9,10 +9,10 @@ from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
 from matmorph.errors import InputError
-from matmorph.exporters.artifact import AFTER, BEFORE
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import format_node, format_value, parse_graph
+from matmorph.runtime.format.artifact import GRAPH, SOURCE_GRAPH
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def difference(source: Graph, graph: Graph, path: str, around: int = 1) -> Diffe
 def read_graphs(folder: Path) -> tuple[Graph, Graph]:
     """The graphs of an artefact folder, of the source and as rewritten; their weights cannot be loaded. InputError where they are missing
     or damaged."""
-    return _read(folder / BEFORE), _read(folder / AFTER)
+    return _read(folder / SOURCE_GRAPH), _read(folder / GRAPH)
 
 
 def _read(path: Path) -> Graph:

@@ -12,11 +12,10 @@ from rich.table import Table
 
 from matmorph.report.charts import Frame, dot, path, text, tick_text, ticks, x_axis, y_axis
 from matmorph.report.table import count, error_text, size
+from matmorph.runtime.format.artifact import PARETO, PARETO_PICTURE
 
 if TYPE_CHECKING:
     from matmorph.passes.budget.pareto import Front, Point
-
-DATA, PICTURE = "pareto.json", "pareto.svg"
 
 _STYLE = (
     "text{font:11px sans-serif;fill:#444}.end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#ddd}.base{stroke:#888}"
@@ -26,7 +25,7 @@ _STYLE = (
 
 def front_files(front: Front) -> Mapping[str, bytes]:
     """Both files by name; the same front gives the same bytes."""
-    return {DATA: (json.dumps(front.to_dict(), indent=1) + "\n").encode(), PICTURE: front_svg(front).encode()}
+    return {PARETO: (json.dumps(front.to_dict(), indent=1) + "\n").encode(), PARETO_PICTURE: front_svg(front).encode()}
 
 
 def print_front(console: Console, front: Front) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from matmorph.errors import InputError
-from matmorph.exporters.artifact import MANIFEST, PAGE, REPORT, RUN, SPEC
 from matmorph.ir.site import Bound, Spectrum
 from matmorph.report.model import Parity, PartRow, Report, SiteRow, Totals
-
-PARETO = "pareto.json"
+from matmorph.runtime.format.artifact import MANIFEST, PAGE, PARETO, REPORT, RUN, SPEC, shown
 
 T = TypeVar("T")
 
@@ -43,16 +41,11 @@ def read_folder(folder: Path) -> tuple[Report, Context]:
 def read_context(folder: Path) -> Context:
     """What a folder says beside its report. While it is being written it has no run.json, so a page made then does not change with the
     time that it took."""
-    manifest = _table(folder / MANIFEST)
-    source, files = manifest.get("source"), manifest.get("files")
-    shown: dict[str, tuple[str, int]] = {}
-    for name, record in files.items() if isinstance(files, dict) else ():
-        if name not in (REPORT, PAGE) and isinstance(record, dict):  # a page cannot hold its own hash
-            shown[str(name)] = (str(record.get("sha256", "")), int(record.get("bytes", 0)))
+    source, files = shown(_table(folder / MANIFEST))
     return Context(
         spec=_text(folder / SPEC),
-        source_sha256=str(source.get("weights_sha256", "")) if isinstance(source, dict) else "",
-        files=shown,
+        source_sha256=source,
+        files={name: (one.sha256, one.bytes) for name, one in files.items() if name not in (REPORT, PAGE)},  # it cannot hold its own
         run=_table(folder / RUN),
         pareto=_table(folder / PARETO),
     )

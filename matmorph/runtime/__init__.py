@@ -8,7 +8,7 @@
     trainer.fit(load_batches("train.npz", 16), epochs=3, schedule=linear(warmup=0.06), checkpoint="run.safetensors")
 
 `python -m matmorph.runtime.check DIR` checks a folder's files and its outputs on this machine. Every name is imported on first use:
-who reads `matmorph.runtime.targets` needs no ONNX Runtime, and who runs a model loads nothing of training.
+who reads `matmorph.runtime.targets` or `matmorph.runtime.format` needs no ONNX Runtime, and who runs a model loads nothing of training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matmorph.runtime.batches import Batches, load_batches, trim_padding
     from matmorph.runtime.evolution import SearchResult, SearchSettings, search
     from matmorph.runtime.fitting import StepInfo
-    from matmorph.runtime.manifest import TensorInfo
+    from matmorph.runtime.format.artifact import TensorInfo
     from matmorph.runtime.schedules import constant, cosine, linear
     from matmorph.runtime.session import Session
     from matmorph.runtime.trainer import Trainer
@@ -61,8 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Session": "session",
-    "TensorInfo": "manifest",
+    "TensorInfo": "format.artifact",
     "Batches": "batches",
     "load_batches": "batches",
     "trim_padding": "batches",
@@ -73,6 +72,7 @@ _HOMES = {
     "search": "evolution",
     "SearchResult": "evolution",
     "SearchSettings": "evolution",
+    "Session": "session",
     "Trainer": "trainer",
 }
 """Module by the public name that it holds."""

@@ -19,42 +19,8 @@ import onnxruntime
 
 from matmorph.runtime.errors import AdapterError, ArtifactError, first_line, nearest
 from matmorph.runtime.feeds import Array
-
-ADAPTER_VERSION = 1
-"""Of what is written here, in the file's field of that name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One pair of inputs: their names, the sizes of the matmul, and `rank` of the default that the model holds (0: the base alone)."""
-
-    site: str
-    method: str
-    down: str
-    up: str
-    in_features: int
-    out_features: int
-    batch: int | None
-    rank: int
-    dtype: str
-
-    def shapes(self, rank: int | str) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
-        """Of `down` and `up`."""
-        lead = () if self.batch is None else (self.batch,)
-        return (*lead, self.in_features, rank), (*lead, rank, self.out_features)
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """What a manifest says of its adapters. `fingerprint`: sha256 of the base's weights; a file holds its first 31 bits."""
-
-    fingerprint: str
-    slots: tuple[Slot, ...]
-
-    @property
-    def model_version(self) -> int:
-        """The fingerprint as ONNX Runtime's `model_version`, a positive 32-bit number."""
-        return int(self.fingerprint[:8], 16) >> 1
+from matmorph.runtime.format.adapters import ADAPTER_FORMAT, Slot, Slots
+from matmorph.runtime.format.plain import ManifestError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +38,8 @@ def read_slots(data: Mapping[str, Any] | None, where: str) -> Slots:
     if data is None:
         raise AdapterError(f"{where} takes no adapters: it was not exported with export.adapters: inputs")
     try:
-        return Slots(str(data["fingerprint"]), tuple(Slot(**entry) for entry in data["inputs"]))
-    except (KeyError, TypeError) as error:
+        return Slots.from_dict(data)
+    except ManifestError as error:
         raise ArtifactError(f"{where}: its adapters cannot be read: {error}") from error
 
 
@@ -88,7 +54,7 @@ def save_adapter(path: str | os.PathLike[str], arrays: Mapping[str, Array], slot
     if bad:
         raise AdapterError(f"{target}: {bad[0]} has NaN or infinity in {dtypes[bad[0]]}")
     out = onnxruntime.AdapterFormat()
-    out.set_adapter_version(ADAPTER_VERSION)
+    out.set_adapter_version(ADAPTER_FORMAT)
     out.set_model_version(slots.model_version)
     out.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(cast[name]) for name in sorted(cast)})
     partial = target.with_name(f".{target.name}.partial")
@@ -125,7 +91,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Array], int]:
         arrays = {name: np.array(value.numpy()) for name, value in found.get_parameters().items()}
     except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
         raise AdapterError(f"{file}: not an .onnx_adapter file") from error
-    if found.get_adapter_version() != ADAPTER_VERSION:
+    if found.get_adapter_version() != ADAPTER_FORMAT:
         raise AdapterError(f"{file}: not written by matmorph, or by another version of it (adapter version {found.get_adapter_version()})")
     return arrays, int(found.get_model_version())
 

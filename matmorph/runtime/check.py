@@ -20,7 +20,10 @@ import numpy as np
 
 from matmorph.runtime.errors import ArtifactError, SessionError
 from matmorph.runtime.feeds import Array
-from matmorph.runtime.manifest import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest, artifact_folder, read_manifest
+from matmorph.runtime.format.artifact import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest
+from matmorph.runtime.format.cases import Case, read_case_arrays
+from matmorph.runtime.format.plain import ManifestError
+from matmorph.runtime.manifest import artifact_folder, read_manifest
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session
 from matmorph.runtime.targets import TARGETS
@@ -44,14 +47,6 @@ class CheckResult:
     @property
     def ok(self) -> bool:
         return not self.problems
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One case of check.npz: inputs and expected outputs by name."""
-
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
 
 
 def check(folder: str | os.PathLike[str], providers: str | Sequence[Provider] | None = None) -> CheckResult:
@@ -159,7 +154,7 @@ def difference(actual: Array, expected: Array) -> float:
 
 
 def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:
-    """The cases of check.npz, keys `input:<name>:<k>` and `output:<name>:<k>`. Raises ArtifactError when one is not complete."""
+    """The cases of check.npz. Raises ArtifactError when one is not complete."""
     path = folder / CHECK_VECTORS
     if not path.is_file():
         raise ArtifactError(f"{path}: missing, so no output can be checked")
@@ -168,29 +163,20 @@ def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:
             arrays = {key: archive[key] for key in archive.files}
     except Exception as error:  # zip, header and value errors alike: the file is not what it should be
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
-    cases: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
-    for key, array in arrays.items():
-        side, name, number = _split_key(path, key)
-        cases.setdefault(number, ({}, {}))[side == "output"][name] = array
-    if not cases:
-        raise ArtifactError(f"{path}: holds no case")
-    return tuple(_complete_case(path, manifest, number, *cases[number]) for number in sorted(cases))
+    try:
+        cases = read_case_arrays(arrays)
+    except ManifestError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    for number, case in cases.items():
+        _refuse_incomplete(path, manifest, number, case)
+    return tuple(cases.values())
 
 
-def _split_key(path: Path, key: str) -> tuple[str, str, int]:
-    side, _, rest = key.partition(":")
-    name, _, number = rest.rpartition(":")  # a name may hold colons itself
-    if side not in ("input", "output") or not name or not number.isdecimal():
-        raise ArtifactError(f"{path}: unexpected key {key!r}")
-    return side, name, int(number)
-
-
-def _complete_case(path: Path, manifest: Manifest, number: int, inputs: dict[str, Array], outputs: dict[str, Array]) -> Case:
-    for what, infos, arrays in (("input", manifest.inputs, inputs), ("output", manifest.outputs, outputs)):
+def _refuse_incomplete(path: Path, manifest: Manifest, number: int, case: Case) -> None:
+    for what, infos, arrays in (("input", manifest.inputs, case.inputs), ("output", manifest.outputs, case.outputs)):
         names = {info.name for info in infos}
         if names != set(arrays):
             raise ArtifactError(f"{path}: case {number} does not hold every {what}: differs in {', '.join(sorted(names ^ set(arrays)))}")
-    return Case(inputs, outputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

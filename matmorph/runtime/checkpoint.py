@@ -22,7 +22,9 @@ import safetensors.numpy
 from matmorph.runtime.errors import CheckpointError
 from matmorph.runtime.feeds import Array
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
+"""Version of a checkpoint, which only this module writes and reads."""
+
 _KEY = "matmorph"  # of the metadata
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -33,7 +35,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], ab
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; a checkpoint is one file")
     partial = target.with_name(f".{target.name}.partial")  # always the same name: what a killed process left is overwritten
-    metadata = {_KEY: json.dumps({"format": FORMAT, **about}, allow_nan=False)}
+    metadata = {_KEY: json.dumps({"format": CHECKPOINT_FORMAT, **about}, allow_nan=False)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
@@ -62,8 +64,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[s
         about = json.loads(metadata.get(_KEY, ""))
     except ValueError as error:
         raise CheckpointError(f"{file}: not a checkpoint of matmorph (its metadata has no {_KEY!r})") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: this matmorph reads checkpoints of format {FORMAT}, the file has another")
+    if not isinstance(about, dict) or about.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{file}: this matmorph reads checkpoints of format {CHECKPOINT_FORMAT}, the file has another")
     return tensors, about
 
 

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.runtime.errors import CheckpointError, InputMismatch
-from matmorph.runtime.supernet import Configuration, Supernet
+from matmorph.runtime.supernet import Configuration, Supernet, supernet_of
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Loader
     from matmorph.runtime.trainer import Metric, Trainer
 
-FORMAT = 1
+SEARCH_FORMAT = 1
+"""Version of a search's state, which only this module writes and reads."""
+
 TRIES = 20
 """Draws for one new child; where all of them were seen before, the round has one less."""
 
@@ -119,7 +121,7 @@ def search(
     Raises InputMismatch: no supernet, no configuration under the limit, a fitness that is not finite; CheckpointError: a state that cannot
     be read or belongs to other parameters or settings.
     """
-    supernet = trainer.manifest.supernet
+    supernet = supernet_of(trainer.manifest)
     if supernet is None:
         raise InputMismatch("there is nothing to search: these training graphs are of no supernet (glora: {search: true})")
 
@@ -278,7 +280,7 @@ class _Keeper:
         ]
         best = ranked(scored)[0]
         data = {
-            "format": FORMAT,
+            "format": SEARCH_FORMAT,
             **self._belongs(),
             "fitness": best.fitness,
             "parameters": best.parameters,
@@ -299,8 +301,8 @@ class _Keeper:
             raise InputMismatch("resume needs the state of a search to go on from")
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise CheckpointError(f"{self.path}: this matmorph reads format {FORMAT}, the file has {data['format']!r}")
+            if data["format"] != SEARCH_FORMAT:
+                raise CheckpointError(f"{self.path}: this matmorph reads format {SEARCH_FORMAT}, the file has {data['format']!r}")
             entries = [(str(one["words"]), float(one["fitness"])) for one in data["scored"]]
             there = {key: data.get(key) for key in self._belongs()}
         except (OSError, ValueError, KeyError, TypeError) as error:

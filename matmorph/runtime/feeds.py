@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matmorph.runtime.errors import InputMismatch, nearest
-from matmorph.runtime.manifest import Dim, Range, TensorInfo
+from matmorph.runtime.format.artifact import NamedDim, Range, TensorInfo
 
 Array = NDArray[Any]
 
@@ -101,7 +101,7 @@ def _check_expressions(info: TensorInfo, shape: tuple[int, ...], sizes: Mapping[
             raise InputMismatch(f"input {info.name}, axis {axis}: expected {dim} = {wanted} ({named}), got {size}")
 
 
-def _axes(shape: tuple[Dim, ...]) -> str:
+def _axes(shape: tuple[NamedDim, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 

@@ -13,7 +13,8 @@ import onnxruntime
 from matmorph.runtime.adapters import Adapter, load_adapter, read_slots
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
-from matmorph.runtime.manifest import MODEL, Manifest, TensorInfo, read_manifest
+from matmorph.runtime.format.artifact import MODEL, Manifest, TensorInfo
+from matmorph.runtime.manifest import read_manifest
 from matmorph.runtime.providers import Provider, name_of, requested
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.target import Target

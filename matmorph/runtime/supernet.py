@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from matmorph.runtime.errors import InputMismatch, nearest
 from matmorph.runtime.feeds import Array
-from matmorph.runtime.manifest import ManifestError, entry, items, typed
+from matmorph.runtime.format.training import GATES, TrainManifest
 
-GATES = "gates"
 NONE = "none"
 _NO_SUPERNET = "configuration: these training graphs are of no supernet (no rule said glora: {search: true})"
 
@@ -217,37 +216,13 @@ class Chooser:
         return found if self._mask is None else found * self._mask
 
 
-def read_supernet(data: Any, parameters: Mapping[str, tuple[int, tuple[int, ...]]]) -> Supernet | None:
-    """The `supernet` of train.json; `parameters`: offset and shape by name. Raises ManifestError."""
-    if data is None:
+def supernet_of(manifest: TrainManifest) -> Supernet | None:
+    """What a training folder searches, None where nothing is searched."""
+    if manifest.supernet is None:
         return None
-    top = typed(data, dict, "supernet")
-
-    def column(value: Any, where: str) -> tuple[str, str]:
-        pair = typed(value, list, where)
-        if len(pair) != 2:
-            raise ManifestError(f"{where}: expected a tensor and a word")
-        return str(pair[0]), str(pair[1])
-
-    def piece(name: Any, where: str) -> Piece | None:
-        if name is None:
-            return None
-        if name not in parameters:
-            raise ManifestError(f"{where}: no parameter is called {name!r}")
-        return Piece(name, *parameters[name])
-
-    def site(value: Any, where: str) -> SearchSite:
-        table = typed(value, dict, where)
-        tensors = []
-        for name, told in entry(table, "tensors", dict, f"{where}.").items():
-            words = tuple(str(word) for word in entry(typed(told, dict, where), "words", list, f"{where}.{name}."))
-            tensors.append(Tensor(name, words, piece(told.get("up"), where), piece(told.get("down"), where)))
-        return SearchSite(entry(table, "site", str, f"{where}."), tuple(tensors))
-
-    found = Supernet(items(top, "columns", column), items(top, "sites", site))
-    known = set(found.columns)
-    for one in found.sites:
-        missing = [(tensor.name, word) for tensor in one.tensors for word in tensor.words if (tensor.name, word) not in known]
-        if missing:
-            raise ManifestError(f"supernet: {one.path} may be {missing[0]}, for which there is no column")
-    return found
+    pieces: dict[str | None, Piece] = {one.name: Piece(one.name, one.offset, one.shape) for one in manifest.parameters}
+    sites = []
+    for one in manifest.supernet.sites:
+        tensors = [Tensor(name, told.words, pieces.get(told.up), pieces.get(told.down)) for name, told in one.tensors.items()]
+        sites.append(SearchSite(one.site, tuple(tensors)))
+    return Supernet(manifest.supernet.columns, tuple(sites))

@@ -16,11 +16,22 @@ import onnxruntime
 
 from matmorph.runtime.errors import ArtifactError, ExecutionError, first_line
 from matmorph.runtime.feeds import Array
+from matmorph.runtime.format.training import (
+    APPLY_MODEL,
+    COUNT,
+    EVAL_MODEL,
+    GRAD_MODEL,
+    GRADIENT,
+    LOSS,
+    LOSS_SCALE,
+    THETA,
+    TRAIN_MANIFEST,
+    TrainManifest,
+)
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import load_session, session_settings
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.cpu import CPU
-from matmorph.runtime.train_manifest import APPLY, EVAL, GRAD, TrainManifest
 
 _OPTIONAL = ("mask", "segment_lr", "segment_decay")
 _NUMBERS = ("lr", "weight_decay", "grad_scale", "max_norm")
@@ -104,8 +115,8 @@ class GradGraph:
     """grad.onnx; `gradient` is its last result, where the vectors are."""
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest) -> None:
-        self._session = sessions.load(GRAD)
-        _check_inputs(sessions.folder / GRAD, self._session, ("theta", "loss_scale", *manifest.graph_inputs))
+        self._session = sessions.load(GRAD_MODEL)
+        _check_inputs(sessions.folder / GRAD_MODEL, self._session, (THETA, LOSS_SCALE, *manifest.graph_inputs))
         self.device = Device.of(self._session)
         self.gradient = self.device.value(np.zeros(manifest.length, np.float32))
 
@@ -116,10 +127,10 @@ class GradGraph:
     def run(self, theta: onnxruntime.OrtValue, batch: Mapping[str, Array], loss_scale: float) -> tuple[float, float]:
         """(loss, count) of a checked batch. Raises ExecutionError when ONNX Runtime refuses."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("theta", theta)
-        binding.bind_ortvalue_output("grad", self.gradient)
-        arrays = {**batch, "loss_scale": np.asarray(loss_scale, np.float32)}
-        loss, count = _run(self._session, binding, arrays, ("loss", "count"))
+        binding.bind_ortvalue_input(THETA, theta)
+        binding.bind_ortvalue_output(GRADIENT, self.gradient)
+        arrays = {**batch, LOSS_SCALE: np.asarray(loss_scale, np.float32)}
+        loss, count = _run(self._session, binding, arrays, (LOSS, COUNT))
         return float(loss), float(count)
 
 
@@ -127,8 +138,8 @@ class ApplyGraph:
     """apply.onnx. `optional`: values of mask, segment_lr and segment_decay where they are not all ones."""
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest, optional: Mapping[str, Array]) -> None:
-        self._session = sessions.load(APPLY, beside=True)
-        _check_inputs(sessions.folder / APPLY, self._session, ("theta", *manifest.states, "grad", "step", *_NUMBERS))
+        self._session = sessions.load(APPLY_MODEL, beside=True)
+        _check_inputs(sessions.folder / APPLY_MODEL, self._session, (THETA, *manifest.states, GRADIENT, "step", *_NUMBERS))
         self._device = Device.of(self._session)
         self._optional = {name: self._device.value(optional[name]) for name in _OPTIONAL if name in optional}
 
@@ -139,7 +150,7 @@ class ApplyGraph:
         first. Raises ExecutionError when ONNX Runtime refuses."""
         binding = self._session.io_binding()
         optional = self._optional if mask is None else {**self._optional, "mask": self._device.value(mask)}
-        for name, value in {**vectors.current, **optional, "grad": gradient}.items():
+        for name, value in {**vectors.current, **optional, GRADIENT: gradient}.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in vectors.next.items():
             binding.bind_ortvalue_output(f"{name}_next", value)
@@ -155,14 +166,14 @@ class EvalGraph:
     """eval.onnx: loss, count and the model's outputs."""
 
     def __init__(self, sessions: Sessions, manifest: TrainManifest) -> None:
-        self._session = sessions.load(EVAL)
-        _check_inputs(sessions.folder / EVAL, self._session, ("theta", *manifest.graph_inputs))
-        self._names = ["loss", "count", *(info.name for info in manifest.outputs)]
+        self._session = sessions.load(EVAL_MODEL)
+        _check_inputs(sessions.folder / EVAL_MODEL, self._session, (THETA, *manifest.graph_inputs))
+        self._names = [LOSS, COUNT, *(info.name for info in manifest.outputs)]
 
     def run(self, theta: onnxruntime.OrtValue, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Results by name. Raises ExecutionError when ONNX Runtime refuses."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("theta", theta)
+        binding.bind_ortvalue_input(THETA, theta)
         return dict(zip(self._names, _run(self._session, binding, batch, self._names), strict=True))
 
 
@@ -183,4 +194,4 @@ def _run(session: onnxruntime.InferenceSession, binding: Any, arrays: Mapping[st
 def _check_inputs(path: Path, session: onnxruntime.InferenceSession, expected: Sequence[str]) -> None:
     found = sorted(arg.name for arg in session.get_inputs())
     if found != sorted(expected):
-        raise ArtifactError(f"{path}: its inputs are {', '.join(found)}, train.json says {', '.join(sorted(expected))}")
+        raise ArtifactError(f"{path}: its inputs are {', '.join(found)}, {TRAIN_MANIFEST} says {', '.join(sorted(expected))}")

@@ -14,7 +14,7 @@ import safetensors.numpy
 from matmorph.runtime.checkpoint import read_tensors
 from matmorph.runtime.errors import ArtifactError, InputMismatch, nearest
 from matmorph.runtime.feeds import Array
-from matmorph.runtime.train_manifest import TrainManifest
+from matmorph.runtime.format.training import THETA, TRAIN_MANIFEST, TrainManifest
 
 Mask = Mapping[str, Array] | Array
 """1 trains, 0 does not: a flat vector [n], or arrays by parameter name (of its shape, or one number); what is not named trains."""
@@ -29,7 +29,7 @@ def check_files(folder: Path, manifest: TrainManifest) -> None:
         if not path.is_file():
             raise ArtifactError(f"{path}: missing")
         if path.stat().st_size != record.bytes:
-            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, train.json says {record.bytes}")
+            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, {TRAIN_MANIFEST} says {record.bytes}")
 
 
 def initial_theta(folder: Path, manifest: TrainManifest) -> Array:
@@ -43,13 +43,13 @@ def initial_theta(folder: Path, manifest: TrainManifest) -> Array:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
     wrong = sorted({one.name for one in manifest.parameters} ^ set(tensors))
     if wrong:
-        raise ArtifactError(f"{path}: does not hold the trainable parameters of train.json; differs in {', '.join(wrong[:5])}")
+        raise ArtifactError(f"{path}: does not hold the trainable parameters of {TRAIN_MANIFEST}; differs in {', '.join(wrong[:5])}")
     theta = np.empty(manifest.length, np.float32)
     for one in manifest.parameters:
         tensor = tensors[one.name]
         if tensor.shape != one.shape or tensor.dtype != np.float32:
             expected = f"float32{list(one.shape)}"
-            raise ArtifactError(f"{path}: {one.name} is {tensor.dtype}{list(tensor.shape)}, train.json says {expected}")
+            raise ArtifactError(f"{path}: {one.name} is {tensor.dtype}{list(tensor.shape)}, {TRAIN_MANIFEST} says {expected}")
         theta[one.offset : one.offset + one.size] = tensor.reshape(-1)
     return theta
 
@@ -83,11 +83,11 @@ def belonging(manifest: TrainManifest, path: Path, tensors: Mapping[str, Array],
         here = getattr(manifest, key)
         if about.get(key) not in (None, here):
             raise InputMismatch(f"{path}: {what} (its {key} is {str(about[key])[:12]}, this folder's {here[:12]})")
-    if "theta" not in tensors:
+    if THETA not in tensors:
         return tensors
-    if tensors["theta"].shape != (manifest.length,):
+    if tensors[THETA].shape != (manifest.length,):
         raise InputMismatch(f"{path}: holds {tensors['theta'].size} trained numbers, this folder trains {manifest.length}")
-    return named(manifest, tensors["theta"])
+    return named(manifest, tensors[THETA])
 
 
 def named(manifest: TrainManifest, vector: Array) -> dict[str, Array]:

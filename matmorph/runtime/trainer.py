@@ -21,14 +21,15 @@ from matmorph.runtime.checkpoint import read_tensors, write_tensors
 from matmorph.runtime.errors import CheckpointError, InputMismatch, TrainingError
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.fitting import Plan, Position, StepInfo, groups, plan_fit, position_from
+from matmorph.runtime.format.training import THETA, TrainManifest
 from matmorph.runtime.progress import Progress
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
 from matmorph.runtime.schedules import Schedule
 from matmorph.runtime.session import check_dtype, to_stderr
-from matmorph.runtime.supernet import Chooser, Configuration, Named
+from matmorph.runtime.supernet import Chooser, Configuration, Named, supernet_of
 from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, Vectors
-from matmorph.runtime.train_manifest import TrainManifest, read_train_manifest
+from matmorph.runtime.train_manifest import read_train_manifest
 from matmorph.runtime.train_values import Factors, Mask, check_files, flat_factors, flat_mask, initial_theta, named, put_in
 
 AllReduce = Callable[[Array], None]
@@ -89,15 +90,15 @@ class Trainer:
         self._scale = initial_scale(loss_scale, self._manifest.precision)
         self._optional = _optional(self._manifest, mask, segment_lr, segment_decay)
         self.seed, self.configuration = seed, configuration
-        self._chooser = Chooser(self._manifest.supernet, self._manifest.length, seed, configuration, self._optional.get("mask"))
+        self._chooser = Chooser(supernet_of(self._manifest), self._manifest.length, seed, configuration, self._optional.get("mask"))
         self._all_reduce, self._log = all_reduce, log
         self._sessions = Sessions(self._folder, providers, threads, log)
         self._grad = GradGraph(self._sessions, self._manifest)
         self._sessions = replace(self._sessions, log=_silence)  # the first one has said where they run
         self._apply = ApplyGraph(self._sessions, self._manifest, self._optional)
         self._eval: EvalGraph | None = None
-        self._vectors = Vectors(("theta", *self._manifest.states), self._manifest.length, self._grad.device)
-        self._vectors.set("theta", initial_theta(self._folder, self._manifest))
+        self._vectors = Vectors((THETA, *self._manifest.states), self._manifest.length, self._grad.device)
+        self._vectors.set(THETA, initial_theta(self._folder, self._manifest))
         self._step = self._skips = self._epochs = 0
         self._position: Position | None = None
         self._saved: tuple[int, Path] | None = None
@@ -189,7 +190,7 @@ class Trainer:
         total = count = 0.0
         figures: dict[str, list[Array]] = {name: [] for name in metrics or {}}
         for batch in epoch_batches(loader, 0, 0):
-            results = self._eval.run(self._vectors.current["theta"], {**self._checked(batch), **more})
+            results = self._eval.run(self._vectors.current[THETA], {**self._checked(batch), **more})
             loss, weight = float(results.pop("loss")), float(results.pop("count"))
             if weight > 0:
                 total, count = total + loss * weight, count + weight
@@ -202,7 +203,7 @@ class Trainer:
 
     def parameters(self) -> dict[str, Array]:
         """Copies of the trainable parameters by their names in the compiled module, float32."""
-        return named(self._manifest, self._vectors.get("theta"))
+        return named(self._manifest, self._vectors.get(THETA))
 
     def moments(self) -> dict[str, tuple[Array, ...]]:
         """Copies of the optimizer's states of each parameter: (first, second) of AdamW and Adam-atan2, (momentum,) of SGD and Lion."""
@@ -214,7 +215,7 @@ class Trainer:
 
         Raises InputMismatch for a name or shape that is not there, for NaN and infinity; CheckpointError for a file.
         """
-        self._vectors.set("theta", put_in(self._manifest, self._vectors.get("theta"), source))
+        self._vectors.set(THETA, put_in(self._manifest, self._vectors.get(THETA), source))
 
     def save_parameters(self, path: str | os.PathLike[str]) -> None:
         """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError."""
@@ -282,7 +283,7 @@ class Trainer:
     def _checked(self, batch: Batch) -> dict[str, Array]:
         missing = [str(info) for info in self._manifest.labels if info.name not in batch]
         if missing:
-            raise InputMismatch(f"the batch has no labels: the loss {self._manifest.loss} needs {'; '.join(missing)}")
+            raise InputMismatch(f"the batch has no labels: the loss {self._manifest.loss.name} needs {'; '.join(missing)}")
         return check_feeds(self._manifest, batch)
 
     def _update(self, batches: Sequence[Batch], lr: float, clip: float | None) -> StepInfo:
@@ -310,7 +311,7 @@ class Trainer:
         """(mean loss, count, what the gradient on the device must be divided by). Raises InputMismatch."""
         if not batches:
             raise InputMismatch("step needs a batch")
-        theta, scale = self._vectors.current["theta"], self._scale.value
+        theta, scale = self._vectors.current[THETA], self._scale.value
         checked = [{**self._checked(batch), **more} for batch in batches]
         if len(checked) == 1 and self._all_reduce is None:
             loss, count = self._grad.run(theta, checked[0], scale)

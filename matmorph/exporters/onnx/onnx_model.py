@@ -3,12 +3,11 @@ written in turn, so memory never holds more than one of them and the data file m
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
@@ -16,7 +15,7 @@ import sympy
 
 from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.adapters import expose_adapters
-from matmorph.exporters.data_file import DATA, DataFile, FileInfo, WeightProgress, data_file
+from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower
@@ -26,23 +25,10 @@ from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.types import TensorType, format_dim
+from matmorph.runtime.format.artifact import DATA, MODEL, FileRecord, TensorInfo, file_record
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
-
-MODEL = "model.onnx"
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An input or output: numpy's dtype name ("int64", "bfloat16") and dims as numbers or expressions of axis names ("batch*seq")."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +36,14 @@ class OnnxInfo:
     """What was written. `bytes`: of all weights in the data file, padding not counted; `tolerance`: of a parity check, relative to
     max(1, |reference|)."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     opset: int
     precision: str
     tolerance: float
     bytes: int
     nodes: int
-    files: Mapping[str, FileInfo]
+    files: Mapping[str, FileRecord]
 
 
 def export_onnx(
@@ -98,7 +84,7 @@ def write_model(
         tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
         bytes=total,
         nodes=len(model.graph),
-        files={path.name: FileInfo(hashlib.sha256(text).hexdigest(), len(text))},
+        files={path.name: file_record(text)},
     )
 
 
@@ -206,9 +192,9 @@ def _check(path: Path) -> None:
         raise VerifyError("the exported file is not valid ONNX", str(error).splitlines()[:10]) from error
 
 
-def _port(value: ir.Value) -> Port:
+def _port(value: ir.Value) -> TensorInfo:
     dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
-    return Port(str(value.name), _dtype(value).numpy().name, dims)
+    return TensorInfo(str(value.name), _dtype(value).numpy().name, dims)
 
 
 def _dtype(value: ir.Value) -> ir.DataType:

@@ -7,12 +7,11 @@ moved a little from where they start: many adapters start at zero, where half of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.artifact import npz_bytes
@@ -21,8 +20,8 @@ from matmorph.exporters.vectors import check_shapes, concrete, example_sizes, re
 from matmorph.ir.core import Graph, Range, Value
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.types import TensorType, dim_symbols
-
-Array = NDArray[Any]
+from matmorph.runtime.format.cases import Array, TrainingCase, TrainingVectors, training_arrays
+from matmorph.runtime.format.training import THETA
 
 NUDGE = 0.01
 """Largest move of a trainable: below the spread of trained weights, far above rounding."""
@@ -35,27 +34,6 @@ SAMPLES = 4096
 FLOOR = 1e-3
 """A parameter's largest entry counts as at least this share of the largest of all: a gradient that is zero but for rounding (the bias of a
 key in attention) has nothing to be relative to."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainingCase:
-    """One call of a training graph: `feeds` by name (model inputs, labels), and what torch answers. `grad` holds the entries `index` of
-    the gradient of loss * LOSS_SCALE, `reference` what their differences are relative to."""
-
-    feeds: Mapping[str, Array]
-    loss: Array
-    count: Array
-    grad: Array
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainingVectors:
-    """`nudge` [PERIOD], repeated to the length of theta and added to it, is where the cases are computed."""
-
-    nudge: Array
-    index: Array
-    cases: tuple[TrainingCase, ...]
-    references: tuple[Array, ...]
 
 
 def training_vectors(
@@ -73,22 +51,23 @@ def training_vectors(
     """
     entries = [entry for entry in loss_graph.signature.inputs if entry.value is not None]
     named = {entry.name: entry.value for entry in entries if entry.value is not None}
-    data = [name for name in named if name != "theta"]
+    data = [name for name in named if name != THETA]
     values: list[Value] = [named[name] for name in data]
     nudge = nudges()
     index, owners = _entries(lengths)
     moved = theta + torch.from_numpy(np.resize(nudge, len(theta))).to(theta)
     running = widened(loss_graph)
-    cases, references = [], []
+    cases = []
     for sizes in check_shapes(example_sizes(values, [feeds[name] for name in data]), ranges):
         inputs = {name: resized(feeds[name], value, sizes) for name, value in zip(data, values, strict=True)}
         inputs = {name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for name, tensor in inputs.items()}
         loss, count, gradient = _autograd(running, moved, [inputs.get(name, moved) for name in named])
         if not np.isfinite(loss):
             raise InputError(f"the loss is {loss.item()} on the example inputs: nothing can be learnt from there, and nothing checked")
-        cases.append(TrainingCase({name: tensor.cpu().numpy() for name, tensor in inputs.items()}, loss, count, gradient[index]))
-        references.append(_references(gradient, lengths)[owners])
-    return TrainingVectors(nudge, index, tuple(cases), tuple(references))
+        arrays = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
+        reference = _references(gradient, lengths)[owners]
+        cases.append(TrainingCase(arrays, float(loss), float(count), gradient[index], reference))
+    return TrainingVectors(nudge, index, LOSS_SCALE, tuple(cases))
 
 
 def nudges() -> Array:
@@ -125,21 +104,13 @@ def _references(gradient: Array, lengths: Sequence[int]) -> Array:
 
 
 def vectors_bytes(vectors: TrainingVectors, precision: str, dtypes: Mapping[str, str]) -> bytes:
-    """train_check.npz: `input:<name>:<k>`, `loss:<k>`, `count:<k>`, `grad:<k>`, `reference:<k>`, and what all cases share.
-
-    precision: fp32, fp16 or bf16, in which the graphs compute; dtypes: of their inputs by name. The tolerance is that of model.onnx: of the
-    loss relative to max(1, |loss|), of a gradient's entry relative to its reference.
-    """
-    arrays: dict[str, Array] = {
-        "nudge": vectors.nudge,
-        "index": vectors.index,
-        "loss_scale": np.asarray(LOSS_SCALE, np.float32),
-        "tolerance": np.asarray(PARITY_TOLERANCE[precision], np.float64),
-    }
-    for k, (case, reference) in enumerate(zip(vectors.cases, vectors.references, strict=True)):
-        arrays |= {f"input:{name}:{k}": np.asarray(array, np.dtype(dtypes[name])) for name, array in case.feeds.items()}
-        arrays |= {f"loss:{k}": case.loss, f"count:{k}": case.count, f"grad:{k}": case.grad, f"reference:{k}": reference}
-    return npz_bytes(arrays)
+    """train_check.npz. precision: fp32, fp16 or bf16, in which the graphs compute; dtypes: of their inputs by name. The tolerance is that
+    of model.onnx."""
+    cases = [
+        replace(case, inputs={name: np.asarray(array, np.dtype(dtypes[name])) for name, array in case.inputs.items()})
+        for case in vectors.cases
+    ]
+    return npz_bytes(training_arrays(replace(vectors, cases=tuple(cases)), PARITY_TOLERANCE[precision]))
 
 
 # ---- labels

@@ -1,0 +1,5 @@
+"""What matmorph's files hold: names, versions and records of an artefact folder, a training folder and an adapter file.
+
+Written by the exporters and read by the runtime and the reports, through the same classes. Nothing here opens a file or needs torch, so
+that every room may import it.
+"""

@@ -1,0 +1,106 @@
+"""Check vectors: inputs and what torch answers to them, as records and as the arrays of check.npz and train_check.npz."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matmorph.runtime.format.plain import ManifestError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One call of the model: arrays by input name, and by output name what torch answers (None and plain numbers are left out)."""
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingCase:
+    """One call of a training graph: arrays by input name (the model's and labels), and what torch's autograd gives. `grad` holds entries of
+    the gradient of loss * loss_scale, `reference` what their differences are relative to."""
+
+    inputs: Mapping[str, Array]
+    loss: float
+    count: float
+    grad: Array
+    reference: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingVectors:
+    """`nudge`, repeated to the length of theta and added to it, is where the cases are computed; `index`: the entries of the gradient that
+    they keep; `loss_scale`: what their losses are multiplied by."""
+
+    nudge: Array
+    index: Array
+    loss_scale: float
+    cases: tuple[TrainingCase, ...]
+
+
+def case_arrays(cases: Sequence[Case]) -> dict[str, Array]:
+    """check.npz: `input:<name>:<k>` and `output:<name>:<k>`."""
+    found: dict[str, Array] = {}
+    for number, case in enumerate(cases):
+        found |= {f"input:{name}:{number}": array for name, array in case.inputs.items()}
+        found |= {f"output:{name}:{number}": array for name, array in case.outputs.items()}
+    return found
+
+
+def read_case_arrays(arrays: Mapping[str, Array]) -> dict[int, Case]:
+    """The cases of check.npz by number. ManifestError for a key that is none of `case_arrays`, and where there is no case."""
+    found: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+    for key, array in arrays.items():
+        side, name, number = _split(key)
+        if side not in ("input", "output") or not name or not number.isdecimal():
+            raise ManifestError(f"unexpected key {key!r}")
+        found.setdefault(int(number), ({}, {}))[side == "output"][name] = array
+    if not found:
+        raise ManifestError("holds no case")
+    return {number: Case(*found[number]) for number in sorted(found)}
+
+
+def training_arrays(vectors: TrainingVectors, tolerance: float) -> dict[str, Array]:
+    """train_check.npz: `input:<name>:<k>`, `loss:<k>`, `count:<k>`, `grad:<k>`, `reference:<k>`, and what all cases share. `tolerance`: of
+    the loss relative to max(1, |loss|), of a gradient's entry relative to its reference."""
+    found: dict[str, Array] = {
+        "nudge": vectors.nudge,
+        "index": vectors.index,
+        "loss_scale": np.asarray(vectors.loss_scale, np.float32),
+        "tolerance": np.asarray(tolerance, np.float64),
+    }
+    for k, case in enumerate(vectors.cases):
+        found |= {f"input:{name}:{k}": array for name, array in case.inputs.items()}
+        found |= {f"loss:{k}": np.asarray(case.loss, np.float32), f"count:{k}": np.asarray(case.count, np.float32)}
+        found |= {f"grad:{k}": case.grad, f"reference:{k}": case.reference}
+    return found
+
+
+def read_training_arrays(arrays: Mapping[str, Array]) -> tuple[TrainingVectors, float]:
+    """(the vectors, their tolerance) of train_check.npz. KeyError for an array that is missing, ManifestError where there is no case."""
+    inputs: dict[int, dict[str, Array]] = {}
+    for key, array in arrays.items():
+        side, name, number = _split(key)
+        if side == "input":
+            inputs.setdefault(int(number), {})[name] = array
+    if not inputs:
+        raise ManifestError("holds no case")
+    cases = tuple(
+        TrainingCase(inputs[k], float(arrays[f"loss:{k}"]), float(arrays[f"count:{k}"]), arrays[f"grad:{k}"], arrays[f"reference:{k}"])
+        for k in sorted(inputs)
+    )
+    return TrainingVectors(arrays["nudge"], arrays["index"], float(arrays["loss_scale"]), cases), float(arrays["tolerance"])
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """(side, name, number): a name may hold colons itself, a number may not."""
+    side, _, rest = key.partition(":")
+    name, _, number = rest.rpartition(":")
+    return side, name, number

@@ -1,0 +1,120 @@
+"""Records as the plain data of a JSON file, and back. A record is a frozen dataclass; each of its fields stands in the file once, under the
+field's name, in the form that its type says (`_form`), or as its `stored` metadata says otherwise. Keys are written in the order of the
+fields; keys that the record does not know are left out when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ManifestError(Exception):
+    """`KEY: what is wrong`; whoever reads the file adds its path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a value stands in a file. `read(data, where)` raises ManifestError that names `where`; `write` gives the data back."""
+
+    read: Callable[[Any, str], Any]
+    write: Callable[[Any], Any] = lambda value: value
+
+
+def stored(*, key: str | None = None, form: Form | None = None, omitted: bool = False) -> dict[str, Any]:
+    """Metadata of a field. `key`: in the file, None = the field's name. `form`: None = that of its type. `omitted`: the key is left out
+    where the value is None, and null is no value of it."""
+    return {"key": key, "form": form, "omitted": omitted}
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """The record as JSON takes it."""
+    values = [(entry, getattr(record, entry.name)) for entry in _entries(record.__class__)]
+    return {entry.key: entry.form.write(value) for entry, value in values if not (entry.omitted and value is None)}
+
+
+def from_plain(kind: Callable[..., T], data: Any, where: str = "") -> T:
+    """The record from plain data. `where`: what leads to it, "" at the top. ManifestError for a key that is missing and has no default, and
+    for a value of another form."""
+    table = typed(data, dict, where)
+    prefix = f"{where}." if where else ""
+    found: dict[str, Any] = {}
+    for entry in _entries(kind):
+        if entry.key in table:
+            found[entry.name] = entry.form.read(table[entry.key], f"{prefix}{entry.key}")
+        elif entry.required:
+            raise ManifestError(f"{prefix}{entry.key}: missing")
+    return kind(**found)
+
+
+def typed(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    """The value itself, where it is of this type; True is no number."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ManifestError(f"{where}: unexpected value {value!r:.80}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One field of a record: its name there, its key in the file, and how it is read and written."""
+
+    name: str
+    key: str
+    form: Form
+    omitted: bool
+    required: bool
+
+
+@cache
+def _entries(kind: Callable[..., Any]) -> tuple[_Entry, ...]:
+    hints = get_type_hints(kind)
+    return tuple(_entry(field, hints[field.name]) for field in fields(kind))  # type: ignore[arg-type]
+
+
+def _entry(field: Field[Any], hint: Any) -> _Entry:
+    told = {**stored(), **field.metadata}
+    form = told["form"] or _form(_without_none(hint) if told["omitted"] else hint)
+    required = field.default is MISSING and field.default_factory is MISSING
+    return _Entry(field.name, told["key"] or field.name, form, told["omitted"], required)
+
+
+def _form(hint: Any) -> Form:
+    """Of a type: str, int, float, a record, tuple[T, ...] (a list), Mapping[str, T] (a table), unions of plain ones with None, Any."""
+    outer, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return Form(lambda data, where: data)
+    if hint is float:
+        return Form(lambda data, where: float(typed(data, (int, float), where)))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return Form(lambda data, where: from_plain(hint, data, where), to_plain)
+    if outer is tuple:
+        return many(_form(inner[0]))
+    if outer is Mapping:
+        return Form(lambda data, where: typed(data, dict, where), dict) if inner[1] is Any else table(_form(inner[1]))
+    return Form(lambda data, where: typed(data, inner if outer is UnionType else hint, where))
+
+
+def _without_none(hint: Any) -> Any:
+    (kind,) = (one for one in get_args(hint) if one is not NoneType)
+    return kind
+
+
+def many(form: Form) -> Form:
+    """A list of them, a tuple here."""
+    return Form(
+        lambda data, where: tuple(form.read(item, f"{where}[{index}]") for index, item in enumerate(typed(data, list, where))),
+        lambda values: [form.write(value) for value in values],
+    )
+
+
+def table(form: Form) -> Form:
+    """A table of them by name, in its own order."""
+    return Form(
+        lambda data, where: {name: form.read(item, f"{where}.{name}") for name, item in typed(data, dict, where).items()},
+        lambda values: {name: form.write(value) for name, value in values.items()},
+    )
