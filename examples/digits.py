@@ -237,7 +237,7 @@ def merged(
     compiled: mm.Compiled, trainer: Trainer, model: ViT, named: Any, configuration: Any, test: Arrays, place: Path
 ) -> float:  # fmt: skip
     """The found configuration as a spec of its own, compiled from the pre-trained model, merged and exported; its accuracy there."""
-    supernet = trainer.manifest.supernet
+    supernet = trainer.supernet
     if supernet is None:
         raise SystemExit("the training graphs are of no supernet")
     spec = spec_of(compiled.spec, compiled.adapters, named)

@@ -21,7 +21,7 @@ from matmorph.errors import InputError
 from matmorph.passes.adapters.supernet import spec_of
 from matmorph.passes.methods import glora
 from matmorph.runtime import ArtifactError, InputMismatch, Trainer
-from matmorph.runtime.supernet import Chooser, supernet_of
+from matmorph.runtime.supernet import Chooser
 
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.999), 1e-8
 TOLERANCE = 2e-5
@@ -74,7 +74,7 @@ def bits(values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 
 def test_432_configurations_per_layer(folder: Path) -> None:
-    net = supernet_of(trainer(folder).manifest)
+    net = trainer(folder).supernet
     assert net is not None
     assert net.columns == COLUMNS == tuple(glora.COLUMNS)
     assert [site.path for site in net.sites] == ["0", "2"]
@@ -158,7 +158,7 @@ def oracle_forward(theta: Mapping[str, torch.Tensor], gates: np.ndarray, x: torc
 def test_steps_are_those_of_masked_adamw_in_torch(folder: Path) -> None:
     """12 steps in configurations of their own: loss, parameters and moments; outside of each mask nothing moves by a bit."""
     run = trainer(folder, seed=5)
-    net = supernet_of(run.manifest)
+    net = run.supernet
     assert net is not None
     start = run.parameters()
     theta = {name: torch.tensor(value).double() for name, value in start.items()}
@@ -242,7 +242,7 @@ def answers(run: Trainer, configuration: Mapping[str, Mapping[str, str]]) -> tor
 
 def test_evaluated_configured_merged_and_compiled_from_its_spec_are_one_model(compiled: mm.Compiled, folder: Path) -> None:
     run = trainer(folder)
-    net = supernet_of(run.manifest)
+    net = run.supernet
     assert net is not None
     run.load_parameters(trained(run))
     x = torch.from_numpy(BATCH["input"])

@@ -112,14 +112,13 @@ def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> N
     from matmorph.passes.methods import method_table
     from matmorph.runtime.checkpoint import write_tensors
     from matmorph.runtime.format.training import TRAIN_MANIFEST
-    from matmorph.runtime.supernet import supernet_of
     from matmorph.specs.dump import dump_resolved
     from matmorph.specs.load import load_spec
 
     adapters = read_adapters(trainer.manifest.adapters, str(folder / TRAIN_MANIFEST))
     methods = method_table()
     spec = load_spec(spec_of(load_spec(folder / SPEC, methods), adapters, result.named), methods)
-    supernet = supernet_of(trainer.manifest)
+    supernet = trainer.supernet
     if supernet is not None:
         write_tensors(out / VALUES, supernet.values(trainer.parameters(), result.best.configuration), {})
     (out / SPEC).write_text(dump_resolved(spec), encoding="utf-8")

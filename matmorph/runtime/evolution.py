@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.runtime.errors import CheckpointError, InputMismatch
-from matmorph.runtime.supernet import Configuration, Supernet, supernet_of
+from matmorph.runtime.supernet import Configuration, Supernet
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Loader
@@ -121,7 +121,7 @@ def search(
     Raises InputMismatch: no supernet, no configuration under the limit, a fitness that is not finite; CheckpointError: a state that cannot
     be read or belongs to other parameters or settings.
     """
-    supernet = supernet_of(trainer.manifest)
+    supernet = trainer.supernet
     if supernet is None:
         raise InputMismatch("there is nothing to search: these training graphs are of no supernet (glora: {search: true})")
 

@@ -27,7 +27,7 @@ from matmorph.runtime.providers import Provider
 from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
 from matmorph.runtime.schedules import Schedule
 from matmorph.runtime.session import check_dtype, to_stderr
-from matmorph.runtime.supernet import Chooser, Configuration, Named, supernet_of
+from matmorph.runtime.supernet import Chooser, Configuration, Named, Supernet, supernet_of
 from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, Vectors
 from matmorph.runtime.train_manifest import read_train_manifest
 from matmorph.runtime.train_values import Factors, Mask, check_files, flat_factors, flat_mask, initial_theta, named, put_in
@@ -107,6 +107,11 @@ class Trainer:
     def manifest(self) -> TrainManifest:
         """Everything that train.json says."""
         return self._manifest
+
+    @property
+    def supernet(self) -> Supernet | None:
+        """What is searched, None where nothing is."""
+        return self._chooser.supernet
 
     @property
     def provider(self) -> str:
