@@ -13,7 +13,7 @@ from matmorph.ir.core import Node, Value
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import TensorType
 from matmorph.passes.pruning.axes import HEADS, PART, QK, Atom, Axes, Axis, Concat, Product, plain, product, size_of, units_of
-from matmorph.passes.pruning.axis_walk import Place, Rule, Walk, stuck
+from matmorph.passes.pruning.axis_walk import Place, Read, Rule, Walk, stuck
 
 _END = 1 << 62
 """Ends of slices above this mean "to the end"."""
@@ -37,20 +37,23 @@ def _aligned(walk: Walk, node: Node, operands: Sequence[tuple[Place, Value]], ra
     rows = [(place, value, walk.axes(value)) for place, value in operands]
     found: list[Axis] = []
     for back in range(rank, 0, -1):
-        met = [(place, value, axes, axes[-back]) for place, value, axes in rows if len(axes) >= back and axes[-back] != ()]
-        carrying = next((axis for _, _, _, axis in met if _labelled(axis)), None)
-        found.append(carrying if carrying is not None else met[0][3] if met else ())
-        for place, value, axes, axis in met if carrying is not None else ():
-            if axis != carrying:
-                _meet(walk, node, place, value, len(axes) - back, axis, carrying)  # type: ignore[arg-type]
+        met = [Read(place, value, len(axes) - back, axes[-back]) for place, value, axes in rows if len(axes) >= back and axes[-back] != ()]
+        carrying = next((one.axis for one in met if _labelled(one.axis)), None)
+        if carrying is None:
+            found.append(met[0].axis if met else ())
+            continue
+        found.append(carrying)
+        for one in met:
+            if one.axis != carrying:
+                _meet(walk, node, one, carrying)
     return tuple(found)
 
 
-def _meet(walk: Walk, node: Node, place: Place, value: Value, dim: int, axis: Axis, carrying: Axis) -> None:
-    if walk.carries(value):
-        raise stuck(node, "brings together axes of the block that run differently", axis, carrying)
+def _meet(walk: Walk, node: Node, one: Read, carrying: Axis) -> None:
+    if walk.carries(one.value):
+        raise stuck(node, "brings together axes of the block that run differently", one.axis, carrying)
     if units_of(carrying):
-        walk.side(node, place, value, dim, carrying)
+        walk.side(node, one.place, one.value, one.dim, carrying)
 
 
 def _labelled(axis: Axis) -> bool:
@@ -298,7 +301,7 @@ def _baddbmm(walk: Walk, node: Node) -> list[Axes]:
     added = walk.axes(node.args[0])
     for back, axis in enumerate(reversed(found), 1):
         if len(added) >= back and added[-back] not in ((), axis) and units_of(axis):
-            _meet(walk, node, (0,), node.args[0], len(added) - back, added[-back], axis)
+            _meet(walk, node, Read((0,), node.args[0], len(added) - back, added[-back]), axis)
     return [found]
 
 
@@ -307,7 +310,7 @@ def _multiplied(walk: Walk, node: Node, left_at: Place, right_at: Place) -> Axes
     one, other = walk.axes(left), walk.axes(right)
     if min(len(one), len(other)) < 2:
         raise stuck(node, "multiplies by a vector", *one, *other)
-    _contracted(walk, node, (left_at, left, len(one) - 1, one[-1]), (right_at, right, len(other) - 2, other[-2]))
+    _contracted(walk, node, Read(left_at, left, len(one) - 1, one[-1]), Read(right_at, right, len(other) - 2, other[-2]))
     batch = _aligned(_Leading(walk, 2), node, [(left_at, left), (right_at, right)], max(len(one), len(other)) - 2)  # type: ignore[arg-type]
     return (*batch, one[-2], other[-1])
 
@@ -324,23 +327,23 @@ class _Leading:
         return self._walk.axes(value)[: -self._last]
 
 
-def _contracted(walk: Walk, node: Node, one: tuple[Place, Value, int, Axis], other: tuple[Place, Value, int, Axis]) -> None:
+def _contracted(walk: Walk, node: Node, one: Read, other: Read) -> None:
     """The axes that a product sums over: only the dimensions of a head may vanish in it."""
-    axes = (one[3], other[3])
+    axes = (one.axis, other.axis)
     wrong = [axis for axis in axes if units_of(axis) - {QK}]
     if wrong:
         raise stuck(node, "sums over an axis of the block", *wrong)
     if not any(units_of(axis) for axis in axes) or axes[0] == axes[1]:
         return
-    for (place, value, dim, axis), (_, _, _, carrying) in ((one, other), (other, one)):
+    for read, carrying in ((one, other.axis), (other, one.axis)):
         if units_of(carrying):
-            _meet(walk, node, place, value, dim, axis, carrying)
+            _meet(walk, node, read, carrying)
 
 
 def _attention(walk: Walk, node: Node) -> list[Axes]:
     """scaled_dot_product_attention(q [.., L, E], k [.., S, E], v [.., S, Ev], mask): the default scale is 1 / sqrt(E)."""
     q, k, v = (walk.axes(value) for value in node.args[:3])
-    _contracted(walk, node, ((0,), node.args[0], len(q) - 1, q[-1]), ((1,), node.args[1], len(k) - 1, k[-1]))
+    _contracted(walk, node, Read((0,), node.args[0], len(q) - 1, q[-1]), Read((1,), node.args[1], len(k) - 1, k[-1]))
     _refuse_mixing(node, [k[-2], v[-2]])
     heads = q[:-2]
     grouped = bool(node.attrs.get("enable_gqa", node.args[7] if len(node.args) > 7 else False))
@@ -356,7 +359,7 @@ def _attention(walk: Walk, node: Node) -> list[Axes]:
         axes = walk.axes(mask)
         for back in range(3, len(axes) + 1):
             if axes[-back] not in ((), found[-back]) and units_of(found[-back]):
-                _meet(walk, node, place, mask, len(axes) - back, axes[-back], found[-back])
+                _meet(walk, node, Read(place, mask, len(axes) - back, axes[-back]), found[-back])
     if node.attrs.get("scale") is None and QK in units_of(q[-1]):
         walk.scale(node, float(int(size_of(q[-1]))) ** -0.5)
     return [found, *(plain(value.tensor.shape) for value in node.outputs[1:])]

@@ -48,6 +48,16 @@ class Literal:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """What a node reads at `place`, along one of its axes: number `dim`, which is `axis`."""
+
+    place: Place
+    value: Value
+    dim: int
+    axis: Axis
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """A value from outside that meets a carrying axis position by position (a bias, RoPE's cosines): its `dim` keeps the same positions."""
 

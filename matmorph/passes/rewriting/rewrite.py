@@ -216,10 +216,11 @@ class _Shop:
     shared: dict[Hashable, Const] = field(default_factory=dict)
 
 
-Plan: TypeAlias = Reject | tuple[Part, ...]
+Appraisal: TypeAlias = Reject | tuple[Part, ...]
+"""What `appraise` says of a site."""
 
 
-def _solution(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None) -> Any:
+def _solution(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None) -> Any:
     """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
     if isinstance(planned, Reject):
         return None
@@ -231,7 +232,7 @@ def _solution(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteSta
     return solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
 
 
-def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Plan, stats: SiteStats | None, solution: Any) -> Outcome:
+def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solution: Any) -> Outcome:
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
