@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import matmorph as mm
-from matmorph.passes.adapters.supernet import spec_of
+from matmorph.folders.after_training import found_spec
 from matmorph.runtime import Batches, SearchSettings, Session, Trainer, cosine, search
 
 Arrays = dict[str, np.ndarray]
@@ -240,7 +240,7 @@ def merged(
     supernet = trainer.supernet
     if supernet is None:
         raise SystemExit("the training graphs are of no supernet")
-    spec = spec_of(compiled.spec, compiled.adapters, named)
+    spec = found_spec(compiled.spec, compiled.adapters, named)
     example = {"pixels": torch.from_numpy(test["pixels"][:4])}
     found = mm.compile(model, spec, example, {"pixels": {0: "batch"}})
     values = supernet.values(trainer.parameters(), configuration)

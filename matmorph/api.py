@@ -24,7 +24,7 @@ from matmorph.ir.evaluate import bind
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.trace import read_examples, trace
 from matmorph.models.resolve import Model
-from matmorph.passes.methods import Method, method_table
+from matmorph.passes.methods import all_methods, method_table
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
 from matmorph.passes.selection.explain import Explanation
 from matmorph.passes.selection.explain import explain as explain_site
@@ -49,10 +49,6 @@ def load_spec(source: SpecSource) -> Spec:
     raise InputError(f"a spec is a library name, a path or a dict, got {type(source).__name__}")
 
 
-def _methods() -> dict[str, Method]:
-    return {name: method() for name, method in method_table().items()}
-
-
 def _name(model: Any) -> str:
     return type(model).__name__
 
@@ -68,7 +64,7 @@ def plan(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any 
     The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
     """
     loaded = load_spec(spec)
-    return plan_graph(trace(model, example_inputs, dynamic_shapes), loaded, _methods(), _name(model))
+    return plan_graph(trace(model, example_inputs, dynamic_shapes), loaded, all_methods(), _name(model))
 
 
 def explain(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str) -> Explanation:
@@ -110,9 +106,19 @@ def compile(
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
     examples = _flat_examples(model, graph, example_inputs)
     traced = time.perf_counter()
-    done = compile_graph(graph, loaded, _methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
+    done = compile_graph(graph, loaded, all_methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
-    job = Job(loaded, done.source, done.graph, done.report, examples, onnx_lowerings or {}, seconds, decisions=done.decisions)
+    job = Job(
+        loaded,
+        done.source,
+        done.graph,
+        done.report,
+        examples,
+        onnx_lowerings or {},
+        seconds,
+        decisions=done.decisions,
+        adapters=done.adapters,
+    )
     return Compiled(job, show)
 
 

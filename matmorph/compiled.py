@@ -16,14 +16,14 @@ from matmorph.exporters.training.prepare_training import Axes, TrainRequest, of_
 from matmorph.folders.after_training import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
 from matmorph.folders.job import Job
 from matmorph.folders.save import save
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.training.losses import LossFunction
 from matmorph.passes.adapters.merging import Merged
-from matmorph.passes.adapters.supernet import Configuration
-from matmorph.passes.adapters.table import Adapter
 from matmorph.passes.adapters.trainables import selectors
 from matmorph.passes.budget.pareto import Front, refuse_unswept, sweep
+from matmorph.passes.methods.protocol import Configuration
 from matmorph.progress import Progress, silent
 from matmorph.report.front import front_files
 from matmorph.report.model import Report
@@ -98,7 +98,7 @@ class Compiled:
         return Compiled(loaded_job(self._job, values), self._progress)
 
     def configured(self, configuration: Configuration) -> Compiled:
-        """A supernet (`glora: {search: true}`) in one configuration: {site: {"A": "lora", "E": "vector"}}, what is not named is none.
+        """A supernet (`search: true`) in one configuration: {site: {"A": "lora", "E": "vector"}}, what is not named is none.
 
         Raises InputError for a model without a supernet, and for a site, tensor or word that it does not have.
         """

@@ -19,7 +19,8 @@ import matmorph as mm
 from matmorph.ir.core import Graph
 from matmorph.ir.to_torch import to_torch
 from matmorph.ir.tracing.trace import trace
-from matmorph.passes.methods import Method, method_table
+from matmorph.passes.methods import method_table
+from matmorph.passes.methods.protocol import Method
 from matmorph.passes.pipeline import compile_graph, plan_graph
 from matmorph.report.model import Report
 

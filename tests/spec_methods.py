@@ -48,30 +48,33 @@ class NoSettings:
     """Nothing to set."""
 
 
-class LowRank:
+class Fake:
+    """What the loader asks of every method."""
+
+    automatic: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[str | None] = None
+
+
+class LowRank(Fake):
+    example: ClassVar[str | None] = "{low_rank: {rank: 64}}"
     kind: ClassVar[str] = "replace"
     automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = LowRankSpec
 
 
-class Quantize:
+class Quantize(Fake):
     kind: ClassVar[str] = "replace"
     Spec: ClassVar[type] = NoSettings
 
 
-class Lora:
+class Lora(Fake):
     kind: ClassVar[str] = "update"
     Spec: ClassVar[type] = LoraSpec
 
 
-class Prune:
+class Prune(Fake):
     kind: ClassVar[str] = "block"
     Spec: ClassVar[type] = NoSettings
 
 
-class SparseGrad:
-    kind: ClassVar[str] = "procedure"
-    Spec: ClassVar[type] = NoSettings
-
-
-METHODS: dict[str, type[Any]] = {"low_rank": LowRank, "quantize": Quantize, "lora": Lora, "prune": Prune, "sparse_grad": SparseGrad}
+METHODS: dict[str, type[Any]] = {"low_rank": LowRank, "quantize": Quantize, "lora": Lora, "prune": Prune}

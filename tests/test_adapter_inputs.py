@@ -21,6 +21,7 @@ from zoo import ZOO
 import matmorph as mm
 from matmorph.errors import ExportError, InputError
 from matmorph.exporters.adapters import adapter_arrays, serve
+from matmorph.passes.methods import all_methods
 from matmorph.runtime import Session
 from matmorph.runtime.adapters import load_adapter, read_adapter, read_slots, save_adapter
 from matmorph.runtime.errors import AdapterError
@@ -72,7 +73,7 @@ def test_one_session_switches_adapters_of_different_rank(served: tuple[mm.Compil
         values = trained(other, seed=rank)
         wanted[rank] = other.load_trained(values).module(X)
         path = tmp_path / f"{rank}.onnx_adapter"
-        save_adapter(path, adapter_arrays(other.adapters, values), slots_of(folder))
+        save_adapter(path, adapter_arrays(other.adapters, values, all_methods()), slots_of(folder))
         loaded[rank] = session.load_adapter(path)
         assert loaded[rank].ranks == {"0 lora": rank, "2 lora": rank}
     for rank in (5, 1, 2, 1):
@@ -89,7 +90,7 @@ def test_one_session_switches_adapters_of_different_rank(served: tuple[mm.Compil
 def test_a_pair_that_a_file_leaves_out_keeps_its_default(served: tuple[mm.Compiled, Path], tmp_path: Path) -> None:
     found, folder = served
     values = trained(found)
-    arrays = {name: array for name, array in adapter_arrays(found.adapters, values).items() if name.startswith("0.")}
+    arrays = {name: array for name, array in adapter_arrays(found.adapters, values, all_methods()).items() if name.startswith("0.")}
     save_adapter(tmp_path / "first", arrays, slots_of(folder))
     session = Session(folder, ["cpu"])
     answer = session.run({"input": X.numpy()}, adapter=session.load_adapter(tmp_path / "first"))["output"]
@@ -114,7 +115,7 @@ def test_every_kind_of_adapter(name: str, tmp_path: Path) -> None:
     session, feeds = Session(folder, ["cpu"]), {"input": X.numpy()}
     assert far(session.run(feeds)["output"], found.module(X)) < ROUNDING  # the default is the model before training
     values = trained(found)
-    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values), slots_of(folder))
+    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values, all_methods()), slots_of(folder))
     answer = session.run(feeds, adapter=session.load_adapter(tmp_path / "a"))["output"]
     assert far(answer, found.load_trained(values).module(X)) < ROUNDING
     own = {entry["rank"] for entry in json.loads((folder / "manifest.json").read_text())["adapters"]["inputs"]}
@@ -129,7 +130,7 @@ def test_every_form_of_a_matmul(name: str, tmp_path: Path) -> None:
     found = mm.compile(model, {"version": 1, "rules": [rule], **INPUTS}, inputs, shapes)
     folder = found.save(tmp_path / "out")
     values = trained(found)
-    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values), slots_of(folder))
+    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values, all_methods()), slots_of(folder))
     session = Session(folder, ["cpu"])
     ready = found.load_trained(values)
     ready.save(tmp_path / "inline", force=False)
@@ -147,7 +148,7 @@ def test_half_precision_takes_half_precision_factors(tmp_path: Path) -> None:
     found = compiled({"lora": {"rank": 2}}, **export)
     folder = found.save(tmp_path / "out")
     values = trained(found)
-    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values), slots_of(folder))
+    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values, all_methods()), slots_of(folder))
     assert {array.dtype for array in read_adapter(tmp_path / "a")[0].values()} == {np.dtype("float16")}
     session = Session(folder, ["cpu"])
     answer = session.run({"input": X.numpy()}, adapter=session.load_adapter(tmp_path / "a"))["output"]
@@ -164,7 +165,7 @@ def test_half_precision_takes_half_precision_factors(tmp_path: Path) -> None:
 @pytest.fixture
 def good(served: tuple[mm.Compiled, Path]) -> tuple[dict[str, np.ndarray], Slots]:
     found, folder = served
-    return adapter_arrays(found.adapters, trained(found)), slots_of(folder)
+    return adapter_arrays(found.adapters, trained(found), all_methods()), slots_of(folder)
 
 
 def test_an_adapter_of_another_base_is_refused(good: Any, served: tuple[mm.Compiled, Path], tmp_path: Path) -> None:
@@ -243,15 +244,15 @@ def test_values_that_do_not_fit_the_matmul(served: tuple[mm.Compiled, Path]) -> 
     found, _ = served
     values = trained(found)
     with pytest.raises(InputError, match=r"the values lack 0\.lora\.up of the adapter at 0"):
-        adapter_arrays(found.adapters, {"0.lora.down": values["0.lora.down"]})
+        adapter_arrays(found.adapters, {"0.lora.down": values["0.lora.down"]}, all_methods())
     with pytest.raises(InputError, match=r"0: factors \[24, 2\] and \[3, 16\] do not fit a matmul of 24 inputs and 16 outputs"):
-        adapter_arrays(found.adapters, {**values, "0.lora.up": torch.zeros(3, 16)})
+        adapter_arrays(found.adapters, {**values, "0.lora.up": torch.zeros(3, 16)}, all_methods())
 
 
 def test_the_graph_before_and_after_agree() -> None:
     """Experts and convolutions keep their layout; ranks are those of the defaults."""
     found = compiled({"lora": {"rank": 2, "alpha": 6, "init": "pissa"}})
-    result = serve(found.graph, found.adapters, "fp32")
+    result = serve(found.graph, found.adapters, "fp32", all_methods())
     assert [node.op for node in result.graph.nodes].count("aten.mul.Scalar") == 0
     assert {entry.rank for entry in result.inputs} == {2}
 
@@ -279,7 +280,7 @@ def test_the_layers_of_one_model_may_differ(tmp_path: Path) -> None:
     found = mm.compile(net, {"version": 1, "rules": rules, **INPUTS}, (X,), ({0: "batch"},))
     folder = found.save(tmp_path / "out")
     values = trained(found)
-    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values), slots_of(folder))
+    save_adapter(tmp_path / "a", adapter_arrays(found.adapters, values, all_methods()), slots_of(folder))
     session = Session(folder, ["cpu"])
     adapter = session.load_adapter(tmp_path / "a")
     assert adapter.ranks == {"0 lora": 2, "2 lora": 5}

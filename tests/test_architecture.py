@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from matmorph.passes.methods import method_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "matmorph"
@@ -218,3 +221,54 @@ def test_no_assert_in_the_package() -> None:
         if isinstance(node, ast.Assert)
     ]
     assert found == []
+
+
+def docstrings(tree: ast.Module) -> set[ast.Constant]:
+    bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
+    return {
+        statement.value
+        for body in bodies
+        for statement in body
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
+    }
+
+
+METHODS_ROOM = "matmorph.passes.methods"
+MAY_NAME_METHODS = {
+    METHODS_ROOM: "the table of the methods that there are",
+    f"{METHODS_ROOM}.glora": "lora is the paper's word for what one of its tensors may be",
+    "matmorph.runtime.supernet": "a supernet is trained and searched without torch, which glora's own folder needs",
+    "matmorph.runtime.evolution": "a supernet is trained and searched without torch, which glora's own folder needs",
+}
+"""Modules that name methods other than their own, and why."""
+
+
+def named_methods(name: str, names: tuple[str, ...]) -> set[str]:
+    """Methods that a string of the module names (a docstring apart), and that are not the one it belongs to."""
+    tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+    skipped = docstrings(tree)
+    texts = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in skipped and isinstance(node.value, str)
+    ]
+    found = {word for text in texts for word in re.findall(r"(?<![\w.])[a-z_]+(?!\w)", text)}
+    return {method for method in names if method in found and not within(name, f"{METHODS_ROOM}.{method}")}
+
+
+def test_a_method_is_named_in_its_own_file_alone() -> None:
+    names = tuple(method_table())
+    found = {name: methods for name in SOURCES if (methods := named_methods(name, names))}
+    strange = {name: methods for name, methods in found.items() if not any(allowed(name, place) for place in MAY_NAME_METHODS)}
+    assert strange == {}
+    assert [place for place in MAY_NAME_METHODS if not any(allowed(name, place) for name in found)] == []
+
+
+def allowed(name: str, place: str) -> bool:
+    """The table is one module, everything else a file or folder with what lies in it."""
+    return name == place if place == METHODS_ROOM else within(name, place)
+
+
+def test_the_naming_test_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "rewrite.py"
+    source.write_text('"""About low_rank."""\n\nEXAMPLE = "rank 4 of {low_rank: {rank: 4}}"\nOTHER = "low_rankish"\n')
+    monkeypatch.setitem(SOURCES, "matmorph.passes.rewriting.rewrite", source)
+    assert named_methods("matmorph.passes.rewriting.rewrite", ("low_rank", "tt")) == {"low_rank"}

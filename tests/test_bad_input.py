@@ -182,7 +182,7 @@ def test_the_spec_is_fine_before_it_is_spoilt(run: Run, place: Path) -> None:
         (("rank: 6", "rank: -4"), r"s\.yaml:7:32: rules\[0\]\.rewrite\.low_rank\.rank: .+"),
         (("rank: 6", "rank: {energy: 0}"), r"s\.yaml:7:41: rules\[0\]\.rewrite\.low_rank\.rank\.energy: .+"),
         (("rank: 6", "rank: {energy: 1.5}"), r"s\.yaml:7:41: rules\[0\]\.rewrite\.low_rank\.rank\.energy: .+"),
-        (("rank: 6", "rank: 25"), r"s\.yaml:7:15: .*rank 25 of rule half is above min\(in, out\) of every matched site; .* is 24 \(0\)"),
+        (("rank: 6", "rank: 25"), r"s\.yaml:7:15: .*rule half: rank 25 is above min\(in, out\) of every matched site; .* is 24 \(0\)"),
         (("rank: 6", "rank: auto"), r"s\.yaml:7:32: rules\[0\]\.rewrite\.low_rank\.rank: auto needs a budget.*"),
         (("{op: linear}", "{role: mlp.gate}"), r"s\.yaml:5:12: rules\[0\]\.match: rule half matches no matmul \(expect is 2\)"),
         (("expect: 2", "expect: 3"), r"s\.yaml:[46]:\d+: rules\[0\]\.expect: rule half owns 2 sites, expect is 3"),

@@ -23,7 +23,7 @@ from matmorph.exporters.adapters import adapter_arrays
 from matmorph.exporters.peft import write_peft
 from matmorph.folders.open import read_trained, reopen
 from matmorph.ir.text.printing import print_graph
-from matmorph.passes.adapters.table import find_adapters
+from matmorph.passes.methods import all_methods
 from matmorph.runtime import Session
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.runtime.check import check
@@ -75,7 +75,7 @@ def test_a_folder_is_opened_again(home: tuple[mm.Compiled, Path]) -> None:
     ]
     for const, old in zip(job.graph.state, found.graph.state, strict=True):
         assert torch.equal(const.load(), old.load())
-    again = find_adapters(job.spec, job.graph, job.report)
+    again = job.adapters
     for one, two, three in zip(adapters, found.adapters, again, strict=True):
         assert (
             (one.site, one.scale, dict(one.consts))
@@ -216,7 +216,7 @@ def test_peft_folders_in_and_out(home: tuple[mm.Compiled, Path], values: Any, tm
     run("merge", folder, "--trained", tmp_path / "peft", "--out", tmp_path / "merged")
     assert far(answer(tmp_path / "merged"), found.load_trained(values[0]).module(X)) < ROUNDING
     wide = compiled({"lora": {"rank": 5, "alpha": 2}})
-    write_peft(tmp_path / "wide", wide.adapters, trained(wide))
+    write_peft(tmp_path / "wide", wide.adapters, trained(wide), all_methods())
     run("adapter", "from-peft", folder, tmp_path / "wide", "--out", tmp_path / "wide.onnx_adapter")
     session = Session(folder, ["cpu"])
     got = session.run({"input": X.numpy()}, adapter=session.load_adapter(tmp_path / "wide.onnx_adapter"))["output"]
@@ -259,7 +259,7 @@ def test_adapters_for_another_model(home: tuple[mm.Compiled, Path], values: Any,
         net[0].weight[0] += 1
     other = compiled({"lora": {"rank": 2, "alpha": 6}}, model=net, **TRAIN).save(tmp_path / "other")
     slots = read_slots(json.loads((folder / "manifest.json").read_text())["adapters"], "")
-    save_adapter(tmp_path / "a.onnx_adapter", adapter_arrays(found.adapters, values[0]), slots)
+    save_adapter(tmp_path / "a.onnx_adapter", adapter_arrays(found.adapters, values[0], all_methods()), slots)
     with pytest.raises(InputError, match="made for another base"):
         run("merge", other, "--trained", tmp_path / "a.onnx_adapter", "--out", tmp_path / "no")
     with pytest.raises(InputError, match="made for another base"):

@@ -19,7 +19,7 @@ from torch import nn
 import matmorph as mm
 from matmorph.errors import ExportError, SpecError
 from matmorph.ir.evaluate import bind, evaluate
-from matmorph.passes.methods.glora import COLUMNS, GATES, WORDS, Glora, GloraSpec
+from matmorph.passes.methods.glora.method import COLUMNS, GATES, WORDS, Glora, GloraSpec
 from matmorph.runtime import Session
 
 ROUNDING = 2e-6
@@ -397,7 +397,7 @@ def test_mutants_die(name: str) -> None:
 
         graph = trace(model, (x,), ({0: "batch"},))
         result, _ = rewrite(graph, [(site, spec.rules[0]) for site in find_sites(graph)], {"glora": method.Glora()})
-    from matmorph.passes.adapters.table import with_values
+    from matmorph.passes.adapters.values import with_values
 
     g = torch.Generator().manual_seed(1)
     values = {c.path: 0.2 * torch.randn([int(d) for d in c.tensor.shape], generator=g) for c in result.state if ".glora." in c.path}

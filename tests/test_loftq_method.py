@@ -16,7 +16,7 @@ from rewriting import LINEAR, graph_of, moment, only_site, rewritten, rule_of, r
 import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 
 TEXT = LINEAR.replace("12", "72").replace("10", "40")  # blocks of 16 and a short one
 W = weights_of(TEXT)["fc.weight"].double().numpy()

@@ -24,8 +24,9 @@ from matmorph.ir.evaluate import bind
 from matmorph.ir.site import Reject
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
-from matmorph.passes.methods import Method, method_table
+from matmorph.passes.methods import method_table
 from matmorph.passes.methods.lora import Lora, LoraSpec
+from matmorph.passes.methods.protocol import Method
 from matmorph.passes.rewriting.rewrite import appraise, rewrite
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import MethodUse, Rank
@@ -68,8 +69,8 @@ def test_golden_text() -> None:
         "range batch 1..\n"
         'input %x: float32[batch, 12] "x"\n'
         'parameter %fc.weight: float32[10, 12] "fc.weight" trainable\n'
-        'parameter %fc.lora.down: float32[12, 3] "fc.lora.down" trainable rule="all"\n'
-        'parameter %fc.lora.up: float32[3, 10] "fc.lora.up" trainable rule="all"\n'
+        'parameter %fc.lora.down: float32[12, 3] "fc.lora.down" trainable rule="all" site="fc" method="lora" part="down"\n'
+        'parameter %fc.lora.up: float32[3, 10] "fc.lora.up" trainable rule="all" site="fc" method="lora" part="up"\n'
         'parameter %fc.bias: float32[10] "fc.bias" trainable\n'
         f"%linear_dense: float32[batch, 10] = aten.linear.default(%x, %fc.weight, %fc.bias) {place}\n"
         f"%linear_down: float32[batch, 3] = aten.matmul.default(%x, %fc.lora.down) {ours}\n"
@@ -275,7 +276,7 @@ def test_settings_that_cannot_be() -> None:
         with pytest.raises(SpecError, match=message):
             load(settings)
     assert isinstance(Lora(), Method)
-    with pytest.raises(SpecError, match="rank 99 of rule all is above min"):
+    with pytest.raises(SpecError, match="rule all: rank 99 is above min"):
         rewrite(graph_of(LINEAR), [(only_site(graph_of(LINEAR)), rule_of(lora(99)))], METHODS)
     broken = graph_of(LINEAR, {**WEIGHTS, "fc.weight": torch.full((10, 12), torch.nan)})
     with pytest.raises(RewriteError, match=r"fc.weight: 120 of 120 entries are NaN or infinite"):

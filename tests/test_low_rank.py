@@ -15,8 +15,8 @@ from rewriting import LINEAR, METHODS, graph_of, low_rank, moment, only_site, re
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.site import Choice, Reject, Site, Statistic
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods import dense_cost, refuse_larger
 from matmorph.passes.methods.low_rank import LowRank
+from matmorph.passes.methods.protocol import dense_cost, refuse_larger
 
 METHOD = LowRank()
 SITE = only_site(graph_of(LINEAR))  # [10, 12]
@@ -120,7 +120,7 @@ def test_a_rank_that_does_not_pay_is_a_reject_unless_forced(rank) -> None:
 
 
 def test_the_rank_of_every_site_too_large_is_a_spec_error() -> None:
-    with pytest.raises(SpecError, match=r"rank 11 of rule all is above min\(in, out\) of every matched site; the largest is 10 \(fc\)"):
+    with pytest.raises(SpecError, match=r"rule all: rank 11 is above min\(in, out\) of every matched site; the largest is 10 \(fc\)"):
         rewritten(graph_of(LINEAR), rule_of(low_rank(11)))
 
 

@@ -17,10 +17,11 @@ from zoo import ZOO
 
 import matmorph as mm
 from matmorph.errors import InputError, VerifyError
+from matmorph.ir.adapter import as_data, read_adapters
 from matmorph.ir.evaluate import bind, evaluate
+from matmorph.ir.joins import joins
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes.adapters.merging import factors_of, merge
-from matmorph.passes.adapters.table import describe_adapters, joins, read_adapters
 from matmorph.passes.linalg.quantize import Quantizer, quantize
 from matmorph.passes.methods import method_table
 from matmorph.runtime import Session
@@ -248,7 +249,7 @@ def test_the_table_survives_a_file() -> None:
     import json
 
     found = compiled([{"loftq": {**U4, "rank": 2}}, {"lora": {"rank": 3, "alpha": 6}}])
-    table = json.loads(json.dumps(describe_adapters(found)))
+    table = json.loads(json.dumps(as_data(found.adapters)))
     assert [(entry["site"], entry["method"], entry["base"], entry["scale"]) for entry in table[:2]] == [
         ("0", "loftq", "loftq", 1.0),
         ("0", "lora", "loftq", 2.0),

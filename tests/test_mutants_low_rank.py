@@ -15,7 +15,7 @@ from rewriting import LINEAR, graph_of, low_rank, moment, rule_of, run, weights_
 
 from matmorph.errors import RewriteError
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 
 MODULES = ("linalg.svd", "linalg.whiten", "methods.weights", "methods.low_rank", "rows", "fragment", "rewrite")
 """In the order of their imports."""

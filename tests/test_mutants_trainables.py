@@ -12,17 +12,19 @@ from mutating import mutated
 from matmorph.errors import SpecError
 from matmorph.ir.text.printing import parse_graph
 from matmorph.passes.adapters import trainables
+from matmorph.passes.methods import all_methods
 
+METHODS = all_methods()
 GRAPH = parse_graph("""graph device=cpu
 range batch 1..
 input %x: float32[batch, 4] "x"
 parameter %a.weight: float32[4, 4] "a.weight" "tied.weight" trainable
-parameter %a.lora.down: float32[4, 2] "a.lora.down" trainable rule="r"
-parameter %a.lora.up: float32[2, 4] "a.lora.up" trainable rule="r"
-parameter %a.lora.base: float32[4, 4] "a.lora.base" rule="r"
+parameter %a.lora.down: float32[4, 2] "a.lora.down" trainable rule="r" site="a" method="lora" part="down"
+parameter %a.lora.up: float32[2, 4] "a.lora.up" trainable rule="r" site="a" method="lora" part="up"
+parameter %a.lora.base: float32[4, 4] "a.lora.base" rule="r" site="a" method="lora" part="base"
 buffer %a.steps: int64[4] "a.steps"
-parameter %a.tt_lora_1.core_0: float32[4] "a.tt_lora_1.core_0" trainable rule="r"
-parameter %b.low_rank.down: float32[4] "b.low_rank.down" trainable rule="r"
+parameter %a.tt_lora_1.core_0: float32[4] "a.tt_lora_1.core_0" trainable rule="r" site="a" method="tt_lora" part="core_0"
+parameter %b.low_rank.down: float32[4] "b.low_rank.down" trainable rule="r" site="b" method="low_rank" part="down"
 parameter %b.table: int64[4] "b.table"
 parameter %lora.bias: float32[4] "lora.bias" trainable
 parameter %idle: float32[4] "idle" trainable
@@ -40,7 +42,7 @@ output %9 "y"
 
 
 def chosen(module: ModuleType, *words: str, frozen: tuple[str, ...] = (), reached: Any = None) -> list[tuple[str, str]]:
-    found = module.resolve(GRAPH, module.selectors(words, "t"), module.selectors(frozen, "f"), reached)
+    found = module.resolve(GRAPH, METHODS, module.selectors(words, "t"), module.selectors(frozen, "f"), reached)
     return [(item.const.path, item.segment) for item in found]
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 from matmorph.ir.build import Builder
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.specs.notations import Width
 from matmorph.specs.schema import Train
 

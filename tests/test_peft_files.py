@@ -18,6 +18,7 @@ from zoo import ZOO
 import matmorph as mm
 from matmorph.errors import InputError
 from matmorph.exporters.peft import read_peft, write_peft
+from matmorph.passes.methods import all_methods
 
 peft = pytest.importorskip("peft")
 
@@ -55,7 +56,7 @@ def test_peft_loads_ours_and_answers_the_same(name: str, tmp_path: Path) -> None
     found, model, inputs = adapted(name, {"rank": 3, "alpha": 6})
     values = trained(found)
     base = first(found.module(**inputs)).detach()
-    theirs = loaded_by_peft(model, write_peft(tmp_path / "lora", found.adapters, values))
+    theirs = loaded_by_peft(model, write_peft(tmp_path / "lora", found.adapters, values, all_methods()))
     ours = found.load_trained(values).module
     same(ours, theirs, inputs)
     assert float((first(ours(**inputs)) - base).abs().max().detach()) > 1e-2  # the adapter does something
@@ -72,7 +73,7 @@ def test_scales_and_starts(settings: dict[str, Any], tmp_path: Path) -> None:
     found = compiled({"lora": settings})
     start = {c.path: c.load() for c in found.graph.state}
     values = trained(found)
-    folder = write_peft(tmp_path / "lora", found.adapters, values, initial=start)
+    folder = write_peft(tmp_path / "lora", found.adapters, values, all_methods(), initial=start)
     same(
         found.load_trained(values).module,
         loaded_by_peft(network(), folder),
@@ -105,11 +106,11 @@ def test_ranks_and_scales_of_their_own(tmp_path: Path) -> None:
     x = (torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),)
     found = mm.compile(model, {"version": 1, "rules": rules}, x)
     values = trained(found)
-    folder = write_peft(tmp_path / "two", found.adapters, values)
+    folder = write_peft(tmp_path / "two", found.adapters, values, all_methods())
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {r"^inner\.a\.0": 3}, {r"^inner\.a\.0": 9})
     same(found.load_trained(values).module, loaded_by_peft(model, folder), x)
-    again = read_peft(folder, found.adapters)
+    again = read_peft(folder, found.adapters, all_methods())
     assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
@@ -126,18 +127,18 @@ def test_a_prefix_is_taken_off_and_put_on(tmp_path: Path) -> None:
     wrapper = Wrapper()
     found = mm.compile(wrapper, {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": {"lora": {"rank": 2}}}]}, x)
     values = trained(found)
-    folder = write_peft(tmp_path / "inner", found.adapters, values, prefix="encoder.", base_model="some/base")
+    folder = write_peft(tmp_path / "inner", found.adapters, values, all_methods(), prefix="encoder.", base_model="some/base")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     same(found.load_trained(values).module, loaded_by_peft(wrapper.encoder, folder), x)
-    assert set(read_peft(folder, found.adapters, prefix="encoder.")) == set(values)
+    assert set(read_peft(folder, found.adapters, all_methods(), prefix="encoder.")) == set(values)
     with pytest.raises(InputError, match=r"encoder\.0: its path does not begin with model\."):
-        write_peft(tmp_path / "other", found.adapters, values, prefix="model.")
+        write_peft(tmp_path / "other", found.adapters, values, all_methods(), prefix="model.")
 
 
 def test_a_tensor_train_goes_out_as_lora(tmp_path: Path) -> None:
     found = compiled({"tt_lora": {"rank": 2, "alpha": 4, "cores": 4}})
     values = trained(found)
-    folder = write_peft(tmp_path / "tt", found.adapters, values)
+    folder = write_peft(tmp_path / "tt", found.adapters, values, all_methods())
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     x = (torch.randn(5, 24, generator=torch.Generator().manual_seed(3)),)
     same(found.load_trained(values).module, loaded_by_peft(network(), folder), x)
@@ -148,9 +149,9 @@ def test_convolutions(tmp_path: Path) -> None:
     rules = [{"match": {"op": "conv1x1"}, "rewrite": {"lora": {"rank": 2, "alpha": 1}}}]
     found = mm.compile(model, {"version": 1, "rules": rules}, inputs, shapes)
     values = trained(found)
-    folder = write_peft(tmp_path / "cnn", found.adapters, values)
+    folder = write_peft(tmp_path / "cnn", found.adapters, values, all_methods())
     same(found.load_trained(values).module, loaded_by_peft(model, folder), inputs)
-    assert all(torch.equal(read_peft(folder, found.adapters)[name], value) for name, value in values.items())
+    assert all(torch.equal(read_peft(folder, found.adapters, all_methods())[name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", *BIG])
@@ -172,7 +173,7 @@ def test_we_load_what_peft_saved(name: str, rslora: bool, tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "peft")
-    values = read_peft(tmp_path / "peft", found.adapters)
+    values = read_peft(tmp_path / "peft", found.adapters, all_methods())
     assert len(values) == 2 * len(paths)
     same(found.load_trained(values).module, theirs, inputs)
 
@@ -183,7 +184,7 @@ def test_we_load_what_peft_saved(name: str, rslora: bool, tmp_path: Path) -> Non
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Path, mm.Compiled]:
     found = compiled({"lora": {"rank": 2}})
-    return write_peft(tmp_path / "lora", found.adapters, trained(found)), found
+    return write_peft(tmp_path / "lora", found.adapters, trained(found), all_methods()), found
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
@@ -199,49 +200,49 @@ def test_settings_that_mean_more(key: str, value: Any, message: str, folder: tup
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(InputError, match=message):
-        read_peft(path, found.adapters)
+        read_peft(path, found.adapters, all_methods())
 
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda t: {}, "holds no factors"),
     (lambda t: {k: v for k, v in t.items() if "0.lora_B" not in k}, "0 has one factor of two"),
     (lambda t: {**t, "base_model.model.0.weight": torch.ones(2)}, r"base_model\.model\.0\.weight is no factor of a LoRA"),
-    (lambda t: {k.replace("model.2.", "model.7."): v for k, v in t.items()}, "adapts 7, and this model has no lora there"),
+    (lambda t: {k.replace("model.2.", "model.7."): v for k, v in t.items()}, "adapts 7, and this model has no LoRA there"),
     (lambda t: {**t, "base_model.model.0.lora_A.weight": torch.ones(2, 24, 3, 3)}, "convolutions with larger kernels"),
 ])  # fmt: skip
 def test_weights_that_are_none(change: Any, message: str, folder: tuple[Path, mm.Compiled]) -> None:
     path, found = folder
     save_file(change(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=message):
-        read_peft(path, found.adapters)
+        read_peft(path, found.adapters, all_methods())
 
 
 def test_another_rank_is_refused_by_the_model(folder: tuple[Path, mm.Compiled]) -> None:
     path, _ = folder
     other = compiled({"lora": {"rank": 4}})
     with pytest.raises(InputError, match=r"an adapter of another rank"):
-        other.load_trained(read_peft(path, other.adapters))
+        other.load_trained(read_peft(path, other.adapters, all_methods()))
     pissa = compiled({"lora": {"rank": 2, "init": "pissa"}})
     with pytest.raises(InputError, match="starts from a part of the weight"):
-        read_peft(path, pissa.adapters)
+        read_peft(path, pissa.adapters, all_methods())
 
 
 def test_folders_that_are_none(folder: tuple[Path, mm.Compiled], tmp_path: Path) -> None:
     path, found = folder
     with pytest.raises(InputError, match="no such folder"):
-        read_peft(tmp_path / "none", found.adapters)
+        read_peft(tmp_path / "none", found.adapters, all_methods())
     with pytest.raises(InputError, match=r"no adapter_config\.json in it"):
-        read_peft(tmp_path, found.adapters)
+        read_peft(tmp_path, found.adapters, all_methods())
     weights = path / "adapter_model.safetensors"
     weights.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
-        read_peft(path, found.adapters)
+        read_peft(path, found.adapters, all_methods())
     weights.rename(path / "adapter_model.bin")
     with pytest.raises(InputError, match="only a pickle, which is not read"):
-        read_peft(path, found.adapters)
+        read_peft(path, found.adapters, all_methods())
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        read_peft(path, found.adapters)
+        read_peft(path, found.adapters, all_methods())
 
 
 def test_adapters_that_peft_has_no_place_for(tmp_path: Path) -> None:
@@ -253,10 +254,10 @@ def test_adapters_that_peft_has_no_place_for(tmp_path: Path) -> None:
     )
     for found, message in cases:
         with pytest.raises(InputError, match=message):
-            write_peft(tmp_path / "out", found.adapters, trained(found))
+            write_peft(tmp_path / "out", found.adapters, trained(found), all_methods())
     with pytest.raises(InputError, match="nothing to write: the model has no adapters"):
-        write_peft(tmp_path / "out", (), {})
+        write_peft(tmp_path / "out", (), {}, all_methods())
     slices = [entry for entry in adapted("mha-cross", {"rank": 2}, {"op": "matmul"})[0].adapters if "[" in entry.site]
     with pytest.raises(InputError, match="rows of a larger weight, for which PEFT has no module"):
-        write_peft(tmp_path / "out", slices, {})
+        write_peft(tmp_path / "out", slices, {}, all_methods())
     assert not (tmp_path / "out").exists()

@@ -163,7 +163,7 @@ def test_a_rank_above_some_sites_is_their_reject_above_all_an_error(graph: Graph
         report = act(graph, spec(rule("r", ALL, 5)))
         assert row(report, "fc2").reason == "rank 5 is above min(in, out) = 4"
         assert row(report, "fc1").status == "rewritten"
-        with pytest.raises(SpecError, match="rank 9 of rule r is above min"):
+        with pytest.raises(SpecError, match="rule r: rank 9 is above min"):
             act(graph, spec(rule("r", ALL, 9)))
 
 

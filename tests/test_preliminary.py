@@ -13,8 +13,8 @@ from mutating import mutated
 from rewriting import LINEAR, graph_of, only_site, rule_of, weights_of
 
 from matmorph.errors import InputError, SpecError
-from matmorph.passes.methods import SiteStats
-from matmorph.passes.methods.sparse_grad import SparseGrad, SparseGradSpec
+from matmorph.passes.methods.protocol import SiteStats
+from matmorph.passes.methods.sparse_grad.method import SparseGrad, SparseGradSpec
 from matmorph.passes.statistics import weight_gradients as real
 from matmorph.specs.notations import Count
 from matmorph.specs.schema import MethodUse, Train

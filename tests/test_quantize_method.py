@@ -394,7 +394,7 @@ def test_bad_settings_are_named_with_their_place(text: str, message: str, tmp_pa
 
 @pytest.mark.parametrize("method", [loftq, qlora])
 def test_a_rank_that_no_site_has_is_a_spec_error(method: Any) -> None:
-    with pytest.raises(SpecError, match=r"rank 11 of rule all is above min\(in, out\) of every matched site"):
+    with pytest.raises(SpecError, match=r"rule all: rank 11 is above min\(in, out\) of every matched site"):
         rewritten(graph_of(LINEAR), rule_of(method(11, quantizer="nf4")), methods=METHODS)
 
 

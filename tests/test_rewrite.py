@@ -20,7 +20,7 @@ from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes import methods
-from matmorph.passes.methods import Error, FragmentBuilder, Method, dense_cost
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Method, UpdateMethod, dense_cost
 from matmorph.passes.rewriting.rewrite import appraise, build, refuse_impossible, rewrite, splice
 from matmorph.specs.schema import MethodUse
 
@@ -33,8 +33,8 @@ def test_golden_text_of_a_linear() -> None:
         "graph device=cpu\n"
         "range batch 1..\n"
         'input %x: float32[batch, 12] "x"\n'
-        'parameter %fc.low_rank.down: float32[12, 4] "fc.low_rank.down" trainable rule="all"\n'
-        'parameter %fc.low_rank.up: float32[4, 10] "fc.low_rank.up" trainable rule="all"\n'
+        'parameter %fc.low_rank.down: float32[12, 4] "fc.low_rank.down" trainable rule="all" site="fc" method="low_rank" part="down"\n'
+        'parameter %fc.low_rank.up: float32[4, 10] "fc.low_rank.up" trainable rule="all" site="fc" method="low_rank" part="up"\n'
         'parameter %fc.bias: float32[10] "fc.bias" trainable\n'
         "%linear_down: float32[batch, 4] = aten.matmul.default(%x, %fc.low_rank.down) "
         '@":Net/fc:Linear" layer=0 rule="all" location="s.yaml:3"\n'
@@ -301,7 +301,7 @@ class NoSpec:
     pass
 
 
-class Shift:
+class Shift(UpdateMethod):
     """An update with known mathematics: adds `amount` in every entry, as a rank-one product. `residual` is kept for the test to see."""
 
     name: ClassVar[str] = "shift"

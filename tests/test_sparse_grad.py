@@ -28,8 +28,8 @@ from matmorph.ir.evaluate import evaluate
 from matmorph.ir.training.gradient import gradient_graph
 from matmorph.ir.training.losses import Loss
 from matmorph.passes.linalg import hosvd
-from matmorph.passes.methods import SiteStats
-from matmorph.passes.methods import sparse_grad as real
+from matmorph.passes.methods.protocol import SiteStats
+from matmorph.passes.methods.sparse_grad import method as real
 from matmorph.runtime import Session, Trainer
 from matmorph.specs.notations import Count
 from matmorph.specs.schema import MethodUse
@@ -540,7 +540,7 @@ def built(module: ModuleType, spec: Any, stats: Any = None) -> tuple[Any, dict[s
 
 
 def with_delta(graph: Any, seed: int = 4) -> tuple[Any, Tensor]:
-    from matmorph.passes.adapters.table import with_values
+    from matmorph.passes.adapters.values import with_values
 
     delta = next(const for const in graph.state if const.path.endswith(".delta"))
     value = torch.randn([int(d) for d in delta.tensor.shape], generator=torch.Generator().manual_seed(seed))

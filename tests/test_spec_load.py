@@ -156,7 +156,7 @@ ERRORS = [
                                          "  rank: inner size of the two factors"),
     # rewrites
     (rewrite("{lowrank: {rank: 1}}"), "specs/a.yaml:4:15: rules[0].rewrite.lowrank: unknown method; did you mean low_rank?\n"
-                                      "  methods: low_rank, quantize, lora, prune, sparse_grad"),
+                                      "  methods: low_rank, quantize, lora, prune"),
     (rewrite("kep"), "specs/a.yaml:4:14: rules[0].rewrite: expected a method such as {low_rank: {rank: 64}}, a list of methods, any_of or "
                      "keep, got kep; did you mean keep?"),
     (rewrite("[]"), "specs/a.yaml:4:14: rules[0].rewrite: the list of methods is empty; write keep to leave the matmuls as they are"),
@@ -171,10 +171,6 @@ ERRORS = [
      "specs/a.yaml:4:28: rules[0].rewrite[1].quantize: the replacing method comes first (quantize is of kind replace)"),
     (rewrite("[{prune: {}}, {lora: {}}]"),
      "specs/a.yaml:4:16: rules[0].rewrite[0].prune: a method that works on a block stands alone (prune is of kind block)"),
-    (rewrite("[{lora: {}}, {sparse_grad: {}}]"), "specs/a.yaml:4:28: rules[0].rewrite[1].sparse_grad: "
-     "a procedure stands alone or after a replacing method (sparse_grad is of kind procedure)"),
-    (rewrite("[{sparse_grad: {}}, {lora: {}}]"),
-     "specs/a.yaml:4:35: rules[0].rewrite[1].lora: nothing comes after a procedure (lora is of kind update)"),
     (rewrite("{lora: {bits: 3}}"), "specs/a.yaml:4:28: rules[0].rewrite.lora.bits: expected one of 2, 4, 8, got 3"),
     (rewrite("{lora: {levels: otto}}"),
      "specs/a.yaml:4:30: rules[0].rewrite.lora.levels: expected an integer >= 1 or auto, got otto; did you mean auto?"),

@@ -190,10 +190,10 @@ def test_types_that_a_spec_cannot_hold(hint: Any) -> None:
 
 def test_a_method_without_a_kind_is_its_own_fault() -> None:
     class Broken:
-        Spec = LowRankSpec
+        Spec, example, automatic = LowRankSpec, None, ()
 
     data = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": {"broken": {"rank": 1}}}]}
-    with pytest.raises(VerifyError, match="method broken: kind is None, not one of replace, update, block, procedure"):
+    with pytest.raises(VerifyError, match="method broken: kind is None, not one of replace, update, block"):
         load_spec(data, {"broken": Broken})
 
 

@@ -18,8 +18,8 @@ from torch.nn.functional import mse_loss
 
 import matmorph as mm
 from matmorph.errors import InputError
-from matmorph.passes.adapters.supernet import spec_of
-from matmorph.passes.methods import glora
+from matmorph.folders.after_training import found_spec
+from matmorph.passes.methods.glora import method as glora
 from matmorph.runtime import ArtifactError, InputMismatch, Trainer
 from matmorph.runtime.supernet import Chooser
 
@@ -254,7 +254,7 @@ def test_evaluated_configured_merged_and_compiled_from_its_spec_are_one_model(co
         assert far(compiled.load_trained(values).configured(configuration).module(x), wanted) < ROUNDING
         merged = compiled.merge(values, configuration=configuration)
         assert far(merged.module(x), wanted) < ROUNDING
-        found = mm.compile(network(), spec_of(compiled.spec, compiled.adapters, configuration), (X,), ({0: "batch"},))
+        found = mm.compile(network(), found_spec(compiled.spec, compiled.adapters, configuration), (X,), ({0: "batch"},))
         start = net.values(values, chosen)
         assert {name for name, _ in found.module.named_parameters() if ".glora." in name} == set(start)
         assert far(found.load_trained(start).module(x), wanted) < ROUNDING
@@ -266,7 +266,7 @@ def test_a_supernet_starts_as_its_source(compiled: mm.Compiled) -> None:
 
 
 def test_spec_of_a_configuration(compiled: mm.Compiled) -> None:
-    data = spec_of(compiled.spec, compiled.adapters, {"0": {"A": "vector", "B": "lora"}})
+    data = found_spec(compiled.spec, compiled.adapters, {"0": {"A": "vector", "B": "lora"}})
     assert data["rules"] == [
         {"name": "all-1", "match": {"op": "matmul", "path": ["re:0"]}, "expect": 1,
          "rewrite": {"glora": {"A": "vector", "B": "lora", "rank": 2}}},

@@ -16,8 +16,8 @@ from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods import SiteStats
-from matmorph.passes.methods.block_scores import block_scores
+from matmorph.passes.methods.protocol import SiteStats
+from matmorph.passes.methods.transact.scores import block_scores
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, V
 from matmorph.passes.pruning.find_blocks import find_blocks
 from matmorph.passes.statistics.taylor import taylor

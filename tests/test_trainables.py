@@ -10,10 +10,12 @@ from matmorph.api import load_spec
 from matmorph.errors import SpecError
 from matmorph.ir.core import Graph
 from matmorph.ir.tracing.trace import trace
-from matmorph.passes.adapters.trainables import method_of, resolve, selectors
-from matmorph.passes.methods import method_table
+from matmorph.passes.adapters.trainables import resolve, selectors
+from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph
 from matmorph.specs.schema import ParameterSelector
+
+METHODS = all_methods()
 
 
 class Net(nn.Module):
@@ -45,11 +47,11 @@ def graph() -> Graph:
         {"match": {"path": "second"}, "rewrite": {"low_rank": {"rank": 2}}},
     ]
     spec = load_spec({"version": 1, "rules": rules})
-    return compile_graph(source, spec, {name: method() for name, method in method_table().items()}, "Net").graph
+    return compile_graph(source, spec, METHODS, "Net").graph
 
 
 def names(graph: Graph, *words: str, frozen: tuple[str, ...] = ()) -> list[str]:
-    found = resolve(graph, selectors(words, "trainable"), selectors(frozen, "frozen"))
+    found = resolve(graph, METHODS, selectors(words, "trainable"), selectors(frozen, "frozen"))
     return [item.const.path for item in found]
 
 
@@ -66,7 +68,7 @@ def test_all_is_every_float_parameter_once_in_state_order(graph: Graph) -> None:
 
 
 def test_segments_come_as_named_and_hold_state_order(graph: Graph) -> None:
-    found = resolve(graph, selectors(["**.bias", "adapters", "norm.*"], "trainable"))
+    found = resolve(graph, METHODS, selectors(["**.bias", "adapters", "norm.*"], "trainable"))
     assert [(item.segment, item.const.path) for item in found] == [
         ("**.bias", "first.bias"),
         ("**.bias", "norm.bias"),
@@ -85,10 +87,10 @@ def test_a_tied_parameter_answers_to_each_of_its_names(graph: Graph, glob: str) 
 
 def test_what_the_loss_does_not_reach_is_left_out(graph: Graph) -> None:
     reached = [const for const in graph.used_state() if not const.path.startswith("aside")]
-    found = resolve(graph, selectors(["all"], "trainable"), reached=reached)
+    found = resolve(graph, METHODS, selectors(["all"], "trainable"), reached=reached)
     assert [item.const for item in found] == [const for const in reached if const.kind == "parameter"]
     with pytest.raises(SpecError, match=r"trainable\[0\]: the loss does not depend on what aside.\*\* chooses") as caught:
-        resolve(graph, selectors(["aside.**"], "trainable"), reached=reached)
+        resolve(graph, METHODS, selectors(["aside.**"], "trainable"), reached=reached)
     assert caught.value.details == ("chosen: aside.weight, aside.bias",)
 
 
@@ -123,8 +125,8 @@ def test_no_adapters_in_a_plain_model() -> None:
     )
     assert at.train is not None
     with pytest.raises(SpecError) as caught:
-        resolve(plain, at.train.trainable)
-    said = "the model has no adapters: no rule put in lora, tt_lora, loftq, qlora, glora or sparse_grad"
+        resolve(plain, METHODS, at.train.trainable)
+    said = "the model has no adapters: no rule put in loftq, qlora, tt_lora, lora, glora or sparse_grad"
     hint = "trainable: all takes the model's own parameters; compile --no-train writes no training graphs"
     assert str(caught.value) == f"train.trainable[0]: {said}\n  {hint}"
 
@@ -135,11 +137,11 @@ def test_an_error_names_the_place_in_the_spec(graph: Graph, tmp_path: pytest.Tem
     train = load_spec(file).train
     assert train is not None
     with pytest.raises(SpecError) as caught:
-        resolve(graph, train.trainable)
+        resolve(graph, METHODS, train.trainable)
     assert str(caught.value).startswith(f"{file}:3:42: train.trainable[1]: no parameter is called x.**")
 
 
 def test_the_method_of_a_weight(graph: Graph) -> None:
-    found = {const.path: method_of(const) for const in graph.state}
+    found = {const.path: const.method for const in graph.state}
     assert (found["first.loftq.up"], found["second.low_rank.down"], found["norm.bias"]) == ("loftq", "low_rank", None)
     assert ParameterSelector("adapters").GROUPS == ("adapters", "factors", "all")

@@ -16,7 +16,7 @@ from rewriting import graph_of, moment, weights_of
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes.linalg.refit import refit
-from matmorph.passes.methods.transact import Transact, TransactSpec
+from matmorph.passes.methods.transact.method import Transact, TransactSpec
 from matmorph.passes.pruning.axes import WIDTH
 from matmorph.passes.pruning.find_blocks import find_blocks
 from matmorph.specs.notations import Width

@@ -14,7 +14,7 @@ from zoo import ZOO
 import matmorph as mm
 from matmorph.errors import CheckError, InputError, SpecError
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods.transact import Transact, TransactSpec
+from matmorph.passes.methods.transact.method import Transact, TransactSpec
 from matmorph.passes.pruning.axes import QK, V
 from matmorph.passes.pruning.find_blocks import find_blocks
 from matmorph.specs.notations import Width

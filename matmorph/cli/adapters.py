@@ -20,8 +20,8 @@ from matmorph.runtime.targets import target_names
 
 if TYPE_CHECKING:
     from matmorph.folders.job import Job
+    from matmorph.ir.adapter import Adapter
     from matmorph.passes.adapters.merging import Merged
-    from matmorph.passes.adapters.table import Adapter
 
 adapter_app = typer.Typer(help="Adapters: files for ONNX Runtime and PEFT, switched and merged.", no_args_is_help=True)
 
@@ -166,11 +166,12 @@ def to_peft_command(
 ) -> None:
     """Write the LoRA adapters of DIR as a PEFT folder."""
     from matmorph.exporters.peft import write_peft
+    from matmorph.passes.methods import all_methods
 
     job, adapters, values = _opened(folder, trained)
     own = {name for adapter in adapters for name in adapter.consts.values()}
     start = {const.path: const.load() for const in job.graph.state if const.path in own}
-    write_peft(out, adapters, {**start, **values}, initial=start, base_model=base_model, prefix=prefix)
+    write_peft(out, adapters, {**start, **values}, all_methods(), initial=start, base_model=base_model, prefix=prefix)
     print(f"wrote {out}/ ({len(adapters)} modules)")
 
 
@@ -189,16 +190,18 @@ def from_peft_command(
 
     from matmorph.exporters.adapters import adapter_arrays, serve
     from matmorph.exporters.peft import read_peft
-    from matmorph.passes.adapters.table import with_values
+    from matmorph.passes.adapters.values import with_values
+    from matmorph.passes.methods import all_methods
     from matmorph.runtime.adapters import read_slots, save_adapter
 
     _refuse_file(out, force)
     job, adapters, _ = _opened(folder, None)
-    values = read_peft(source, adapters, prefix=prefix)
+    methods = all_methods()
+    values = read_peft(source, adapters, methods, prefix=prefix)
     if out.suffix == ".onnx_adapter":
-        served = serve(job.graph, adapters, job.spec.export.precision)
+        served = serve(job.graph, adapters, job.spec.export.precision, methods)
         with _readable():
-            save_adapter(out, adapter_arrays(adapters, values), read_slots(served.to_dict(), str(folder)))
+            save_adapter(out, adapter_arrays(adapters, values, methods), read_slots(served.to_dict(), str(folder)))
     else:
         with_values(job.graph, values, str(source))  # refuses what the model does not take
         save_file(values, out)

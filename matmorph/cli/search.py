@@ -22,7 +22,7 @@ STATE, VALUES = "search.json", "values.safetensors"
 
 
 def search_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with the training graphs of a supernet (glora: {search: true}).")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with the training graphs of a supernet (search: true).")],
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Validation data as for `train`; never the test data.")],
     trained: Annotated[Path, typer.Option("--trained", metavar="FILE", help="What `matmorph train DIR` wrote, or a checkpoint.")],
     out: Annotated[Path, typer.Option("--out", metavar="OUT", help=f"The folder for {SPEC}, {VALUES} and {STATE}.")],
@@ -107,8 +107,8 @@ def _watch(settings: SearchSettings) -> Watch | None:
 
 def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> None:
     """The spec of the best configuration, and its values."""
-    from matmorph.passes.adapters.supernet import spec_of
-    from matmorph.passes.adapters.table import read_adapters
+    from matmorph.folders.after_training import found_spec
+    from matmorph.ir.adapter import read_adapters
     from matmorph.passes.methods import method_table
     from matmorph.runtime.checkpoint import write_tensors
     from matmorph.runtime.format.training import TRAIN_MANIFEST
@@ -117,7 +117,7 @@ def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> N
 
     adapters = read_adapters(trainer.manifest.adapters, str(folder / TRAIN_MANIFEST))
     methods = method_table()
-    spec = load_spec(spec_of(load_spec(folder / SPEC, methods), adapters, result.named), methods)
+    spec = load_spec(found_spec(load_spec(folder / SPEC, methods), adapters, result.named), methods)
     supernet = trainer.supernet
     if supernet is not None:
         write_tensors(out / VALUES, supernet.values(trainer.parameters(), result.best.configuration), {})

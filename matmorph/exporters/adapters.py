@@ -20,18 +20,19 @@ from torch import Tensor
 
 from matmorph.errors import ExportError, InputError
 from matmorph.exporters.data_file import weights_sha256
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, mapped_arguments
+from matmorph.ir.joins import Join, consts_of, joins
 from matmorph.ir.rewiring import rewired, swept
-from matmorph.passes.adapters.table import Adapter, Join, consts_of, joins
-from matmorph.passes.adapters.trainables import method_of
-from matmorph.passes.methods.tt_lora import two_factor_form
+from matmorph.ir.types import TensorType, dtype_name
+from matmorph.passes.methods.protocol import Methods, SiteMethod, names_of, site_method
 from matmorph.runtime.format.adapters import Slot, Slots
 
 PARTS = ("down", "up")
+_INPUT = "input."
+"""Before the short name of a factor that is an input of the ONNX graph."""
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-METHODS = ("lora", "loftq", "qlora", "tt_lora")
-"""Those with a two-factor form."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,18 +48,20 @@ class Served:
         return Slots(self.fingerprint, self.inputs).to_dict()
 
 
-def serve(graph: Graph, adapters: Sequence[Adapter], precision: str) -> Served:
+def serve(graph: Graph, adapters: Sequence[Adapter], precision: str, methods: Methods) -> Served:
     """The graph with every adapter as two plain matmuls of weights `<site>.<method>.down` and `.up`, at their defaults. `precision`: of
     the export.
 
     ExportError for none at all, for an adapter that has no two-factor form, and for a type that numpy does not have.
     """
     if not adapters:
-        raise ExportError("export.adapters: inputs, and the model has no adapters (no rule put in lora, tt_lora, loftq or qlora)")
+        names = [name for name in names_of(methods, "adapters") if site_method(methods, name).peft is not None]
+        said = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise ExportError(f"export.adapters: inputs, and the model has no adapters (no rule put in {said})")
     fingerprint = base_fingerprint(graph, adapters)
     inputs: list[Slot] = []
     for adapter in adapters:
-        graph, entry = _served(graph, adapter, precision)
+        graph, entry = _served(graph, adapter, precision, site_method(methods, adapter.method))
         inputs.append(entry)
     return Served(graph, tuple(inputs), fingerprint)
 
@@ -69,7 +72,7 @@ def base_fingerprint(graph: Graph, adapters: Sequence[Adapter]) -> str:
     return weights_sha256(const for const in graph.used_state() if const.path not in own)
 
 
-def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any], methods: Methods) -> dict[str, np.ndarray]:
     """What the inputs are given: down [.., in, rank] and up [.., rank, out], float32, the scale folded in. `values`: torch or numpy arrays
     by dotted name; they may have another rank than the compiled model, and leave adapters out.
 
@@ -82,7 +85,8 @@ def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any]) -> di
             continue
         if missing:
             raise InputError(f"the values lack {missing[0]} of the adapter at {adapter.site}")
-        down, up = two_factors_of(adapter, {short: _tensor(values[name]) for short, name in adapter.consts.items()})
+        tensors = {short: _tensor(values[name]) for short, name in adapter.consts.items()}
+        down, up = two_factors_of(adapter, tensors, site_method(methods, adapter.method))
         for part, tensor in zip(PARTS, (down, up), strict=True):
             found[_name(adapter, part)] = tensor.float().contiguous().numpy()
     if not found:
@@ -90,17 +94,17 @@ def adapter_arrays(adapters: Sequence[Adapter], values: Mapping[str, Any]) -> di
     return found
 
 
-def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(down [.., in, rank], up [.., rank, out]) with the scale in `up`, in the type of the factors."""
-    if adapter.method == "tt_lora":
-        cores = [tensors[f"core_{k}"] for k in range(len(tensors))]
-        try:
-            return two_factor_form(cores, adapter.in_features, adapter.scale)
-        except ValueError as error:
-            raise ExportError(f"{adapter.site}: its tensor train has no two-factor form: {error}") from error
-    if adapter.method not in METHODS:  # of whoever writes files for other programs
+def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor], method: SiteMethod) -> tuple[Tensor, Tensor]:
+    """(down [.., in, rank], up [.., rank, out]) with the scale in `up`, in the type of the factors. InputError for a method without such a
+    form and for factors that do not fit, ExportError for tensors that have none."""
+    numbers = {"scale": torch.tensor(adapter.scale, dtype=torch.float64), "in_features": torch.tensor(adapter.in_features)}
+    try:
+        found = method.two_factor({**tensors, **numbers})
+    except ExportError as error:
+        raise ExportError(f"{adapter.site}: {error.message}", error.details) from error
+    if found is None:  # of whoever writes files for other programs
         raise InputError(f"{adapter.site}: {adapter.method} has no two-factor form; merge it instead")
-    down, up = (tensors[part] for part in PARTS)
+    down, up = found
     lead = () if adapter.batch is None else (adapter.batch,)
     rank = down.shape[-1] if down.dim() else 0
     if tuple(down.shape) != (*lead, adapter.in_features, rank) or tuple(up.shape) != (*lead, rank, adapter.out_features):
@@ -108,7 +112,7 @@ def two_factors_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Ten
             f"{adapter.site}: factors {list(down.shape)} and {list(up.shape)} do not fit a matmul of {adapter.in_features} inputs and "
             f"{adapter.out_features} outputs"
         )
-    return down, adapter.scale * up
+    return down, up
 
 
 def _tensor(value: Any) -> Tensor:
@@ -119,28 +123,22 @@ def _name(adapter: Adapter, part: str) -> str:
     return f"{next(iter(adapter.consts.values())).rpartition('.')[0]}.{part}"
 
 
-def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, Slot]:
-    if adapter.method not in METHODS:
-        raise ExportError(f"{adapter.site}: adapters of {adapter.method} cannot be inputs; use export.adapters: inline")
+def _served(graph: Graph, adapter: Adapter, precision: str, method: SiteMethod) -> tuple[Graph, Slot]:
     factors = consts_of(graph, adapter.consts.values())
     tensors = {short: const.load().detach() for short, const in zip(adapter.consts, factors, strict=True)}
-    down, up = two_factors_of(adapter, tensors)
+    try:
+        down, up = two_factors_of(adapter, tensors, method)
+    except InputError as error:
+        raise ExportError(f"{adapter.site}: adapters of {adapter.method} cannot be inputs; use export.adapters: inline") from error
     if adapter.starts_at_zero:
         down, up = down[..., :0], up[..., :0, :]
     dtype = _DTYPES.get(precision, factors[0].tensor.dtype)
     if dtype == "bfloat16":
         raise ExportError("export.adapters: inputs needs float32 or float16 factors: numpy has no bfloat16 to give them in")
     b = Builder(graph)
-    rule = factors[0].rule
-    pair = {
-        part: Const(
-            _name(adapter, part), const.type, const.load, (_name(adapter, part),), trainable=True, storage=_name(adapter, part), rule=rule
-        )
-        for part, tensor in zip(PARTS, (down, up), strict=True)
-        for const in (b.const(f"{_name(adapter, part)}.input", tensor.contiguous()),)
-    }
+    pair = {part: _input(adapter, part, tensor, factors[0].rule) for part, tensor in zip(PARTS, (down, up), strict=True)}
     ends, tainted = joins(graph, factors)
-    write = _as_written if adapter.method != "tt_lora" else _from_rows
+    write = _as_written if set(adapter.consts) == set(PARTS) else _from_rows
     nodes = write(graph, adapter, ends, tainted, pair, b)
     state: list[Const] = []
     for const in graph.state:
@@ -158,6 +156,23 @@ def _served(graph: Graph, adapter: Adapter, precision: str) -> tuple[Graph, Slot
         dtype,
     )
     return result, entry
+
+
+def _input(adapter: Adapter, part: str, tensor: Tensor, rule: str | None) -> Const:
+    """One factor as a weight that `expose_adapters` makes an input."""
+    name, held = _name(adapter, part), tensor.contiguous()
+    return Const(
+        name,
+        TensorType(dtype_name(held.dtype), tuple(held.shape)),
+        lambda: held,
+        (name,),
+        trainable=True,
+        storage=name,
+        rule=rule,
+        site=adapter.site,
+        method=adapter.method,
+        part=f"{_INPUT}{part}",
+    )
 
 
 def _as_written(
@@ -258,11 +273,12 @@ def expose_adapters(model: ir.Model, graph: Graph) -> None:
 
 
 def _pairs(graph: Graph) -> Iterator[tuple[Const, Const]]:
-    known = {const.path: const for const in graph.used_state() if method_of(const) in METHODS and const.trainable}
-    for path, const in known.items():
-        stem, _, part = path.rpartition(".")
-        if part == "down" and f"{stem}.up" in known:
-            yield const, known[f"{stem}.up"]
+    halves: dict[str, list[Const]] = {}
+    for const in graph.used_state():
+        if (const.part or "").startswith(_INPUT):
+            halves.setdefault(const.path.rpartition(".")[0], []).append(const)
+    for down, up in halves.values():  # noqa: UP028  (pairs, not lists)
+        yield down, up
 
 
 def _spread(value: ir.Value, axis: int, rank: ir.SymbolicDim, stop: set[ir.Node]) -> set[ir.Node]:

@@ -25,12 +25,11 @@ from torch import Tensor
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.adapters import two_factors_of
 from matmorph.exporters.artifact import json_bytes, staged_folder
-from matmorph.passes.adapters.table import Adapter
+from matmorph.ir.adapter import Adapter
+from matmorph.passes.methods.protocol import Methods, Peft, SiteMethod, site_method
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TWO_FACTOR = ("lora", "qlora")
-"""Methods whose down and up are PEFT's A and B, scale apart."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +53,7 @@ def write_peft(
     folder: str | os.PathLike[str],
     adapters: Sequence[Adapter],
     values: Mapping[str, Any],
+    methods: Methods,
     *,
     initial: Mapping[str, Any] | None = None,
     base_model: str | None = None,
@@ -68,7 +68,7 @@ def write_peft(
     if not adapters:
         raise InputError("nothing to write: the model has no adapters")
     _refuse_shared_sites(adapters)
-    modules = [_module(adapter, values, initial, prefix) for adapter in adapters]
+    modules = [_module(adapter, site_method(methods, adapter.method), values, initial, prefix) for adapter in adapters]
     tensors: dict[str, Tensor] = {}
     for adapter, module in zip(adapters, modules, strict=True):
         pixels = (1, 1) if adapter.form == "conv1x1" else ()
@@ -88,42 +88,43 @@ def _refuse_shared_sites(adapters: Sequence[Adapter]) -> None:
         raise InputError(f"{twice}: has two adapters, PEFT's folder holds one per module")
 
 
-def _module(adapter: Adapter, values: Mapping[str, Any], initial: Mapping[str, Any] | None, prefix: str) -> _Module:
+def _module(adapter: Adapter, method: SiteMethod, values: Mapping[str, Any], initial: Mapping[str, Any] | None, prefix: str) -> _Module:
+    refused = None if method.peft is None else method.peft.refused
     reasons = (
         (adapter.batch is not None, f"a stack of {adapter.batch} experts, for which PEFT has no module"),
         ("[" in adapter.site, "rows of a larger weight, for which PEFT has no module"),
-        (adapter.method == "loftq", "fitted to a quantised base that PEFT's model does not have; merge it instead"),
+        (refused is not None, refused or ""),
         (not adapter.site.startswith(prefix), f"its path does not begin with {prefix}"),
     )
     for fails, reason in reasons:
         if fails:
             raise InputError(f"{adapter.site}: {reason}")
-    down, up = _factors(adapter, values)
+    down, up = _factors(adapter, method, values)
     if adapter.base == "own":
         if initial is None:
             raise InputError(f"{adapter.site}: its base lacks what the factors started with, so the starting values are needed too")
-        first, second = _factors(adapter, initial)
+        first, second = _factors(adapter, method, initial)
         down, up = torch.cat([down, first], dim=1), torch.cat([up, -second], dim=0)
     return _Module(adapter.site.removeprefix(prefix), down.T, up.T, adapter.scale)
 
 
-def _factors(adapter: Adapter, values: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _factors(adapter: Adapter, method: SiteMethod, values: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(down, up) without the scale, of any method that has two factors."""
     missing = [name for name in adapter.consts.values() if name not in values]
     if missing:
         raise InputError(f"the values lack {missing[0]} of the adapter at {adapter.site}")
     tensors = {short: torch.as_tensor(values[name]).detach().cpu() for short, name in adapter.consts.items()}
-    return two_factors_of(replace(adapter, scale=1.0), tensors)
+    return two_factors_of(replace(adapter, scale=1.0), tensors, method)
 
 
 def _config(adapters: Sequence[Adapter], modules: Sequence[_Module], base_model: str | None) -> dict[str, Any]:
-    rslora = all(adapter.rslora for adapter in adapters)
+    rslora = all(adapter.details.get("rslora", False) for adapter in adapters)
     alphas = [_tidy(module.scale * (sqrt(module.rank) if rslora else module.rank)) for module in modules]
     r, alpha = modules[0].rank, alphas[0]
     pattern = [re.escape(module.path) for module in modules]
     plain = all("." in module.path for module in modules)  # PEFT matches a list by the end of a path, which must not fit others
     return {
-        "peft_type": "LORA",
+        "peft_type": Peft.type,
         "task_type": None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
@@ -150,20 +151,21 @@ def _tidy(alpha: float) -> float | int:
 # in
 
 
-def read_peft(folder: str | os.PathLike[str], adapters: Sequence[Adapter], *, prefix: str = "") -> dict[str, Tensor]:
+def read_peft(folder: str | os.PathLike[str], adapters: Sequence[Adapter], methods: Methods, *, prefix: str = "") -> dict[str, Tensor]:
     """Factors by our dotted names, their scale made that of the compiled model, from a folder that PEFT saved. The ranks are PEFT's.
 
     InputError: another method than plain LoRA (named), modules that no rule adapts, a missing or damaged file.
     """
     config, tensors = _read(Path(folder))
     _refuse_config(Path(folder), config)
-    sites = {adapter.site: adapter for adapter in adapters if adapter.method in _TWO_FACTOR}
+    known = {name: method.peft for name, method in methods.items() if isinstance(method, SiteMethod)}
+    sites = {adapter.site: adapter for adapter in adapters if (peft := known.get(adapter.method)) is not None and peft.takes_in}
     found: dict[str, Tensor] = {}
     for path, (a, b) in _pairs(Path(folder), tensors).items():
         adapter = sites.get(prefix + path)
         if adapter is None:
             near = did_you_mean(prefix + path, sites)
-            raise InputError(f"{folder}: adapts {path}, and this model has no lora there{near}", [f"{len(sites)} matmuls have one"])
+            raise InputError(f"{folder}: adapts {path}, and this model has no LoRA there{near}", [f"{len(sites)} matmuls have one"])
         if adapter.base == "own":
             raise InputError(f"{adapter.site}: starts from a part of the weight (init: pissa | olora), PEFT's factors do not", [_KAIMING])
         scale = _scale_of(config, path, int(a.shape[0]))
@@ -219,8 +221,8 @@ _REFUSED: Mapping[str, Callable[[Any], bool]] = {
 def _refuse_config(folder: Path, config: Any) -> None:
     where = folder / CONFIG
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise InputError(f"{where}: peft_type is {kind}, only LORA can be taken in")
+    if kind != Peft.type:
+        raise InputError(f"{where}: peft_type is {kind}, only {Peft.type} can be taken in")
     for key, refused in _REFUSED.items():
         if refused(config.get(key)):
             raise InputError(f"{where}: {key}: {json.dumps(config[key])} is more than LoRA factors beside a weight, and cannot be taken in")

@@ -17,13 +17,14 @@ from matmorph.errors import InputError
 from matmorph.exporters.adapters import adapter_arrays, base_fingerprint, serve
 from matmorph.folders.job import Job
 from matmorph.folders.open import initializers
+from matmorph.ir.adapter import Adapter, present
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.adapters.merging import Merged, factors_of, merge
-from matmorph.passes.adapters.supernet import Configuration, configured
-from matmorph.passes.adapters.table import Adapter, find_adapters, with_values
-from matmorph.passes.methods import method_table
+from matmorph.passes.adapters.values import with_values
+from matmorph.passes.methods import all_methods
+from matmorph.passes.methods.protocol import Configuration
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow, Totals
@@ -61,7 +62,7 @@ def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
 
 def adapters_of(job: Job) -> tuple[Adapter, ...]:
     """The adapters of a compiled model, in order of its sites."""
-    return find_adapters(job.spec, job.graph, job.report)
+    return present(job.adapters, job.graph)
 
 
 def loaded_job(job: Job, source: Values) -> Job:
@@ -74,7 +75,28 @@ def loaded_job(job: Job, source: Values) -> Job:
 
 def configured_job(job: Job, configuration: Configuration) -> Job:
     """The model of a supernet in one configuration. InputError for what is no supernet, and for what it cannot be."""
-    return replace(job, graph=configured(job.graph, adapters_of(job), configuration))
+    return replace(job, graph=_configured(job.graph, adapters_of(job), configuration))
+
+
+def _configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configuration) -> Graph:
+    """By the method whose adapters are a supernet."""
+    for name, method in all_methods().items():
+        found = method.configured(graph, [adapter for adapter in adapters if adapter.method == name], configuration)
+        if found is not None:
+            return found
+    raise InputError(NO_SUPERNET)
+
+
+NO_SUPERNET = "the model is no supernet: no rule says search: true"
+
+
+def found_spec(spec: Spec, adapters: Sequence[Adapter], configuration: Configuration) -> dict[str, Any]:
+    """The spec that gives the model of a configuration, as plain data. InputError as `configured_job`."""
+    for name, method in all_methods().items():
+        found = method.spec_of(spec, [adapter for adapter in adapters if adapter.method == name], configuration)
+        if found is not None:
+            return found
+    raise InputError(NO_SUPERNET)
 
 
 def merged_job(
@@ -82,10 +104,9 @@ def merged_job(
 ) -> tuple[Job, tuple[Merged, ...]]:
     """The model with its adapters in its weights, and a line per site; its report says what merging cost. `configuration`: of a supernet.
     Errors as `merging.merge`."""
-    methods = {name: method() for name, method in method_table().items()}
     start = job if source is None else loaded_job(job, source)
-    start = start if configuration is None else replace(start, graph=configured(start.graph, adapters, configuration))
-    graph, found = merge(start.graph, adapters, methods)
+    start = start if configuration is None else replace(start, graph=_configured(start.graph, adapters, configuration))
+    graph, found = merge(start.graph, adapters, all_methods())
     return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
 
 
@@ -103,8 +124,9 @@ def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, An
             ["merge instead, or train the adapters alone (train.trainable: [adapters])"],
         )
     start = {const.path: const.load() for const in job.graph.state if const.path in own}
-    arrays = adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}})
-    save_adapter(path, arrays, read_slots(serve(job.graph, adapters, job.spec.export.precision).to_dict(), where))
+    methods = all_methods()
+    arrays = adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}}, methods)
+    save_adapter(path, arrays, read_slots(serve(job.graph, adapters, job.spec.export.precision, methods).to_dict(), where))
     return base_fingerprint(job.graph, adapters)
 
 
@@ -126,7 +148,7 @@ def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
     by_path = {merged.site: merged for merged in found}
     precision = job.spec.export.precision
     rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
-    before, after = job.report.totals, totals(job.source, graph, rows, (), precision)
+    before, after = job.report.totals, totals(job.source, graph, rows, (), precision, all_methods())
     figures = Totals(
         (before.parameters[0], after.parameters[1]), (before.bytes[0], after.bytes[1]), (before.macs[0], after.macs[1]), after.trainable
     )
@@ -192,8 +214,8 @@ def _refuse_unfit(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         if adapter.base not in ("dense", "own"):
             raise InputError(f"{adapter.site}: merging quantised its base anew, which cannot be undone; keep the file of trained values")
-        if adapter.method != "lora" or [entry.site for entry in adapters].count(adapter.site) > 1:
-            raise InputError(f"{adapter.site}: only a single lora can be found in a merged weight; keep the file of trained values")
+        if set(adapter.consts) != {"down", "up"} or [entry.site for entry in adapters].count(adapter.site) > 1:
+            raise InputError(f"{adapter.site}: only one pair of factors can be found in a merged weight; keep the file of trained values")
 
 
 def _read(site: Site, weights: Mapping[str, Tensor], name: str, merged: Path) -> Tensor:

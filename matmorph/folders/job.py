@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from matmorph.exporters.training.prepare_training import TrainRequest
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph
 from matmorph.passes.budget.account import Decision
 from matmorph.report.model import Report
@@ -19,7 +20,8 @@ from matmorph.specs.schema import Spec
 class Job:
     """What is saved: the graphs before and after, the spec and report they belong to, and the example's tensors in `graph.inputs` order.
 
-    `training`: what training files are asked for, None = none. `decisions`: of the budgets. `more`: further files.
+    `training`: what training files are asked for, None = none. `decisions`: of the budgets. `adapters`: what the rules put in to be
+    trained; merged ones have left the graph. `more`: further files.
     `source_sha256`: of the source's weights, None = those of `source`.
     """
 
@@ -33,4 +35,5 @@ class Job:
     training: TrainRequest | None = None
     source_sha256: str | None = None
     decisions: tuple[Decision, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     more: Mapping[str, bytes] = field(default_factory=dict)

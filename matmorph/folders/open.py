@@ -18,10 +18,10 @@ from matmorph.errors import InputError
 from matmorph.exporters.adapters import base_fingerprint
 from matmorph.exporters.peft import CONFIG, read_peft
 from matmorph.folders.job import Job
+from matmorph.ir.adapter import Adapter, read_adapters
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.text.printing import parse_graph
-from matmorph.passes.adapters.table import Adapter, read_adapters
-from matmorph.passes.methods import method_table
+from matmorph.passes.methods import all_methods, method_table
 from matmorph.report.reading import read_report
 from matmorph.runtime.adapters import read_adapter
 from matmorph.runtime.check import read_cases
@@ -56,8 +56,9 @@ def reopen(folder: Path) -> tuple[Job, tuple[Adapter, ...]]:
     spec = load_spec(folder / SPEC, method_table())
     report, manifest = read_report(folder / REPORT), _manifest(folder)
     source = None if manifest.source is None else manifest.source.weights_sha256
-    job = Job(spec, graph, graph, report, _examples(folder, manifest, graph), {}, {}, source_sha256=source)
-    return job, read_adapters(train.adapters, str(folder / TRAIN_MANIFEST))
+    adapters = read_adapters(train.adapters, str(folder / TRAIN_MANIFEST))
+    job = Job(spec, graph, graph, report, _examples(folder, manifest, graph), {}, {}, source_sha256=source, adapters=adapters)
+    return job, adapters
 
 
 def _train_manifest(folder: Path) -> TrainManifest:
@@ -149,7 +150,7 @@ def read_trained(folder: Path, graph: Graph, adapters: Sequence[Adapter], source
     if source.is_dir():
         if not (source / CONFIG).is_file():
             raise InputError(f"{source}: a folder without {CONFIG}: trained values are a file, or a PEFT folder")
-        return read_peft(source, adapters, prefix=prefix)
+        return read_peft(source, adapters, all_methods(), prefix=prefix)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     return _of_adapter(source, graph, adapters) if source.suffix == ADAPTER_SUFFIX else _of_tensors(source, _train_manifest(folder))

@@ -25,9 +25,10 @@ from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.folders.job import Job
+from matmorph.ir.adapter import present
 from matmorph.ir.core import Graph, Node
-from matmorph.passes.adapters.sparse_updates import inference_graph, kept_entries
-from matmorph.passes.adapters.table import describe_adapters, find_adapters
+from matmorph.passes.adapters.inference import inference_graph
+from matmorph.passes.methods import all_methods
 from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
@@ -55,7 +56,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     refuse_existing(folder, force)
     started = time.perf_counter()
     served = _served(job)
-    plain = inference_graph(job.graph) if served is None else served.graph
+    plain = inference_graph(job.graph, all_methods()) if served is None else served.graph
     vectors = check_vectors(plain, job.examples, job.spec.export.precision)
     unchecked = _unchecked(job.spec)
     found = (*job.report.notes, *vectors.notes, *unchecked)
@@ -97,16 +98,17 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
 def _served(job: Job) -> Served | None:
     """The graph with adapters as inputs, where the spec asks for that."""
     export = job.spec.export
-    return serve(job.graph, find_adapters(job.spec, job.graph, job.report), export.precision) if export.adapters == "inputs" else None
+    return serve(job.graph, present(job.adapters, job.graph), export.precision, all_methods()) if export.adapters == "inputs" else None
 
 
 def _training(graph: Graph, job: Job, progress: Progress) -> Training | None:
     if job.training is None:
         return None
     progress("differentiating", 0, 1)
-    training = prepare_training(graph, job.training, job.examples, job.spec.seed)
+    adapters = present(job.adapters, job.graph)
+    training = prepare_training(graph, job.training, job.examples, all_methods(), adapters, job.spec.seed)
     progress("differentiating", 1, 1)
-    return replace(training, adapters=describe_adapters(job), kept=kept_entries(job.graph, job.spec))
+    return training
 
 
 def _graphs(source: Graph, graph: Graph, training: Training | None) -> dict[str, bytes]:

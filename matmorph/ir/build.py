@@ -83,8 +83,12 @@ class Builder:
         kind: ConstKind = "parameter",
         persistent: bool = True,
         rule: str | None = None,
+        site: str | None = None,
+        method: str | None = None,
+        part: str | None = None,
     ) -> Const:
-        """Adds a weight under the dotted name `name`. `weight`: the tensor, or a function that loads one of the given `type`."""
+        """Adds a weight under the dotted name `name`. `weight`: the tensor, or a function that loads one of the given `type`. For
+        `rule` and what follows see `Const`."""
         if isinstance(weight, torch.Tensor):
             tensor = weight
             type, load = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape)), lambda: tensor
@@ -102,6 +106,9 @@ class Builder:
             persistent=persistent,
             storage=name,
             rule=rule or self.origin.rule,
+            site=site,
+            method=method,
+            part=part,
         )
         self.consts.append(const)
         return const

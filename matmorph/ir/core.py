@@ -44,8 +44,9 @@ class Const(Value):
     """A weight, buffer or lifted constant, loaded lazily and never copied by the IR.
 
     `names`: every dotted name it goes by, the first is canonical. `storage`: equal keys = the same bytes. `persistent`: a buffer that
-    belongs to the state_dict. `rule`: the rule that made it, None for the source model's own. `load()` gives the tensor on the run's
-    compute device, in the stored shape and dtype; for weights on the meta device it gives a meta tensor.
+    belongs to the state_dict. `rule`: the rule that made it, None for the source model's own; with it `site`, `method` and `part`: the site
+    that it was made for, the method that made it and what that calls it ("down"). `load()` gives the tensor on the run's compute device, in
+    the stored shape and dtype; for weights on the meta device it gives a meta tensor.
     """
 
     load: Callable[[], torch.Tensor] = field(repr=False)
@@ -55,6 +56,9 @@ class Const(Value):
     persistent: bool = True
     storage: str = ""
     rule: str | None = None
+    site: str | None = None
+    method: str | None = None
+    part: str | None = None
 
     @property
     def path(self) -> str:

@@ -5,10 +5,10 @@ A matmul is a view, not a conversion: the node keeps its own operator, and a `Si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -116,10 +116,10 @@ class Choice:
 class Cost:
     """What a site takes after a rewrite, its bias excluded. `macs`: multiply-accumulates per row of x, summed over applications.
 
-    `coded`: those of `parameters` that are kept as codes of a quantizer. `stored`: (dtype, elements) of the new weights where they are not
-    simply `parameters` elements of the old weight's type; it decides `bytes` under each export precision. `times`: (rows of x, predicted
-    time over that of the dense matmul) where the method predicts one. `trains`: scalars that train and are none of `parameters`, because
-    what they learn goes into the weight that stays.
+    `coded`: those of `parameters` that are kept as codes of a quantizer; `frozen`: those that are numbers and do not train. `stored`:
+    (dtype, elements) of the new weights where they are not simply `parameters` elements of the old weight's type; it decides `bytes` under
+    each export precision. `times`: (rows of x, predicted time over that of the dense matmul) where the method predicts one. `trains`:
+    scalars that train and are none of `parameters`, because what they learn goes into the weight that stays.
     """
 
     parameters: int
@@ -129,6 +129,7 @@ class Cost:
     stored: tuple[tuple[str, int], ...] = ()
     times: tuple[tuple[int, float], ...] = ()
     trains: int = 0
+    frozen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,33 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class FragmentAdapter:
+    """What of a fragment is an adapter: factors that train, for whoever exchanges, serves and merges them.
+
+    `consts`: the factors by short name, and what their meaning depends on. `scale`: of their product. `inside`: they compute the site's
+    weight and bias; otherwise they are added to its result. `own_base`: short name of the frozen weight of the fragment that W became, as
+    it lacks what the factors start with; None where they stand beside what there is. `starts_at_zero`: whether the base alone is the model
+    before training. `kept`: by short name, how many entries of a factor take part in an update; what is not named takes part whole.
+    `details`: plain data that the method alone understands.
+    """
+
+    consts: Mapping[str, Const]
+    scale: float = 1.0
+    inside: bool = False
+    own_base: str | None = None
+    starts_at_zero: bool = True
+    kept: Mapping[str, int] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
     """What replaces a site. `parts[k]` are the new nodes of application k and `outputs[k]` its result as rows [..., out], bias not added
     unless `adds_bias` (then each that the builder's `bias()` gave out); each output is produced by its own part's nodes. `consts` are the
     new weights. `weight()` is the dense matrix [out, in] that it stands for, computed when asked. `choice` is what was taken in the end.
     `bound`: see `Bound`. `lookups[k]`: new nodes and result of `site.gathers[k]`; () leaves the table where it is. `holds_dense`: an update
     that brings the dense part with it, its own base among `consts`, so that the node does not stay beside it. `spectrum`: see `Spectrum`,
-    where a decomposition gave one."""
+    where a decomposition gave one. `adapter`: see `FragmentAdapter`, of methods whose factors are adapters."""
 
     parts: tuple[tuple[Node, ...], ...]
     outputs: tuple[Value, ...]
@@ -175,3 +196,4 @@ class Fragment:
     lookups: tuple[tuple[tuple[Node, ...], Value], ...] = ()
     holds_dense: bool = False
     spectrum: Spectrum | None = None
+    adapter: FragmentAdapter | None = None

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from matmorph.errors import InputError, RewriteError
+from matmorph.ir.adapter import Adapter, present
 from matmorph.ir.core import Graph
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.budget.account import Decision
 from matmorph.passes.budget.decide import without_labels
-from matmorph.passes.methods import Methods
+from matmorph.passes.methods.protocol import Methods
 from matmorph.passes.reporting import dense_rows, planned_totals, totals
 from matmorph.passes.rewriting.block_pass import PruningSoFar
 from matmorph.passes.rewriting.tolerance import refuse_unmeasured
@@ -28,12 +29,14 @@ from matmorph.specs.schema import Spec, Stage
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compilation:
-    """`source` as traced, `graph` as rewritten. `decisions`: of the stages that a budget decided, in order."""
+    """`source` as traced, `graph` as rewritten. `decisions`: of the stages that a budget decided, in order. `adapters`: what
+    trains to be exchanged and merged."""
 
     source: Graph
     graph: Graph
     report: Report
     decisions: tuple[Decision, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,10 +48,12 @@ class SoFar:
     rows: Mapping[str, SiteRow] = field(default_factory=dict)
     pruning: PruningSoFar = field(default_factory=PruningSoFar)
     decisions: tuple[Decision, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     def after(self, stage: Built) -> SoFar:
         decisions = (*self.decisions, *(() if stage.decision is None else (stage.decision,)))
-        return SoFar(stage.graph, (*self.notes, *stage.notes), _entered(self.rows, stage.rows), stage.pruning, decisions)
+        adapters = (*self.adapters, *stage.adapters)
+        return SoFar(stage.graph, (*self.notes, *stage.notes), _entered(self.rows, stage.rows), stage.pruning, decisions, adapters)
 
     @property
     def coded(self) -> int:
@@ -112,8 +117,9 @@ def compile_graph(
         choice = decided(measured(claims, run), so_far.coded, run)
         so_far = so_far.after(built(choice, so_far.pruning, run))
     own, inserted = _of_source(tuple(so_far.rows.values()), graph)
-    sums = totals(graph, so_far.graph, own, inserted, spec.export.precision)
-    return Compilation(graph, so_far.graph, Report(name, spec.name, (*own, *inserted), sums, so_far.all_notes), so_far.decisions)
+    sums = totals(graph, so_far.graph, own, inserted, spec.export.precision, methods)
+    report = Report(name, spec.name, (*own, *inserted), sums, so_far.all_notes)
+    return Compilation(graph, so_far.graph, report, so_far.decisions, present(so_far.adapters, so_far.graph))
 
 
 def _entered(rows: Mapping[str, SiteRow], found: Iterable[SiteRow]) -> Mapping[str, SiteRow]:

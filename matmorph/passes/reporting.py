@@ -8,10 +8,9 @@ from typing import Any
 
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
-from matmorph.passes.adapters.sparse_updates import inference_graph
-from matmorph.passes.adapters.trainables import method_of
+from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.kernel_costs import kernel_notes
-from matmorph.passes.methods import dense_cost
+from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.passes.selection.select import Claim
 from matmorph.passes.sizes import exported_sizes, item_size
@@ -72,7 +71,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     kept = outcome.keeps_dense or (not outcome.consts and all(part.kind == "update" for part in outcome.parts))
     stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers and not kept else 0  # the table keeps its gather
     inside = {part.use.method for part in outcome.parts if part.cost.trains}  # what they learn goes into the weight that there was
-    made = [const for const in outcome.consts if method_of(const) not in inside]
+    made = [const for const in outcome.consts if const.method not in inside]
     new = [(const.tensor.dtype, const.numel) for const in made]  # as built; a plan has only what the methods promise
     new += [own] if new and kept else []
     stored = new or cost.stored or ((outcome.site.const.tensor.dtype, cost.parameters),)
@@ -80,7 +79,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     trains = (
         sum(const.numel for const in outcome.consts if const.trainable)
         if outcome.consts
-        else sum(part.cost.parameters - part.cost.coded + part.cost.trains for part in outcome.parts)
+        else sum(part.cost.parameters - part.cost.coded - part.cost.frozen + part.cost.trains for part in outcome.parts)
     )
     main = outcome.parts[0]
     trains = 0 if main.kind == "block" else trains  # what is left of the model's own weights is none of the method's
@@ -120,10 +119,10 @@ def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str, aside
     )
 
 
-def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], precision: str) -> Totals:
+def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], precision: str, methods: Methods) -> Totals:
     """Over the whole model, each weight once. `own`: rows of the source's sites; `inserted`: of matmuls that one stage put in and a later
     one rewrote, whose "before" is no part of the source."""
-    before, later = weights_of(source, precision), weights_of(inference_graph(after), precision)
+    before, later = weights_of(source, precision), weights_of(inference_graph(after, methods), precision)
     dense = sum(row.macs[0] for row in own)
     return Totals(
         parameters=(before[0], later[0] + sum(row.coded for row in (*own, *inserted))),  # codes are no parameters of the module

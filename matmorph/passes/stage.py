@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from matmorph.errors import MatmorphError, SpecError
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
@@ -18,7 +19,7 @@ from matmorph.passes.budget.account import Decision, verdict
 from matmorph.passes.budget.decide import Open, closed_part, decision, is_open, planned_notes
 from matmorph.passes.budget.pays import refuse_slow
 from matmorph.passes.kernel_costs import kernel_summary
-from matmorph.passes.methods import Methods, SiteStats
+from matmorph.passes.methods.protocol import Methods, SiteStats, site_method
 from matmorph.passes.reporting import site_rows
 from matmorph.passes.rewriting.block_pass import (
     Divided,
@@ -115,6 +116,11 @@ class Built:
     decision: Decision | None = None
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What of the stage trains to be exchanged and merged."""
+        return tuple(adapter for outcome in self.outcomes if outcome.reject is None for adapter in outcome.adapters)
+
+    @property
     def replaced(self) -> frozenset[Site]:
         """Sites that another form stands for now; a pruned one is only narrower."""
         return frozenset(outcome.site for outcome in self.outcomes if outcome.reject is None and outcome.block is None)
@@ -154,7 +160,7 @@ def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
     """All fragments and patches, and ONE splice. SpecError: rejects under `strict`; CheckError: a tolerance; VerifyError: our bug."""
     stage, graph, stats, export = one.measured.selected.stage, one.measured.selected.survey.graph, one.measured.stats, run.spec.export
     outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
-    outcomes = (*refuse_slow(outcomes, export), *(one.decision.refused if one.decision is not None else ()))
+    outcomes = (*refuse_slow(outcomes, export, run.methods), *(one.decision.refused if one.decision is not None else ()))
     blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
     outcomes = (*outcomes, *blocks)
     refuse_rejects(outcomes, run.spec.strict)
@@ -172,7 +178,7 @@ def planned(one: Selected, pruning: PruningSoFar, run: Run) -> Built:
     notes = planned_notes(_open(one, 0, run), run.methods, export) if is_open(one.divided) else ()
     divided = closed_part(one.divided)
     blocks, pruning = plan_blocks(graph, divided, pruning, run.methods, export.precision)
-    outcomes = (*refuse_slow(_appraised(divided.claims, run.methods), export), *blocks)
+    outcomes = (*refuse_slow(_appraised(divided.claims, run.methods), export, run.methods), *blocks)
     refuse_rejects(outcomes, run.spec.strict)
     notes = (*notes, *one.selection.notes, *kernel_summary(outcomes, export))
     rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
@@ -225,7 +231,9 @@ def _works(site: Site, rule: Rule, methods: Methods) -> bool:
     """Whether anything may become of the site."""
     if not rule.is_open:
         return not isinstance(appraise(site, rule, methods), Reject)
-    return site.blocked is None and any(uses and methods[uses[0].method].check(site, uses[0].spec) is None for uses in rule.alternatives)
+    return site.blocked is None and any(
+        uses and site_method(methods, uses[0].method).check(site, uses[0].spec) is None for uses in rule.alternatives
+    )
 
 
 def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> None:

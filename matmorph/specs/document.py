@@ -15,7 +15,7 @@ from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree
 from matmorph.specs.typed import Record
 
 LANGUAGE_VERSION = 1
-METHOD_KINDS = ("replace", "update", "block", "procedure")
+METHOD_KINDS = ("replace", "update", "block")
 _A_BUDGET = "for instance, at the top of the spec: budget: {parameters: 60%, of: matched}"
 
 
@@ -86,6 +86,11 @@ def named_selections(tree: Tree | None) -> dict[str, MapTree]:
     return named
 
 
+def example_of(methods: Mapping[str, type[Any]]) -> str:
+    """How a method looks in a spec."""
+    return next((method.example for method in methods.values() if method.example is not None), "{METHOD: {KEY: VALUE}}")
+
+
 @dataclass(frozen=True)
 class RewriteKind:
     """`rewrite:`: one method, a list of methods, `any_of`, or `keep`.
@@ -94,7 +99,15 @@ class RewriteKind:
 
     methods: Mapping[str, type[Any]]
     opened: list[SpecError] = field(default_factory=list)
-    expected: str = "a method such as {low_rank: {rank: 64}}, a list of methods, any_of or keep"
+
+    @property
+    def expected(self) -> str:
+        return f"{self.one}, a list of methods, any_of or keep"
+
+    @property
+    def one(self) -> str:
+        """A method, for people."""
+        return f"a method such as {example_of(self.methods)}"
 
     def read(self, tree: Tree) -> tuple[MethodUse, ...]:
         if isinstance(tree, MapTree) and "any_of" in tree.items:
@@ -114,7 +127,7 @@ class RewriteKind:
 
     def method(self, tree: Tree) -> MethodUse:
         if not isinstance(tree, MapTree):
-            raise wrong(tree, "a method such as {low_rank: {rank: 64}}")
+            raise wrong(tree, self.one)
         for name in tree.items:
             if name not in self.methods:
                 raise tree.key_error(name, f"unknown method{did_you_mean(name, self.methods)}", [f"methods: {', '.join(self.methods)}"])
@@ -136,7 +149,7 @@ class RewriteKind:
             place = settings.items.get(entry.key)
             if place is None:
                 continue
-            if entry.key not in getattr(self.methods[method], "automatic", ()):
+            if entry.key not in self.methods[method].automatic:
                 raise place.error(f"{method} has no auto here")
             if getattr(spec, "shots", 1) > 1:
                 raise place.error("auto is decided once: it goes with shots: 1")
@@ -152,12 +165,12 @@ class RewriteKind:
         self.opened.append(tree.key_error(ANY_OF, "any_of needs a budget to be decided by", [_A_BUDGET]))
         found = tuple(self.item(alternative) for alternative in alternatives.items)
         for uses, alternative in zip(found, alternatives.items, strict=True):
-            if any(self.kind(use.method) in ("block", "procedure") for use in uses):
+            if any(self.kind(use.method) == "block" for use in uses):
                 raise alternative.error(f"{uses[0].method} is no alternative for one matmul; where it takes auto it stands alone")
         return (MethodUse(ANY_OF, AnyOf(found), tree.key_at.get(ANY_OF, tree.at)),)
 
     def compose(self, uses: list[tuple[MethodUse, Tree]]) -> tuple[MethodUse, ...]:
-        """Holds the order of a rewrite: at most one replacing method, first; updates; at most one procedure, last; a block alone."""
+        """Holds the order of a rewrite: at most one replacing method, first; updates; a block alone."""
         kinds = [self.kind(use.method) for use, _ in uses]
         for index, ((use, tree), kind) in enumerate(zip(uses, kinds, strict=True)):
             problem = _misplaced(kinds, index)
@@ -187,10 +200,6 @@ def _misplaced(kinds: list[str], index: int) -> str:
         return "the replacing method comes first"
     if "block" in kinds and len(kinds) > 1:
         return "a method that works on a block stands alone"
-    if kinds[index] == "procedure" and any(kind != "replace" for kind in before):
-        return "a procedure stands alone or after a replacing method"
-    if "procedure" in before:
-        return "nothing comes after a procedure"
     return ""
 
 

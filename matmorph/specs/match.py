@@ -101,3 +101,7 @@ def leaves(condition: Condition, positive: bool = True) -> Iterator[tuple[Condit
             yield from leaves(child, positive)
     else:
         yield condition, positive
+
+
+EVERYTHING = Match(None, "", GroupCondition(None, "", "", "", ()), ())
+"""Of a rule that is made for a matmul which is chosen already."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from matmorph.specs.conditions import OPS, ROLES
-from matmorph.specs.document import Document, MatchKind, RewriteKind, SelectKind, document_record
+from matmorph.specs.document import Document, MatchKind, RewriteKind, SelectKind, document_record, example_of
 from matmorph.specs.json_schema import match_schema
 from matmorph.specs.kinds import JsonSchema, Kind, ListOf, Null
 from matmorph.specs.notations import BESIDE_RANK, RANK_KINDS, Count, Rank, Size, Width
@@ -57,7 +57,7 @@ _REWRITE = """\
 What a rule makes of its matmuls. One of these forms:
 
 * `keep`: nothing; the rule owns its matmuls so that no later rule takes them;
-* one method with its settings, for instance `{low_rank: {rank: 64}}`;
+* one method with its settings, for instance `EXAMPLE`;
 * a list of methods: at most one that replaces, first, then updates beside it;
 * `{any_of: [...]}`: alternatives, each a method, a list of methods or `keep`; the budget chooses.
 
@@ -68,7 +68,6 @@ _KINDS: Mapping[str, str] = {
     "replace": "takes the place of the dense matmul; at most one per rewrite, first in its list",
     "update": "is added to what stays; after a replacing method in a list, or alone",
     "block": "prunes a whole block; stands alone, in a rule that matches `block`",
-    "procedure": "changes how a matmul is trained; stands alone or after a replacing method",
 }
 
 
@@ -89,7 +88,8 @@ def reference_page(methods: Mapping[str, type[Any]]) -> str:
     for section in sections:
         parts.append(_section(section, anchors))
         if section.record.type is Rule:
-            parts += [f"{_MATCH}\n\n{_match_table()}\n\n{_words()}", f"{_REWRITE}\n{_method_rows(methods)}"]
+            rewrite = _REWRITE.replace("EXAMPLE", example_of(methods))
+            parts += [f"{_MATCH}\n\n{_match_table()}\n\n{_words()}", f"{rewrite}\n{_method_rows(methods)}"]
     parts.append("## Methods")
     for name, method in methods.items():
         parts += _method(name, method)
@@ -246,7 +246,7 @@ def _method(name: str, method: type[Any]) -> list[str]:
     ]
     anchors = _anchors(nested)
     shown = [_section(Section(name, first.record, (f"rewrite.{name}",)), anchors, "###")]
-    automatic = getattr(method, "automatic", ())
+    automatic = method.automatic
     if automatic:
         shown.append(f"`auto` is accepted for {', '.join(f'`{key}`' for key in automatic)}; it needs a `budget`.")
     return shown + [_section(section, anchors, "####") for section in nested]

@@ -12,12 +12,13 @@ from matmorph.errors import InputError, Position, SpecError, did_you_mean
 from matmorph.exporters.training.training import Training, initial_theta
 from matmorph.exporters.training.training_vectors import check_labels, training_vectors
 from matmorph.exporters.vectors import example_sizes
+from matmorph.ir.adapter import Adapter, as_data
 from matmorph.ir.core import Const, Graph, Value, values_in
 from matmorph.ir.training.gradient import gradient_graph, loss_graph
 from matmorph.ir.training.losses import FUNCTION, Loss, LossFunction, judged, label_inputs, tensor_outputs
 from matmorph.ir.types import TensorType, dtype_name, symbol
-from matmorph.passes.adapters.supernet import gates_of, site_of, with_gate_input
-from matmorph.passes.adapters.trainables import Trainable, method_of, resolve
+from matmorph.passes.adapters.trainables import Trainable, resolve
+from matmorph.passes.methods.protocol import Methods, TrainingForm
 from matmorph.specs.optimizers import AdamW, AnyOptimizer
 from matmorph.specs.schema import ParameterSelector, Train
 
@@ -50,20 +51,32 @@ def of_spec(train: Train) -> TrainRequest:
     return TrainRequest(train.loss, train.output, train.ignore_index, train.optimizer.chosen, train.trainable, train.frozen, at=train.at)
 
 
-def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[torch.Tensor], seed: int = 0) -> Training:
-    """examples: flat tensor inputs in `graph.inputs` order, on the graph's device. seed: of the labels that are drawn where none are given.
+def prepare_training(
+    graph: Graph,
+    request: TrainRequest,
+    examples: Sequence[torch.Tensor],
+    methods: Methods,
+    adapters: Sequence[Adapter] = (),
+    seed: int = 0,
+) -> Training:
+    """examples: flat tensor inputs in `graph.inputs` order, on the graph's device. methods: those that made weights of the graph. adapters:
+    what of them the graph has. seed: of the labels that are drawn where none are given.
 
     Raises SpecError (what trains, an unknown output), InputError (labels that do not fit, a loss that is not finite), ExportError (an
     operator without a gradient).
     """
     _check_output(graph, request)
-    compiled, gates = graph, gates_of(graph)
-    if gates:
-        graph, examples = with_gate_input(graph, gates), [*examples, _all_open(gates, graph.device)]
+    compiled = graph
+    forms: list[TrainingForm] = []
+    for name, method in methods.items():
+        form = method.for_training(graph, [adapter for adapter in adapters if adapter.method == name])
+        if form is not None:
+            forms.append(form)
+            graph, examples = form.graph, [*examples, *form.inputs.values()]
     loss = _loss(graph, request)
-    trainables = resolve(graph, request.trainable, request.frozen, _reached(graph, loss))
+    trainables = resolve(graph, methods, request.trainable, request.frozen, _reached(graph, loss))
     _refuse_wide(trainables)
-    _refuse_partly(graph, gates, trainables)
+    _refuse_partly(forms, trainables)
     consts = [item.const for item in trainables]
     evaluation = loss_graph(graph, consts, loss)
     gradient = gradient_graph(graph, consts, loss, request.keep)
@@ -79,23 +92,19 @@ def prepare_training(graph: Graph, request: TrainRequest, examples: Sequence[tor
         labels=tuple(name for name, _ in labels),
         optimizer=request.optimizer,
         vectors=training_vectors(evaluation, theta, [const.numel for const in consts], feeds, graph.ranges),
-        supernet=tuple(map(site_of, gates)),
+        adapters=as_data(adapters),
+        inputs=tuple(name for form in forms for name in form.inputs),
+        space=next((form.space for form in forms if form.space is not None), None),
+        kept={adapter.consts[part]: count for adapter in adapters for part, count in adapter.kept.items()},
     )
 
 
-def _all_open(gates: Sequence[Const], device: str) -> torch.Tensor:
-    """Gates for the check of the gradients: every form of every tensor counts, which no configuration allows."""
-    return torch.ones(len(gates), *map(int, gates[0].tensor.shape), device=device)
-
-
-def _refuse_partly(graph: Graph, gates: Sequence[Const], trainables: Sequence[Trainable]) -> None:
-    """A configuration says what trains of a supernet: all of it must be there."""
-    sites = set(map(site_of, gates))
+def _refuse_partly(forms: Sequence[TrainingForm], trainables: Sequence[Trainable]) -> None:
+    """InputError for a weight that a form wants to train and that does not."""
     trained = {item.const for item in trainables}
-    for const in graph.used_state():
-        ours = const.trainable and method_of(const) == "glora" and const.path.rpartition(".glora.")[0] in sites
-        if ours and const not in trained:
-            raise InputError(f"{const.path} belongs to a supernet and does not train: train all its tensors (trainable: adapters)")
+    missing = next(((const, form) for form in forms for const in form.whole if const not in trained), None)
+    if missing is not None:
+        raise InputError(f"{missing[0].path} {missing[1].why}")
 
 
 def _check_output(graph: Graph, request: TrainRequest) -> None:

@@ -33,14 +33,12 @@ from matmorph.exporters.training.training_vectors import vectors_bytes
 from matmorph.ir.core import Graph
 from matmorph.ir.training.losses import Loss
 from matmorph.passes.adapters.trainables import Trainable
-from matmorph.passes.methods.glora import COLUMNS, WORDS
 from matmorph.runtime.format.artifact import DATA, GRAPH, FileRecord
 from matmorph.runtime.format.cases import TrainingVectors
 from matmorph.runtime.format.training import (
     APPLY_MODEL,
     COUNT,
     EVAL_MODEL,
-    GATES,
     GRAD_MODEL,
     GRADIENT,
     LOSS,
@@ -50,9 +48,7 @@ from matmorph.runtime.format.training import (
     TRAIN_MANIFEST,
     TRAINABLE,
     Parameter,
-    SearchedSite,
     SearchSpace,
-    SearchTensor,
     Segment,
     TrainedLoss,
     TrainManifest,
@@ -69,7 +65,8 @@ class Training:
 
     `graph`: the compiled model; `gradient` and `evaluation`: its gradient and loss graph (see `ir.gradient`). `trainables`: in the order of
     theta. `labels`: names of the label inputs. `vectors`: what torch answers. `adapters`: what each inserted adapter is made of, for
-    whoever merges or exchanges it. `supernet`: the sites of a search, in the order of the rows of the input `gates`.
+    whoever merges or exchanges it. `inputs`: those that training alone has. `space`: what is searched, of a
+    supernet.
     `kept`: by dotted name, how many entries of a parameter take part in an update; what is not named takes part whole.
     """
 
@@ -82,7 +79,8 @@ class Training:
     optimizer: AnyOptimizer
     vectors: TrainingVectors
     adapters: Sequence[Mapping[str, Any]] = ()
-    supernet: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    space: SearchSpace | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -160,7 +158,7 @@ def _described(
     version: str,
 ) -> TrainManifest:
     """What train.json says."""
-    own = {THETA, LOSS_SCALE, *((GATES,) if training.supernet else ()), *training.labels}
+    own = {THETA, LOSS_SCALE, *training.inputs, *training.labels}
     trained = {item.const for item in training.trainables}
     frozen = [const for const in training.graph.used_state() if const not in trained]
     name = optimizer_name(training.optimizer)
@@ -181,21 +179,7 @@ def _described(
         parameters=parameters,
         segments=_segments(parameters),
         adapters=[dict(adapter) for adapter in training.adapters],
-        supernet=_supernet(training) if training.supernet else None,
+        supernet=training.space,
         initial=TRAINABLE,
         files=files,
     )
-
-
-def _supernet(training: Training) -> SearchSpace:
-    """What a Trainer needs to choose: the columns of a gate row, and by site and tensor its words and parameters."""
-    adapters = {adapter["site"]: adapter for adapter in training.adapters if adapter.get("words")}
-    sites = []
-    for site in training.supernet:
-        consts, words = adapters[site]["consts"], adapters[site]["words"]
-        tensors = {
-            tensor: SearchTensor(tuple(words[tensor]), consts.get(f"{tensor}_up", consts.get(tensor)), consts.get(f"{tensor}_down"))
-            for tensor in WORDS
-        }
-        sites.append(SearchedSite(site, tensors))
-    return SearchSpace(tuple(COLUMNS), tuple(sites))

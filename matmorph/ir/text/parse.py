@@ -16,6 +16,8 @@ from matmorph.ir.text.scan import Scanner
 from matmorph.ir.text.tree import default_specs, parse_tree
 from matmorph.ir.types import ScalarType, TensorType, Type, dtype_name, parse_dim
 
+MADE_BY = ("rule", "site", "method", "part")
+"""What a weight says of its making, in this order: fields of `Const`."""
 BARE_NAME = r"[A-Za-z0-9_.\-]+"
 ESCAPES = str.maketrans({"%": "%25", "/": "%2F", ":": "%3A", "=": "%3D"})
 _WORDS: Mapping[str, Any] = {"None": None, "True": True, "False": False, "inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
@@ -127,8 +129,8 @@ def _const(s: Scanner, parts: _Parts, kind: Any) -> None:
         names.append(s.string())
     trainable, transient = s.take(r"trainable\b") is not None, s.take(r"transient\b") is not None
     storage = s.string() if s.take("storage=") else names[0]
-    rule = s.string() if s.take("rule=") else None
-    const = Const(name, type, _loader(name, type, names, parts.weights), tuple(names), kind, trainable, not transient, storage, rule)
+    made = {key: s.string() for key in MADE_BY if s.take(f"{key}=")}
+    const = Const(name, type, _loader(name, type, names, parts.weights), tuple(names), kind, trainable, not transient, storage, **made)
     parts.values[name] = const
     parts.state.append(const)
 

@@ -28,7 +28,7 @@ import torch
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Arg, Const, Graph, Input, Node, Origin, Range, Value
-from matmorph.ir.text.parse import BARE_NAME, ESCAPES, parse_graph
+from matmorph.ir.text.parse import BARE_NAME, ESCAPES, MADE_BY, parse_graph
 from matmorph.ir.text.tree import default_specs, format_tree
 
 __all__ = ["format_arg", "format_node", "format_value", "parse_graph", "print_graph", "statements"]
@@ -83,8 +83,8 @@ def _const(const: Const) -> str:
     parts += ["trainable"] * const.trainable + ["transient"] * (not const.persistent)
     if const.storage != const.path:
         parts.append(f"storage={_quote(const.storage)}")
-    if const.rule is not None:
-        parts.append(f"rule={_quote(const.rule)}")
+    made = ((key, getattr(const, key)) for key in MADE_BY)
+    parts += [f"{key}={_quote(value)}" for key, value in made if value is not None]
     return " ".join(parts)
 
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from matmorph.errors import InputError, RewriteError, VerifyError
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import names_of, unique_name
+from matmorph.ir.computed import constant, folded, with_constants
 from matmorph.ir.core import Const, Graph, Node, Value
+from matmorph.ir.joins import consts_of, without
 from matmorph.ir.quantised.dense import codebook_rows, nbits_dense
 from matmorph.ir.quantised.ops import CODEBOOK, NBITS
 from matmorph.ir.rewiring import exchanged, loaded, rewired, swept
@@ -25,14 +28,14 @@ from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.ir.verify import verify
-from matmorph.passes.adapters.reparametrised import constant, folded, with_constants
-from matmorph.passes.adapters.table import Adapter, consts_of, with_values, without
+from matmorph.passes.adapters.values import with_values
 from matmorph.passes.linalg.svd import truncated_svd
 from matmorph.passes.linalg.whiten import relative_weight_error
-from matmorph.passes.methods import Method
-from matmorph.passes.methods.quantize import Quantize
+from matmorph.passes.methods.protocol import Methods, SiteMethod, site_method
+from matmorph.passes.methods.protocol import names_of as methods_that_train
 from matmorph.passes.rewriting.rewrite import rewrite
-from matmorph.specs.load import load_spec
+from matmorph.specs.match import EVERYTHING
+from matmorph.specs.schema import MethodUse, Rule
 
 _BIAS = {NBITS: 4, CODEBOOK: 3}
 """Position of the bias among a quantised node's arguments."""
@@ -53,7 +56,7 @@ class Merged:
 
 
 def merge(
-    graph: Graph, adapters: Sequence[Adapter], methods: Mapping[str, Method], values: Mapping[str, Any] | None = None
+    graph: Graph, adapters: Sequence[Adapter], methods: Methods, values: Mapping[str, Any] | None = None
 ) -> tuple[Graph, tuple[Merged, ...]]:
     """The graph without adapters, their products in the weights; a line per site. `values`: trained parameters by dotted name, torch or
     numpy; those of other parameters (norms, heads) are put in too. Without values the adapters are merged as they are.
@@ -61,45 +64,78 @@ def merge(
     InputError: nothing to merge, values of another model or rank (see `with_values`), a base that cannot take an update in.
     """
     if not adapters:
-        raise InputError("nothing to merge: the model has no adapters (no rule put in lora, tt_lora, glora, sparse_grad, loftq or qlora)")
+        *names, last = methods_that_train(methods, "adapters")
+        raise InputError(f"nothing to merge: the model has no adapters (no rule put in {', '.join(names)} or {last})")
     sites = _by_site(adapters)
     _refuse_unfit(sites)
     trained = with_values(graph, values or {})
-    factors = {adapter: consts_of(trained, adapter.consts.values()) for adapter in adapters}
-    _refuse_undecided(factors)
+    factors = {adapter: _Factors.of(trained, adapter, methods) for adapter in adapters}
+    for found_factors in factors.values():
+        found_factors.refuse()
     current, found = _folded(trained, factors)
-    added = {path: left for path, parts in sites.items() if (left := [adapter for adapter in parts if not _inside(adapter)])}
-    updates = {path: _update(parts, factors, methods) for path, parts in added.items()}
-    current = without(current, [const for parts in added.values() for adapter in parts for const in factors[adapter]]) if added else current
+    added = {path: left for path, parts in sites.items() if (left := [factors[one] for one in parts if not one.inside])}
+    updates = {path: _update(parts) for path, parts in added.items()}
+    current = without(current, [const for parts in added.values() for one in parts for const in one.consts]) if added else current
     for path, parts in added.items():
-        put = _put_codes if parts[0].quantizer is not None else _put_dense
-        current, merged = put(_shifted(current, parts, factors, methods), parts, updates[path])
-        found[path] = replace(merged, methods=_methods(sites[path]))
+        first = parts[0].adapter
+        if first.settings is None:
+            current, merged = _put_dense(current, sites[path], first, updates[path])
+        else:
+            current, merged = _put_codes(_shifted(current, parts), sites[path], first, parts[0].base_again(methods), updates[path])
+        found[path] = merged
     verify(current)
     return current, tuple(found[path] for path in sites)
 
 
-def _inside(adapter: Adapter) -> bool:
-    """Whether the adapter is not added to a matmul but computes its weight and bias."""
-    return adapter.method in ("glora", "sparse_grad") and adapter.base == "dense"
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factors:
+    """An adapter's weights in a graph. `parts`: float64, by short name, as a method's `merge` takes them."""
+
+    adapter: Adapter
+    method: SiteMethod
+    consts: tuple[Const, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, adapter: Adapter, methods: Methods) -> _Factors:
+        consts = consts_of(graph, adapter.consts.values())
+        return cls(adapter, site_method(methods, adapter.method), consts)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {short: const.load().detach().double() for short, const in zip(self.adapter.consts, self.consts, strict=True)}
+
+    def refuse(self) -> None:
+        """InputError where the method says that they cannot be merged yet."""
+        problem = self.method.refuse_merge(self.adapter, self.parts)
+        if problem is not None:
+            raise problem
+
+    def product(self) -> Tensor:
+        """By the method's own merge, onto a base of zeros; float64."""
+        adapter, parts = self.adapter, self.parts
+        sides = (adapter.out_features, adapter.in_features) if adapter.batch is None else (adapter.in_features, adapter.out_features)
+        lead = () if adapter.batch is None else (adapter.batch,)
+        zeros = torch.zeros(*lead, *sides, dtype=torch.float64, device=self.consts[0].load().device)
+        scale = torch.tensor(adapter.scale, dtype=torch.float64)
+        return self.method.merge({**parts, "base": zeros, "scale": scale})[0]
+
+    def shifted(self, bias: Tensor | None) -> Tensor | None:
+        """What the method makes of the bias beside the weight, float64; None where it leaves it alone."""
+        base = torch.zeros(self.adapter.out_features, self.adapter.in_features, dtype=torch.float64)
+        new = self.method.merge({**self.parts, "base": base, **({} if bias is None else {"bias": bias})})[1]
+        return None if new is None or (bias is not None and torch.equal(new, bias)) else new
+
+    def base_again(self, methods: Methods) -> tuple[SiteMethod, Any]:
+        """What makes the base anew, and by which settings."""
+        return site_method(methods, self.adapter.base).base_again(self.adapter.settings or {})
 
 
-def _refuse_undecided(factors: Mapping[Adapter, Sequence[Const]]) -> None:
-    for adapter, consts in factors.items():
-        gates = dict(zip(adapter.consts, consts, strict=True)).get("gates")
-        if gates is not None and not bool(gates.load().any()):
-            raise InputError(
-                f"{adapter.site}: a supernet of glora, and no configuration says which of its tensors to merge",
-                ["name one: merge(values, configuration=...), matmorph merge --configuration FILE; matmorph search finds one"],
-            )
-
-
-def _folded(graph: Graph, factors: Mapping[Adapter, Sequence[Const]]) -> tuple[Graph, dict[str, Merged]]:
-    """Weights and biases that glora and sparse_grad compute, as constants."""
+def _folded(graph: Graph, factors: Mapping[Adapter, _Factors]) -> tuple[Graph, dict[str, Merged]]:
+    """Weights and biases that adapters compute, as constants."""
     found: dict[str, Merged] = {}
-    for adapter, consts in factors.items():
-        if _inside(adapter):
-            result = folded(graph, adapter.site, consts)
+    for adapter, own in factors.items():
+        if adapter.inside:
+            result = folded(graph, adapter.site, own.consts)
             graph = result.graph
             error = relative_weight_error(result.wanted, result.stored.double())
             change = _change(result.before, result.wanted - result.before)
@@ -115,7 +151,7 @@ def _by_site(adapters: Sequence[Adapter]) -> dict[str, list[Adapter]]:
 
 
 def _refuse_unfit(sites: Mapping[str, Sequence[Adapter]]) -> None:
-    unfit = [parts[0] for parts in sites.values() if parts[0].quantizer is None and parts[0].base not in ("dense", "own")]
+    unfit = [parts[0] for parts in sites.values() if parts[0].settings is None and parts[0].base not in ("dense", "own")]
     if unfit:
         raise InputError(
             f"{unfit[0].site}: its base is {unfit[0].base}, which keeps its form only as it is: an update cannot be merged into it",
@@ -123,47 +159,28 @@ def _refuse_unfit(sites: Mapping[str, Sequence[Adapter]]) -> None:
         )
 
 
-def _update(parts: Sequence[Adapter], factors: Mapping[Adapter, Sequence[Const]], methods: Mapping[str, Method]) -> Tensor:
+def _update(parts: Sequence[_Factors]) -> Tensor:
     """Sum of the scaled products [.., out, in], float64."""
-    total: Tensor | None = None
-    for adapter in parts:
-        tensors = {short: const.load().detach().double() for short, const in zip(adapter.consts, factors[adapter], strict=True)}
-        total = _product(adapter, tensors, methods) if total is None else total + _product(adapter, tensors, methods)
-    if total is None:
-        raise VerifyError("a site without adapters")
+    total = parts[0].product()
+    for one in parts[1:]:
+        total = total + one.product()
     return total
 
 
-def _product(adapter: Adapter, tensors: Mapping[str, Tensor], methods: Mapping[str, Method]) -> Tensor:
-    """By the method's own merge, onto a base of zeros."""
-    some = next(iter(tensors.values()))
-    shape = (
-        (adapter.out_features, adapter.in_features) if adapter.batch is None else (adapter.batch, adapter.in_features, adapter.out_features)
-    )
-    zeros = torch.zeros(shape, dtype=torch.float64, device=some.device)
-    scale = torch.tensor(adapter.scale, dtype=torch.float64)
-    return methods[adapter.method].merge({**tensors, "base": zeros, "scale": scale})[0]
-
-
-def _shifted(graph: Graph, parts: Sequence[Adapter], factors: Mapping[Adapter, Sequence[Const]], methods: Mapping[str, Method]) -> Graph:
-    """The bias of a quantised base with what glora adds to it."""
-    shifting = [adapter for adapter in parts if adapter.method == "glora" and {"D", "E"} & set(adapter.consts)]
-    if not shifting or parts[0].quantizer is None:
-        return graph
-    adapter = shifting[0]
-    tensors = {short: const.load().detach().double() for short, const in zip(adapter.consts, factors[adapter], strict=True)}
-    nodes = _quantised_nodes(graph, adapter)
-    bias = nodes[0].args[_BIAS[nodes[0].op]]
-    old = {} if bias is None else {"bias": constant(graph, bias)}
-    base = torch.zeros(adapter.out_features, adapter.in_features, dtype=torch.float64)
-    new = methods[adapter.method].merge({**tensors, "base": base, **old})[1]
-    if new is None:
-        raise VerifyError(f"{adapter.site}: glora has a shift of the bias, and merging gives none")
-    like = nodes[0].args[0].tensor
-    holder = Value(f"{adapter.site}.bias", TensorType(like.dtype, (adapter.out_features,)))
-    changed = {node: _with_bias(node, holder) for node in nodes}
-    anchor = consts_of(graph, [adapter.base_consts["codes"]])[0]
-    return with_constants(graph, changed, {holder: (holder.name, new)}, anchor)[0]
+def _shifted(graph: Graph, parts: Sequence[_Factors]) -> Graph:
+    """The bias of a quantised base with what the adapters make of it."""
+    for one in parts:
+        nodes = _quantised_nodes(graph, one.adapter)
+        bias = nodes[0].args[_BIAS[nodes[0].op]]
+        new = one.shifted(None if bias is None else constant(graph, bias))
+        if new is None:
+            continue
+        like = nodes[0].args[0].tensor
+        holder = Value(f"{one.adapter.site}.bias", TensorType(like.dtype, (one.adapter.out_features,)))
+        changed = {node: _with_bias(node, holder) for node in nodes}
+        anchor = consts_of(graph, [one.adapter.base_consts["codes"]])[0]
+        graph = with_constants(graph, changed, {holder: (holder.name, new)}, anchor)[0]
+    return graph
 
 
 def _with_bias(node: Node, bias: Value) -> Node:
@@ -174,9 +191,8 @@ def _with_bias(node: Node, bias: Value) -> Node:
 # a dense base
 
 
-def _put_dense(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[Graph, Merged]:
+def _put_dense(graph: Graph, parts: Sequence[Adapter], first: Adapter, update: Tensor) -> tuple[Graph, Merged]:
     """W + update in the weight's own place and layout; a frozen base of its own becomes the site's weight again."""
-    first = parts[0]
     path = first.site if first.base == "dense" else next(iter(first.base_consts.values()))
     site = next((site for site in find_sites(graph) if site.path == path), None)
     if site is None:
@@ -232,20 +248,23 @@ def _separated(graph: Graph, site: Site, new: Const) -> Graph:
 # a quantised base
 
 
-def _put_codes(graph: Graph, parts: Sequence[Adapter], update: Tensor) -> tuple[Graph, Merged]:
+def _put_codes(
+    graph: Graph, parts: Sequence[Adapter], first: Adapter, again: tuple[SiteMethod, Any], update: Tensor
+) -> tuple[Graph, Merged]:
     """The quantised nodes become a dense matmul with W', and that is quantised with the same settings."""
-    first = parts[0]
     nodes = _quantised_nodes(graph, first)
     base = _dequantised(nodes[0]) + _shift(graph, nodes[0])
     dtype = nodes[0].args[0].tensor.torch_dtype
     wanted = base + update
     dense, const = _made_dense(graph, nodes, wanted.to(dtype), f"{first.site}.weight", first.rule)
     site = next(site for site in find_sites(dense) if site.const is const)
-    result, (outcome,) = rewrite(dense, [(site, _quantize_rule(first))], {"quantize": Quantize()})
+    method, settings = again
+    rule = Rule(EVERYTHING, (MethodUse(method.name, settings, None),), name=first.rule, force=True)
+    result, (outcome,) = rewrite(dense, [(site, rule)], {method.name: method})
     if outcome.reject is not None or outcome.weight_error is None:
         raise VerifyError(f"{first.site}: {outcome.reject.reason if outcome.reject else 'no error was measured'}")
     names = tuple(const.path for const in outcome.consts)
-    return result, Merged(first.site, _methods(parts), first.base, outcome.weight_error, _change(base, update), names, first.quantizer)
+    return result, Merged(first.site, _methods(parts), first.base, outcome.weight_error, _change(base, update), names, first.settings)
 
 
 def _quantised_nodes(graph: Graph, adapter: Adapter) -> list[Node]:
@@ -296,13 +315,6 @@ def _made_dense(graph: Graph, nodes: Sequence[Node], w: Tensor, wish: str, rule:
     codes = nodes[0].args[1]
     state = tuple(item for old in graph.state for item in ((const, old) if old is codes else (old,)))
     return swept(replace(graph, nodes=new, state=state), graph), const
-
-
-def _quantize_rule(adapter: Adapter) -> Any:
-    """A rule that does to one site what the base's method did to its weight."""
-    settings = {name: value for name, value in (adapter.quantizer or {}).items() if value is not None}
-    rule = {"name": adapter.rule, "match": {"op": "matmul"}, "force": True, "rewrite": {"quantize": settings}}
-    return load_spec({"version": 1, "rules": [rule]}, {"quantize": Quantize}).rules[0]
 
 
 def _methods(parts: Sequence[Adapter]) -> tuple[str, ...]:

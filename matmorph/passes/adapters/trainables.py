@@ -6,21 +6,16 @@ order, each row-major.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import get_args
 
 from matmorph.errors import SpecError
 from matmorph.ir.core import Const, Graph, Value
+from matmorph.passes.methods.protocol import Methods, Trains, names_of
 from matmorph.specs.globs import Glob, GlobError
 from matmorph.specs.schema import ParameterSelector
-
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "adapters": ("lora", "tt_lora", "loftq", "qlora", "glora", "sparse_grad"),
-    "factors": ("low_rank", "tt"),
-}
-"""Methods whose trainable weights a word stands for."""
 
 NEAREST = 5
 
@@ -35,6 +30,7 @@ class Trainable:
 
 def resolve(
     graph: Graph,
+    methods: Methods,
     trainable: Sequence[ParameterSelector],
     frozen: Sequence[ParameterSelector] = (),
     reached: Collection[Value] | None = None,
@@ -46,10 +42,10 @@ def resolve(
     """
     used = graph.used_state()
     live = frozenset[Value](used if reached is None else reached)
-    kept = {const: selector for selector in frozen for const in _chosen(graph.state, selector)}
+    kept = {const: selector for selector in frozen for const in _chosen(graph.state, methods, selector)}
     found: dict[Const, Trainable] = {}
     for selector in trainable:
-        chosen = _chosen(used, selector)
+        chosen = _chosen(used, methods, selector)
         _refuse_both(chosen, selector, kept)
         alive = [const for const in chosen if const in live]
         if not alive:
@@ -62,28 +58,23 @@ def resolve(
     return tuple(found.values())
 
 
-def method_of(const: Const) -> str | None:
-    """The method that inserted a weight, by its name `<site>.<method>[_k].<name>`; None for the source's own."""
-    parts = const.path.split(".")
-    return re.sub(r"_\d+$", "", parts[-2]) if const.rule is not None and len(parts) > 1 else None
-
-
 def selectors(words: Sequence[str], keypath: str) -> tuple[ParameterSelector, ...]:
     """Selectors of a list given in Python, whose errors name `keypath`."""
     return tuple(ParameterSelector(word, None, f"{keypath}[{index}]") for index, word in enumerate(words))
 
 
-def _chosen(consts: Sequence[Const], selector: ParameterSelector) -> list[Const]:
+def _chosen(consts: Sequence[Const], methods: Methods, selector: ParameterSelector) -> list[Const]:
     """Parameters of a selector; SpecError where there are none, naming the nearest."""
     parameters = [const for const in consts if const.kind == "parameter"]
     if selector.text == "all":
         return _or_refused([const for const in parameters if _trains(const)], selector, "the model has no parameter")
-    if selector.text in GROUPS:
-        methods = GROUPS[selector.text]
+    word = next((trains for trains in get_args(Trains) if trains == selector.text), None)
+    if word is not None:
+        names = names_of(methods, word)
         return _or_refused(
-            [const for const in parameters if const.trainable and method_of(const) in methods],
+            [const for const in parameters if const.trainable and const.method in names],
             selector,
-            f"the model has no {selector.text}: no rule put in {', '.join(methods[:-1])} or {methods[-1]}",
+            f"the model has no {word}: no rule put in {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}",
             "trainable: all takes the model's own parameters; compile --no-train writes no training graphs",
         )
     return _matching(consts, parameters, selector)

@@ -17,7 +17,7 @@ from matmorph.ir.site import Cost, Reject, Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.budget.knapsack import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate
 from matmorph.passes.budget.offers import Offer, Option, Scale, Sizes, describe, sizes_of, summed
-from matmorph.passes.methods import Methods, SiteStats
+from matmorph.passes.methods.protocol import Methods, SiteStats
 from matmorph.passes.reporting import dense_rows, weights_of
 from matmorph.passes.rewriting.block_pass import of_block
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, total_cost

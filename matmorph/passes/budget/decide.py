@@ -11,8 +11,8 @@ from matmorph.ir.site import Cost, Site
 from matmorph.ir.training.losses import LABELS
 from matmorph.passes.budget.account import Account, Decision, account, decide, plan_notes, refuse_unreachable
 from matmorph.passes.budget.offers import Offer, Option, kept, label, measured, offer, scale_of, settled, sizes_of, summed, within
-from matmorph.passes.methods import Methods, SiteStats
-from matmorph.passes.rewriting.block_pass import BlockJob, BlockMethod, Divided, refuse_without_data
+from matmorph.passes.methods.protocol import BlockMethod, Methods, SiteStats, block_method
+from matmorph.passes.rewriting.block_pass import BlockJob, Divided, refuse_without_data
 from matmorph.passes.selection.select import Selection
 from matmorph.passes.sizes import exported_sizes
 from matmorph.passes.statistics.loss_gradients import dropped, label_names
@@ -38,7 +38,7 @@ class Open:
     def account(self, methods: Methods, export: Export) -> Account:
         pruned: dict[Site, Cost] = {}
         for job in self.divided.jobs:
-            method = block_method(methods, job)
+            method = block_method(methods, job.use.method)
             if not job.rule.is_open and method.check(job.block, job.use.spec) is None:
                 [choice, *_] = method.choices(job.block, job.use.spec)
                 pruned.update(method.costs(job.block, job.use.spec, choice))
@@ -48,7 +48,7 @@ class Open:
         """What every open site and block has to offer, from shapes alone; blocks come last."""
         dense = exported_sizes(self.graph, export.precision)
         sites = [offer(site, rule, methods, dense, export) for site, rule in self.divided.claims if rule.is_open]
-        return (*sites, *(_of_block(job, block_method(methods, job), dense, export) for job in self.open_jobs))
+        return (*sites, *(_of_block(job, block_method(methods, job.use.method), dense, export) for job in self.open_jobs))
 
     @property
     def open_jobs(self) -> list[BlockJob]:
@@ -91,7 +91,7 @@ def appraised(
         progress("decomposing", len(found), len(offers))
     for block_job, one in zip(jobs, offers[len(offers) - len(jobs) :], strict=True):
         refuse_without_data(block_job, methods, stats)
-        found.append(within(_block_errors(block_job, block_method(methods, block_job), one, stats), job.stage.tolerance))
+        found.append(within(_block_errors(block_job, block_method(methods, block_job.use.method), one, stats), job.stage.tolerance))
         progress("decomposing", len(found), len(offers))
     return tuple(found)
 
@@ -109,12 +109,6 @@ def without_labels(batches: Iterable[Any] | None, spec: Spec, graph: Graph, meth
 
 
 # blocks
-
-
-def block_method(methods: Methods, job: BlockJob) -> BlockMethod:
-    method: Any = methods[job.use.method]
-    found: BlockMethod = method
-    return found
 
 
 def _of_block(job: BlockJob, method: BlockMethod, dense: Mapping[Any, int], export: Export) -> Offer:

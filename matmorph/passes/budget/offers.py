@@ -18,7 +18,7 @@ from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.passes.budget.pays import refuse_slow
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import weighted
-from matmorph.passes.methods import Error, Method, SiteStats, dense_cost
+from matmorph.passes.methods.protocol import Error, Methods, SiteStats, dense_cost, site_method
 from matmorph.passes.methods.weights import readable, weighting_of
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, total_cost
 from matmorph.passes.sizes import item_size
@@ -85,7 +85,7 @@ def _macs(site: Site) -> int:
     return 0 if site.form == "embedding" else dense_cost(site).macs
 
 
-def offer(site: Site, rule: Rule, methods: Mapping[str, Method], dense: Mapping[Const, int], export: Export) -> Offer:
+def offer(site: Site, rule: Rule, methods: Methods, dense: Mapping[Const, int], export: Export) -> Offer:
     """From shapes alone. Options that the methods, the bytes law or `pays` refuse are left out; where none is left, `keep` is."""
     options: list[Option] = []
     refused: list[str] = []
@@ -93,8 +93,8 @@ def offer(site: Site, rule: Rule, methods: Mapping[str, Method], dense: Mapping[
         if not uses:
             options.append(kept([sizes_of(site, None, dense, export.precision)]))
             continue
-        problem = methods[uses[0].method].check(site, uses[0].spec) if site.blocked is None else Reject(site.blocked)
-        choices = [] if problem is not None else list(methods[uses[0].method].choices(site, uses[0].spec))
+        problem = site_method(methods, uses[0].method).check(site, uses[0].spec) if site.blocked is None else Reject(site.blocked)
+        choices = [] if problem is not None else list(site_method(methods, uses[0].method).choices(site, uses[0].spec))
         refused += [problem.reason] if problem is not None else []
         for choice in choices:
             concrete = (settled(uses[0], choice), *uses[1:])
@@ -116,11 +116,11 @@ def summed(sizes: Sequence[Sizes]) -> Sizes:
     return Sizes(sum(one.parameters for one in sizes), sum(one.bytes for one in sizes), sum(one.macs for one in sizes))
 
 
-def _appraised(site: Site, rule: Rule, methods: Mapping[str, Method], export: Export) -> Reject | Cost:
+def _appraised(site: Site, rule: Rule, methods: Methods, export: Export) -> Reject | Cost:
     parts = appraise(site, rule, methods)
     if isinstance(parts, Reject):
         return parts
-    (judged,) = refuse_slow([Outcome(site, rule, None, parts, cost=total_cost(site, parts))], export)
+    (judged,) = refuse_slow([Outcome(site, rule, None, parts, cost=total_cost(site, parts))], export, methods)
     return judged.reject or total_cost(site, parts)
 
 
@@ -161,7 +161,7 @@ def _described(use: MethodUse) -> str:
 
 def measured(
     offers: Iterable[Offer],
-    methods: Mapping[str, Method],
+    methods: Methods,
     stats: Mapping[Site, SiteStats],
     tolerance: Tolerance | None = None,
 ) -> Iterable[Offer]:
@@ -169,12 +169,12 @@ def measured(
     return ordered_map(lambda one: within(_measured(one, methods, stats.get(one.site)), tolerance), offers)
 
 
-def _measured(one: Offer, methods: Mapping[str, Method], stats: SiteStats | None) -> Offer:
+def _measured(one: Offer, methods: Methods, stats: SiteStats | None) -> Offer:
     """One call of `errors`, so one decomposition, per alternative."""
     errors: dict[tuple[int, Choice], Error] = {}
     for number, uses in enumerate(one.rule.alternatives):
         choices = [option.source[1] for option in one.options if option.source is not None and option.source[0] == number]
-        method = methods[uses[0].method] if uses else None
+        method = site_method(methods, uses[0].method) if uses else None
         if method is None or method.kind != "replace" or not choices:
             continue
         site = replace(one.site, gathers=()) if one.rule.untie else one.site

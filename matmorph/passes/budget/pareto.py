@@ -58,7 +58,7 @@ def refuse_unswept(spec: Spec, points: int) -> None:
     if not open_:
         raise InputError(
             "a front needs something to decide, and no rule of this spec says auto or any_of",
-            ["for instance rewrite: {low_rank: {rank: auto}} and budget: {parameters: 60%}"],
+            ["for instance a method with rank: auto, and budget: {parameters: 60%}"],
         )
     if len(open_) > 1:
         raise InputError(f"a front sweeps one budget, and {len(open_)} stages of this spec have one")

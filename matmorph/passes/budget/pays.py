@@ -7,25 +7,24 @@ from collections.abc import Sequence
 from matmorph.errors import SpecError
 from matmorph.ir.site import Reject
 from matmorph.passes.kernel_costs import predicted_times
-from matmorph.passes.linalg.contraction import vector_train
-from matmorph.passes.linalg.contraction_cost import plan_contraction, planning_target
-from matmorph.passes.rewriting.rewrite import Outcome, Part
+from matmorph.passes.methods.protocol import Methods, site_method
+from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import Export
 
 SLOWER = 1.05
 """Times dense above which a prediction counts as slower: predictions are no better than that."""
 
 
-def refuse_slow(outcomes: Sequence[Outcome], export: Export) -> tuple[Outcome, ...]:
+def refuse_slow(outcomes: Sequence[Outcome], export: Export, methods: Methods) -> tuple[Outcome, ...]:
     """The outcomes, those that their rule wants fast and that are predicted to be slow as Rejects. It judges what takes the place of the
     matmul; what is added to it is never judged.
 
     SpecError: a rule that wants this of methods that predict no time for these devices, or only adds to the matmul.
     """
-    return tuple(_judged(outcome, export) for outcome in outcomes)
+    return tuple(_judged(outcome, export, methods) for outcome in outcomes)
 
 
-def _judged(outcome: Outcome, export: Export) -> Outcome:
+def _judged(outcome: Outcome, export: Export, methods: Methods) -> Outcome:
     rule, site = outcome.rule, outcome.site
     if outcome.reject is not None or not rule.pays.time or not site.applications:
         return outcome
@@ -34,22 +33,14 @@ def _judged(outcome: Outcome, export: Export) -> Outcome:
         raise SpecError(f"rule {rule.name}: pays.time judges what replaces a matmul, and {_names(outcome)} only adds to it", at=rule.at)
     if main.choice.at_most:  # the weight decides: judged when it is compiled
         return outcome
-    times = main.cost.times or _two_products(outcome, main, export) or predicted_times(main.use.spec, export)
+    times = main.cost.times or site_method(methods, main.use.method).times(site, main.use.spec, main.choice, export)
+    times = times or predicted_times(main.use.spec, export)
     if not times:
         where = ", ".join(export.target)
         raise SpecError(f"rule {rule.name}: pays.time: the time of {main.use.method} is not predicted on {where}", at=main.use.at)
     if max(ratio for _, ratio in times) <= SLOWER:
         return outcome
     return Outcome(site, rule, Reject(f"predicted to be slower: {_said(times)} (pays: {{time: true}} refuses it)"))
-
-
-def _two_products(outcome: Outcome, part: Part, export: Export) -> tuple[tuple[int, float], ...]:
-    """Of low_rank, which is a train of two cores: x @ down @ up."""
-    if part.use.method != "low_rank" or outcome.site.batch is not None:
-        return ()
-    train = vector_train((outcome.site.in_features, outcome.site.out_features), 1, (1, part.choice.rank or 1, 1))
-    found = plan_contraction(train, export.tokens, planning_target(export.target), True)
-    return tuple(zip(export.tokens, found.ratios, strict=True))
 
 
 def _names(outcome: Outcome) -> str:

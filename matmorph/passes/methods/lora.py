@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
 from matmorph.passes.linalg.svd import one_thread, truncated_svd
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
-from matmorph.passes.methods.weights import FLOATS, readable, stored, widened
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
+from matmorph.passes.methods.weights import FLOATS, rank_beyond, readable, scaled_pair, stored, widened
 from matmorph.specs.schema import Rank
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -63,20 +63,21 @@ class LoraSpec:
         return 1.0 if self.alpha is None else self.alpha / (sqrt(rank) if self.rslora else rank)
 
 
-class Lora:
+class Lora(UpdateMethod):
     """Low-rank factors to be trained, beside a matmul that stays."""
 
     name: ClassVar[str] = "lora"
-    kind: ClassVar[str] = "update"
-    two_factor: ClassVar[bool] = True
+    code: ClassVar[str | None] = "LO"
+    colour: ClassVar[int | None] = 4
+    peft: ClassVar[Peft | None] = Peft(takes_in=True)
     Spec: ClassVar[type] = LoraSpec
 
-    def needs(self, spec: LoraSpec) -> frozenset[Statistic]:
-        return frozenset()
+    def splits_weight(self, spec: LoraSpec) -> str | None:
+        """Where the factors start from a part of the dense weight, nothing may have taken its place."""
+        return "with this init takes its start out of" if spec.init in _PARTS else None
 
-    def splits_weight(self, spec: LoraSpec) -> bool:
-        """Whether the factors start from a part of the dense weight, so that nothing may have taken its place."""
-        return spec.init in _PARTS
+    def impossible(self, sites: Sequence[Site], spec: LoraSpec) -> str | None:
+        return rank_beyond(sites, spec.rank)
 
     def check(self, site: Site, spec: LoraSpec) -> Reject | None:
         full, rank = min(site.in_features, site.out_features), int(spec.rank.value or 1)
@@ -134,6 +135,9 @@ class Lora:
             choice=choice,
             adds_bias=base is not None and site.batch is None,
             holds_dense=base is not None,
+            adapter=FragmentAdapter(
+                {"down": down, "up": up}, scale, own_base=None if base is None else base.part, details={"rslora": spec.rslora}
+            ),
         )
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -143,6 +147,9 @@ class Lora:
             return update, None
         base = widened(parts["base"])
         return (base if base.dim() == 2 else base.transpose(-2, -1)) + update, None
+
+    def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return scaled_pair(parts)
 
 
 def _product(site: Site, rows: Value, base: Const, b: FragmentBuilder) -> Value:

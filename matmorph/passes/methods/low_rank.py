@@ -17,6 +17,8 @@ from torch import Tensor
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum, Statistic
+from matmorph.passes.linalg.contraction import vector_train
+from matmorph.passes.linalg.contraction_cost import plan_contraction, planning_target
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.svd import (
     Solver,
@@ -27,9 +29,9 @@ from matmorph.passes.linalg.svd import (
     truncated_svd,
 )
 from matmorph.passes.linalg.whiten import Whitening, project, weighted
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
-from matmorph.passes.methods.weights import FLOATS, curve_errors, readable, stored, weighting_of, whitening_of, widened
-from matmorph.specs.schema import Rank
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
+from matmorph.passes.methods.weights import FLOATS, curve_errors, rank_beyond, readable, stored, weighting_of, whitening_of, widened
+from matmorph.specs.schema import Export, Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,13 @@ class LowRankSpec:
     solver: Solver = field(default="auto", metadata={"doc": "singular value solver; each proves its result within 1 % of the best"})
 
 
-class LowRank:
+class LowRank(ReplaceMethod):
     """Truncated SVD or activation-whitened SVD of one matmul."""
 
     name: ClassVar[str] = "low_rank"
-    kind: ClassVar[str] = "replace"
-    two_factor: ClassVar[bool] = True
+    code: ClassVar[str | None] = "LR"
+    example: ClassVar[str | None] = "{low_rank: {rank: 64}}"
+    colour: ClassVar[int | None] = 0
     automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = LowRankSpec
 
@@ -76,6 +79,9 @@ class LowRank:
         )
         return next((Reject(reason) for fails, reason in guards if fails), None)
 
+    def impossible(self, sites: Sequence[Site], spec: LowRankSpec) -> str | None:
+        return rank_beyond(sites, spec.rank)
+
     def choices(self, site: Site, spec: LowRankSpec) -> Iterable[Choice]:
         """One: the rank, or for `energy` and `error` its upper limit, since the weight decides. Under `auto` `RANKS` even steps up to the
         rank that saves nothing, rounded down to the multiple (8 where none is given and the matrix has ranks for that)."""
@@ -89,6 +95,14 @@ class LowRank:
         per_row = (site.in_features + site.out_features) * (choice.rank or 0)
         parameters = per_row * (site.batch or 1)
         return Cost(parameters, parameters * site.const.tensor.torch_dtype.itemsize, per_row * len(site.applications))
+
+    def times(self, site: Site, spec: LowRankSpec, choice: Choice, export: Export) -> tuple[tuple[int, float], ...]:
+        """As a train of two cores, x @ down @ up."""
+        if site.batch is not None:
+            return ()
+        train = vector_train((site.in_features, site.out_features), 1, (1, choice.rank or 1, 1))
+        found = plan_contraction(train, export.tokens, planning_target(export.target), True)
+        return tuple(zip(export.tokens, found.ratios, strict=True))
 
     def errors(self, site: Site, spec: LowRankSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         """Weight errors and, with statistics, output errors of all ranks, from one decomposition (see `linalg.curves`)."""

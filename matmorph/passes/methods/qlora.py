@@ -10,29 +10,31 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from matmorph.ir.core import Value
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import relative_weight_error
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, ReplaceMethod, SiteMethod, SiteStats, Trains
+from matmorph.passes.methods.quantize import Quantize, QuantizeSpec
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
+    quantizer_settings,
     refuse_impossible,
     refuse_other_ranks,
     refuse_rank,
     refuse_site,
     size_notes,
 )
-from matmorph.passes.methods.weights import readable, stored, widened
+from matmorph.passes.methods.weights import rank_beyond, readable, scaled_pair, stored, widened
 from matmorph.specs.schema import Rank
 
 
@@ -55,19 +57,21 @@ class QLoraSpec(QuantizedSpec):
         return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
 
 
-class QLora:
+class QLora(ReplaceMethod):
     """Quantised matrix and low-rank factors to be trained."""
 
     name: ClassVar[str] = "qlora"
-    kind: ClassVar[str] = "replace"
-    two_factor: ClassVar[bool] = True
+    trains: ClassVar[Trains | None] = "adapters"
+    code: ClassVar[str | None] = "QL"
+    colour: ClassVar[int | None] = 5
+    peft: ClassVar[Peft | None] = Peft(takes_in=True)
     Spec: ClassVar[type] = QLoraSpec
 
-    def needs(self, spec: QLoraSpec) -> frozenset[Statistic]:
-        return frozenset()
-
     def check(self, site: Site, spec: QLoraSpec) -> Reject | None:
-        return refuse_site(site, spec, self.name, tables=False) or refuse_rank(site, spec.rank)
+        return refuse_site(site, spec, self.name, tables=Quantize.name) or refuse_rank(site, spec.rank)
+
+    def impossible(self, sites: Sequence[Site], spec: QLoraSpec) -> str | None:
+        return rank_beyond(sites, spec.rank)
 
     def choices(self, site: Site, spec: QLoraSpec) -> Iterable[Choice]:
         return [Choice(int(spec.rank.value or 1))]
@@ -94,12 +98,22 @@ class QLora:
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
         notes = size_notes(site, spec)
-        return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes)
+        adapter = FragmentAdapter({"down": down, "up": up}, scale)
+        return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes, adapter=adapter)
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not qlora's."""
         update = (widened(parts["down"]) @ widened(parts["up"])).T
         return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
+
+    def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return scaled_pair(parts)
+
+    def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
+        return quantizer_settings(spec)
+
+    def base_again(self, settings: Mapping[str, Any]) -> tuple[SiteMethod, QuantizeSpec]:
+        return Quantize().base_again(settings)
 
 
 def _drawn(site: Site, rank: int, seed: int) -> Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.linalg.quantize import quantize
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteMethod, SiteStats, Trains
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
@@ -21,6 +21,7 @@ from matmorph.passes.methods.quantized_base import (
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
+    quantizer_settings,
     refuse_site,
     size_notes,
     with_bits,
@@ -33,19 +34,18 @@ class QuantizeSpec(QuantizedSpec):
     """Codes and scales only. Also for embedding tables (uniform codes)."""
 
 
-class Quantize:
+class Quantize(ReplaceMethod):
     """One matrix as codes of a quantizer."""
 
     name: ClassVar[str] = "quantize"
-    kind: ClassVar[str] = "replace"
+    trains: ClassVar[Trains | None] = None
+    code: ClassVar[str | None] = "Q"
+    colour: ClassVar[int | None] = 1
     automatic: ClassVar[tuple[str, ...]] = ("bits",)
     Spec: ClassVar[type] = QuantizeSpec
 
-    def needs(self, spec: QuantizeSpec) -> frozenset[Statistic]:
-        return frozenset()
-
     def check(self, site: Site, spec: QuantizeSpec) -> Reject | None:
-        return refuse_site(site, spec, self.name, tables=True)
+        return refuse_site(site, spec, self.name, tables=self.name)
 
     def choices(self, site: Site, spec: QuantizeSpec) -> Iterable[Choice]:
         """One, or one for each number of bits under `auto`."""
@@ -75,3 +75,9 @@ class Quantize:
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' = `base`, the dequantised matrix [out, in]; the bias is not quantize's."""
         return widened(parts["base"]), None
+
+    def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
+        return quantizer_settings(spec)
+
+    def base_again(self, settings: Mapping[str, Any]) -> tuple[SiteMethod, QuantizeSpec]:
+        return self, QuantizeSpec(**settings)

@@ -8,10 +8,10 @@ plus c * (sum of the features of x).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from matmorph.ir.types import element_size
 from matmorph.passes.linalg.codebook import CODEBOOK_BITS
 from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
 from matmorph.passes.linalg.quantize import UNIFORM_BITS, Name, Quantized, Quantizer, stored_width
-from matmorph.passes.methods import FragmentBuilder
+from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.weights import FLOATS
 from matmorph.specs.schema import Rank
 
@@ -84,21 +84,26 @@ def with_bits(spec: AnySpec, choice: Choice) -> AnySpec:
     return replace(spec, bits=choice.bits) if spec.bits == "auto" else spec
 
 
+def quantizer_settings(spec: QuantizedSpec) -> Mapping[str, Any]:
+    """What the base is made anew by, of another weight: the settings of the quantizer alone, as plain data."""
+    return {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec)}
+
+
 def refuse_other_ranks(method: str, rank: Rank) -> None:
     """ValueError unless the rank is a number: what a quantizer leaves over has no energy worth a threshold."""
     if rank.kind != "fixed":
         raise ValueError(f"{method} takes a number as its rank, not {rank.kind}")
 
 
-def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: bool) -> Reject | None:
-    """Why no base of this kind can stand for the site, from shapes and types only. `tables`: the method serves embedding tables."""
+def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: str) -> Reject | None:
+    """Why no base of this kind can stand for the site, from shapes and types only. `tables`: the method that serves embedding tables."""
     kind = site.const.tensor.dtype
     guards = (
         (site.blocked is not None, site.blocked or ""),
         (site.batch is not None, f"{method} takes one matrix, this is a stack of {site.batch} experts"),
-        (site.form == "embedding" and not tables, f"{method} serves matmuls, this is an embedding table: quantize serves it"),
+        (site.form == "embedding" and method != tables, f"{method} serves matmuls, this is an embedding table: {tables} serves it"),
         (
-            bool(site.gathers) and not tables,
+            bool(site.gathers) and method != tables,
             f"the weight is also read as an embedding table; {method} serves only the matmul: use untie: true",
         ),
         (

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.linalg.contraction import TrainShape, matrix_train
 from matmorph.passes.linalg.modes import Modes, balanced_modes, modes_problem, padded_modes
 from matmorph.passes.linalg.svd import Solver
 from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, round_tt, split_modes, tt_svd
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
 from matmorph.passes.methods.tt_base import (
     ContractionSpec,
     ModesSpec,
@@ -68,16 +68,14 @@ class TTSpec(ContractionSpec):
         return len(self.modes.out) if self.modes is not None else self.cores or CORES
 
 
-class TT:
+class TT(ReplaceMethod):
     """A TT-matrix by TT-SVD."""
 
     name: ClassVar[str] = "tt"
-    kind: ClassVar[str] = "replace"
+    code: ClassVar[str | None] = "TT"
+    colour: ClassVar[int | None] = 3
     automatic: ClassVar[tuple[str, ...]] = ("rank",)
     Spec: ClassVar[type] = TTSpec
-
-    def needs(self, spec: TTSpec) -> frozenset[Statistic]:
-        return frozenset()
 
     def impossible(self, sites: Sequence[Site], spec: TTSpec) -> str | None:
         """Modes by hand that fit none of the sites."""

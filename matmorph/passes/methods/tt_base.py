@@ -16,7 +16,7 @@ from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.passes.linalg.contraction import TrainShape, contract
 from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, planning_target
 from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
-from matmorph.passes.methods import FragmentBuilder
+from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.weights import FLOATS
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.ranks import Ranks

@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from matmorph.errors import RewriteError
+from matmorph.errors import ExportError, RewriteError
 from matmorph.ir.core import Value
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
 from matmorph.passes.linalg.contraction import TrainShape, matrix_train, vector_train
 from matmorph.passes.linalg.modes import Modes, balanced_shape, boundary, modes_problem, shape_problem
 from matmorph.passes.linalg.tensor_train import (
@@ -33,7 +33,7 @@ from matmorph.passes.linalg.tensor_train import (
     vector_tensor_to_weight,
     weight_to_vector_tensor,
 )
-from matmorph.passes.methods import Error, FragmentBuilder, SiteStats
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
 from matmorph.passes.methods.tt import train_of
 from matmorph.passes.methods.tt_base import (
     ContractionSpec,
@@ -83,15 +83,14 @@ class TTLoraSpec(ContractionSpec):
         refuse_wrong_count(self.rank, count, given[0] if given else "the default")
 
 
-class TTLora:
+class TTLora(UpdateMethod):
     """A tensor train to be trained, beside a matmul that stays."""
 
     name: ClassVar[str] = "tt_lora"
-    kind: ClassVar[str] = "update"
+    code: ClassVar[str | None] = "TL"
+    colour: ClassVar[int | None] = 6
+    peft: ClassVar[Peft | None] = Peft()
     Spec: ClassVar[type] = TTLoraSpec
-
-    def needs(self, spec: TTLoraSpec) -> frozenset[Statistic]:
-        return frozenset()
 
     def impossible(self, sites: Sequence[Site], spec: TTLoraSpec) -> str | None:
         """A shape or modes by hand that fit none of the sites."""
@@ -142,7 +141,8 @@ class TTLora:
 
         numbers = {"scale": torch.tensor(spec.alpha, dtype=torch.float64), "in_features": torch.tensor(site.in_features)}
         parts = {**{f"core_{k}": core for k, core in enumerate(cores)}, **numbers}
-        return b.fragment(body, consts, lambda: self.merge(parts)[0], choice=choice)
+        adapter = FragmentAdapter({f"core_{k}": core for k, core in enumerate(consts)}, spec.alpha)
+        return b.fragment(body, consts, lambda: self.merge(parts)[0], choice=choice, adapter=adapter)
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """`scale` dW [out, in] of `core_0`, `core_1` ... in float32 or better, plus `base` [out, in] where there is one.
@@ -155,6 +155,14 @@ class TTLora:
             raise RewriteError("a tensor train of the papers' shape is merged into a base, or with its number of in_features")
         update = float(parts.get("scale", 1.0)) * _dense(train, in_features)
         return update if base is None else base.to(update.dtype) + update, None
+
+    def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Exactly, at the border between input and output modes; needs `in_features`."""
+        cores = [parts[f"core_{k}"] for k in range(sum(name.startswith("core_") for name in parts))]
+        try:
+            return two_factor_form(cores, int(parts["in_features"]), float(parts.get("scale", 1.0)))
+        except ValueError as error:
+            raise ExportError(f"its tensor train has no two-factor form: {error}") from error
 
 
 def two_factor_form(cores: Sequence[Tensor], in_features: int, alpha: float) -> tuple[Tensor, Tensor]:

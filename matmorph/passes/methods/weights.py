@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
+from matmorph.ir.core import Value
 from matmorph.ir.site import Site
 from matmorph.passes.linalg.curves import Directions
 from matmorph.passes.linalg.svd import largest
@@ -18,7 +20,8 @@ from matmorph.passes.linalg.whiten import (
     weighted,
     whitening_factor,
 )
-from matmorph.passes.methods import Error, SiteStats
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, SiteStats
+from matmorph.specs.schema import Rank
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Types of weights that methods can read."""
@@ -89,3 +92,30 @@ def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor |
     judged = stats is not None and weighting is not None
     felt = found.relative_errors(stats.second_moment, weighting).tolist() if judged and stats is not None else [None] * len(weight)
     return [Error(*three) for three in zip(weight, output, felt, strict=True)]
+
+
+def rank_beyond(sites: Sequence[Site], rank: Rank) -> str | None:
+    """Why a rank given as a number is above min(in, out) of EVERY site; None where one has it."""
+    largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
+    limit = min(largest.in_features, largest.out_features)
+    if rank.kind != "fixed" or int(rank.value or 0) <= limit:
+        return None
+    return f"rank {rank.value} is above min(in, out) of every matched site; the largest is {limit} ({largest.path})"
+
+
+def scaled_pair(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(`down`, `scale` `up`), in their own type: the two-factor form of what is one already."""
+    return parts["down"], float(parts.get("scale", 1.0)) * parts["up"]
+
+
+def dense_matrix(site: Site, b: FragmentBuilder) -> Value:
+    """W [out, in] as a value over the stored weight, whatever its layout."""
+    total = site.const.numel // site.in_features
+    start, stop = site.rows or (0, total)
+    sides = [total, site.in_features] if site.layout == "oi" else [site.in_features, total]
+    w: Value = site.const
+    if list(w.tensor.shape) != sides:
+        w = b("aten.reshape.default", w, sides)
+    if (start, stop) != (0, total):
+        w = b("aten.slice.Tensor", w, 0 if site.layout == "oi" else 1, start, stop)
+    return w if site.layout == "oi" else b("aten.t.default", w)

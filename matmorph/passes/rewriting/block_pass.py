@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Origin
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import rewired, swept
-from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Reject, Site
 from matmorph.ir.verify import retype
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
-from matmorph.passes.methods import Error, Methods, SiteStats
+from matmorph.passes.methods.protocol import BlockMethod, Methods, SiteStats, block_method
 from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
@@ -29,23 +28,7 @@ from matmorph.passes.selection.survey import Survey
 from matmorph.passes.sizes import exported_sizes
 from matmorph.specs.schema import MethodUse, Rule, Stage
 
-KIND = "block"
 _INDEX_BYTES = 8
-
-
-class BlockMethod(Protocol):
-    """A method of kind "block". Stateless, as the others are; `choices[k].rank` is the width of the block that the choice leaves."""
-
-    def needs(self, spec: Any) -> frozenset[Statistic]: ...
-    def reads(self, block: Block, spec: Any) -> tuple[Site, ...]: ...
-    def check(self, block: Block, spec: Any) -> Reject | None: ...
-    def impossible(self, blocks: Sequence[Block], spec: Any) -> str | None: ...
-    def choices(self, block: Block, spec: Any) -> Iterable[Choice]: ...
-    def schedule(self, block: Block, spec: Any) -> tuple[Choice, ...]: ...
-    def counts(self, block: Block, spec: Any, choice: Choice) -> Counts: ...
-    def costs(self, block: Block, spec: Any, choice: Choice) -> Mapping[Site, Cost]: ...
-    def errors(self, block: Block, spec: Any, choices: Sequence[Choice], stats: Mapping[Site, SiteStats]) -> Sequence[Error]: ...
-    def build(self, block: Block, spec: Any, choice: Choice, stats: Mapping[Site, SiteStats], b: Builder) -> Patch: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +54,7 @@ class Divided:
 def of_block(rule: Rule, methods: Methods) -> MethodUse | None:
     """The block method of a rule, which stands alone in its rewrite."""
     use = rule.rewrite[0] if rule.rewrite else None
-    return use if use is not None and getattr(methods.get(use.method), "kind", None) == KIND else None
+    return use if use is not None and isinstance(methods.get(use.method), BlockMethod) else None
 
 
 def divide(survey: Survey, owners: Mapping[Site, Rule | None], methods: Methods) -> Divided:
@@ -124,22 +107,16 @@ def _refuse_impossible(jobs: Sequence[BlockJob], methods: Methods) -> None:
         owned.setdefault(id(job.rule), []).append(job)
     for group in owned.values():
         use = group[0].use
-        why = _method(methods, use).impossible([job.block for job in group], use.spec)
+        why = block_method(methods, use.method).impossible([job.block for job in group], use.spec)
         if why is not None:
             raise SpecError(f"rule {group[0].rule.name}: {why}", at=use.at)
-
-
-def _method(methods: Methods, use: MethodUse) -> BlockMethod:
-    method: Any = methods[use.method]
-    found: BlockMethod = method
-    return found
 
 
 def block_needs(jobs: Sequence[BlockJob], methods: Methods) -> list[Site]:
     """Sites whose statistics are read. All that can be pruned, so that output errors are measured wherever there is data."""
     found: dict[Site, None] = {}
     for job in jobs:
-        method = _method(methods, job.use)
+        method = block_method(methods, job.use.method)
         if method.check(job.block, job.use.spec) is None:
             found.update(dict.fromkeys(method.reads(job.block, job.use.spec)))
     return list(found)
@@ -155,7 +132,7 @@ def _outcomes(job: BlockJob, method: BlockMethod, choice: Choice, notes: Sequenc
     found = []
     for site in job.block.sites:
         last = site is job.block.consumer
-        part = Part(job.use, KIND, choice, costs[site], tuple(notes) if last else ())
+        part = Part(job.use, method.kind, choice, costs[site], tuple(notes) if last else ())
         found.append(Outcome(site, job.rule, None, (part,), cost=costs[site], block=job.block, patch=patch if last else None))
     return found
 
@@ -205,7 +182,7 @@ class PruningSoFar:
         for outcome in outcomes:
             if outcome.patch is not None and outcome.reject is None:
                 use, block, patch = outcome.parts[0].use, outcome.patch.block, outcome.patch
-                found = found.shrunk(block, _method(methods, use).counts(block, use.spec, patch.choice))
+                found = found.shrunk(block, block_method(methods, use.method).counts(block, use.spec, patch.choice))
                 source = found.sources[block.consumer.path].narrowed(patch.features)
                 found = replace(found, sources={**found.sources, block.consumer.path: source})
         return found
@@ -225,7 +202,7 @@ def plan_blocks(
     sizes = exported_sizes(graph, precision) if divided.jobs else {}
     found = [*divided.refused]
     for job in divided.jobs:
-        method, spec = _method(methods, job.use), job.use.spec
+        method, spec = block_method(methods, job.use.method), job.use.spec
         reject = method.check(job.block, spec)
         if reject is not None:
             found += rejected(job, reject)
@@ -248,7 +225,7 @@ def build_blocks(
     found = [*divided.refused]
     for job in divided.jobs:
         path = job.block.consumer.path
-        method, key = _method(methods, job.use), (job.rule.name, path)
+        method, key = block_method(methods, job.use.method), (job.rule.name, path)
         schedule = _schedule(job, method, pruned.left.get(key))
         if isinstance(schedule, Reject):
             found += rejected(job, schedule)
@@ -317,7 +294,7 @@ def _aside(block: Block, counts: Counts, sizes: Mapping[Const, int]) -> tuple[in
 
 def refuse_without_data(job: BlockJob, methods: Methods, stats: Mapping[Site, SiteStats]) -> None:
     """SpecError at the method that needs calibration data where there is none."""
-    wanted = sorted(statistic.value for statistic in _method(methods, job.use).needs(job.use.spec))
+    wanted = sorted(statistic.value for statistic in block_method(methods, job.use.method).needs(job.use.spec))
     if wanted and job.block.consumer not in stats:
         raise SpecError(
             f"rule {job.rule.name}: {job.use.method} needs calibration data ({', '.join(wanted)}) and none was given",
@@ -328,7 +305,8 @@ def refuse_without_data(job: BlockJob, methods: Methods, stats: Mapping[Site, Si
 
 def shots_of(stage: Stage, methods: Methods) -> list[Stage]:
     """The stage once per shot of its block methods: all but the last prune only, everything else happens in the last."""
-    counts = {rule.name: int(getattr(use.spec, "shots", 1)) for rule in stage.rules if (use := of_block(rule, methods)) is not None}
+    pruning = {rule.name: use for rule in stage.rules if (use := of_block(rule, methods)) is not None}
+    counts = {name: block_method(methods, use.method).shots(use.spec) for name, use in pruning.items()}
     most = max(counts.values(), default=1)
     found = []
     for left in range(most - 1, 0, -1):

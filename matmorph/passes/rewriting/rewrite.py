@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from matmorph.errors import RewriteError, SpecError
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.infer import Inference
@@ -20,13 +21,12 @@ from matmorph.ir.rewiring import swept
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
-from matmorph.passes.methods import Method, SiteStats, dense_cost, refuse_larger
+from matmorph.passes.methods.protocol import Methods, SiteMethod, SiteStats, dense_cost, refuse_larger, site_method
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.row_view import unreadable
 from matmorph.passes.rewriting.site_builder import SiteScope
 from matmorph.progress import StepProgress
-from matmorph.specs.schema import Rank
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import MethodUse, Rule
@@ -50,7 +50,7 @@ class Outcome:
     `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
     afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
     `keeps_dense`: the dense weight stays beside them. `block`: the block that is pruned as a whole, `patch` what it becomes (with the
-    outcome of its last matmul alone).
+    outcome of its last matmul alone). `adapters`: what of it trains to be exchanged and merged.
     """
 
     site: Site
@@ -67,6 +67,7 @@ class Outcome:
     block: Block | None = None
     patch: Patch | None = None
     spectrum: Spectrum | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ class Outcome:
 def rewrite(
     graph: Graph,
     claims: Iterable[tuple[Site, Rule]],
-    methods: Mapping[str, Method],
+    methods: Methods,
     stats: Mapping[Site, SiteStats] | None = None,
     *,
     seed: int = 0,
@@ -91,7 +92,7 @@ def rewrite(
     return splice(graph, outcomes), outcomes
 
 
-def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | tuple[Part, ...]:
+def appraise(site: Site, rule: Rule, methods: Methods) -> Reject | tuple[Part, ...]:
     """What the rule would make of the site, from shapes only: a choice and a cost per method (upper limits where the data decides), or why
     not. The bytes law is judged here where the choice is final."""
     if site.blocked is not None:
@@ -101,7 +102,7 @@ def appraise(site: Site, rule: Rule, methods: Mapping[str, Method]) -> Reject | 
         return reason
     parts: list[Part] = []
     for use in rule.rewrite:
-        method = _standing(methods[use.method], parts)
+        method = _standing(site_method(methods, use.method), parts)
         reject = method.check(site, use.spec) or _without_dense(method, use, parts, methods)
         if reject is not None:
             return reject
@@ -117,28 +118,23 @@ def _said(choice: Choice) -> tuple[str, ...]:
     return (*((choice.clamped,) if choice.clamped else ()), *choice.notes)
 
 
-def _standing(method: Method, before: Sequence[Part]) -> Method:
-    """A method may have `beside`: the form of it for a site whose weight a method before it has replaced."""
-    beside: Method | None = getattr(method, "beside", None)
+def _standing(method: SiteMethod, before: Sequence[Part]) -> SiteMethod:
+    """The form of a method for a site whose weight a method before it may have replaced."""
+    beside = method.beside
     return method if beside is None or not any(part.kind == "replace" for part in before) else beside
 
 
-def _without_dense(method: Method, use: MethodUse, before: Sequence[Part], methods: Mapping[str, Method]) -> Reject | None:
-    """A method may have `splits_weight(spec)`: whether it starts from a part of the dense weight, which then must still be there; one with
-    a `beside` works on the dense weight, which no update before it may have made its own."""
-    if before and _splits(method, use):
-        how = "with this init takes its start out of" if hasattr(use.spec, "init") else "works on"
+def _without_dense(method: SiteMethod, use: MethodUse, before: Sequence[Part], methods: Methods) -> Reject | None:
+    """A method that splits the dense weight needs it to be there still; one with a `beside` works on the dense weight, which no update
+    before it may have made its own."""
+    how = method.splits_weight(use.spec)
+    if before and how is not None:
         return Reject(f"{use.method} {how} the dense weight, and {before[0].use.method} comes before it")
-    updates = [(part, methods[part.use.method]) for part in before]
-    taken = [part.use.method for part, other in updates if _splits(other, part.use) or hasattr(other, "beside")]
-    if not taken or not hasattr(method, "beside"):
+    updates = [(part, site_method(methods, part.use.method)) for part in before]
+    taken = [part.use.method for part, other in updates if other.splits_weight(part.use.spec) or other.beside is not None]
+    if not taken or method.beside is None:
         return None
     return Reject(f"{use.method} works on the dense weight, and {taken[0]} before it has made that its own")
-
-
-def _splits(method: Method, use: MethodUse) -> bool:
-    splits = getattr(method, "splits_weight", None)
-    return splits is not None and bool(splits(use.spec))
 
 
 def _treated(site: Site, rule: Rule) -> Site:
@@ -155,34 +151,26 @@ def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
     for cost in costs if any(cost.stored for cost in costs) else ():
         for dtype, count in cost.stored or ((site.const.tensor.dtype, cost.parameters),):
             stored[dtype] = stored.get(dtype, 0) + count
-    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded", "trains")}
+    sums = {field: sum(getattr(cost, field) for cost in costs) for field in ("parameters", "bytes", "macs", "coded", "trains", "frozen")}
     return Cost(**sums, stored=tuple(stored.items()))
 
 
-def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Mapping[str, Method]) -> None:
-    """SpecError for settings that fit no site of their rule at all: a rank above min(in, out) of EVERY one, or what a method's own
-    `impossible(sites, spec)` says. What fits some of them is a Reject of the others."""
+def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Methods) -> None:
+    """SpecError for settings that fit no site of their rule at all. What fits some of them is a Reject of the others."""
     owned: dict[int, tuple[Rule, list[Site]]] = {}
     for site, rule in claims:
         owned.setdefault(id(rule), (rule, []))[1].append(site)
     for rule, sites in owned.values():
-        largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
-        limit = min(largest.in_features, largest.out_features)
         for use in rule.rewrite:
-            judge = getattr(methods[use.method], "impossible", None)
-            if judge is not None and (why := judge(sites, use.spec)) is not None:
+            why = site_method(methods, use.method).impossible(sites, use.spec)
+            if why is not None:
                 raise SpecError(f"rule {rule.name}: {why}", at=use.at)
-            rank = getattr(use.spec, "rank", None)
-            fixed = int(rank.value or 0) if isinstance(rank, Rank) and rank.kind == "fixed" else 0
-            if getattr(methods[use.method], "two_factor", False) and fixed > limit:
-                where = f"min(in, out) of every matched site; the largest is {limit} ({largest.path})"
-                raise SpecError(f"rank {fixed} of rule {rule.name} is above {where}", at=use.at)
 
 
 def build(
     graph: Graph,
     claims: Iterable[tuple[Site, Rule]],
-    methods: Mapping[str, Method],
+    methods: Methods,
     stats: Mapping[Site, SiteStats] | None = None,
     *,
     seed: int = 0,
@@ -211,7 +199,7 @@ class _Shop:
     builder: Builder
     inference: Inference
     dotted: set[str]
-    methods: Mapping[str, Method]
+    methods: Methods
     seed: int
     shared: dict[Hashable, Const] = field(default_factory=dict)
 
@@ -225,11 +213,10 @@ def _solution(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: Si
     if isinstance(planned, Reject):
         return None
     use, treated = planned[0].use, _treated(site, rule)
-    method = shop.methods[use.method]
-    solve = getattr(method, "solve", None)
-    if solve is None or (stats is None and method.needs(use.spec)):
+    method = site_method(shop.methods, use.method)
+    if type(method).solve is SiteMethod.solve or (stats is None and method.needs(use.spec)):  # no weight is read for nothing
         return None
-    return solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
+    return method.solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
 
 
 def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solution: Any) -> Outcome:
@@ -241,16 +228,17 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: Sit
     fragments: list[Fragment] = []
     parts: list[Part] = []
     for part, label in zip(planned, _labels(planned), strict=True):
-        method = _standing(shop.methods[part.use.method], parts)
+        method = _standing(site_method(shop.methods, part.use.method), parts)
         _needs(method, part.use, rule, site, stats)
-        b = scope.builder_for(label, shop.seed, fragments, None if fragments else solution)
+        b = scope.builder_for(method, label, shop.seed, fragments, None if fragments else solution)
         fragment = method.build(treated, part.use.spec, part.choice, stats, b)
         fragments.append(fragment)
         cost = method.cost(treated, part.use.spec, fragment.choice)
         parts.append(replace(part, choice=fragment.choice, cost=cost, notes=(*_said(fragment.choice), *fragment.notes)))
     if (reject := _too_large(site, rule, parts)) is not None:
         return Outcome(site, rule, reject)
-    return _measured(site, scope, rule, parts, fragments, stats)
+    base = site_method(shop.methods, parts[0].use.method)
+    return replace(_measured(site, scope, rule, parts, fragments, stats), adapters=_adapters(site, rule, base, parts, fragments))
 
 
 def _labels(parts: Sequence[Part]) -> list[str]:
@@ -259,7 +247,7 @@ def _labels(parts: Sequence[Part]) -> list[str]:
     return [name if name not in names[:k] else f"{name}_{names[:k].count(name)}" for k, name in enumerate(names)]
 
 
-def _needs(method: Method, use: MethodUse, rule: Rule, site: Site, stats: SiteStats | None) -> None:
+def _needs(method: SiteMethod, use: MethodUse, rule: Rule, site: Site, stats: SiteStats | None) -> None:
     missing = sorted(statistic.value for statistic in method.needs(use.spec)) if stats is None else []
     if missing:
         raise SpecError(f"rule {rule.name}: {use.method} needs calibration data ({', '.join(missing)} of {site.path})", at=use.at)
@@ -290,6 +278,40 @@ def _measured(
         consts=tuple(const for fragment in fragments for const in fragment.consts),
         keeps_dense=keeps_node or any(site.const in node.inputs() for item in fragments for part in item.parts for node in part),
         spectrum=fragments[0].spectrum,
+    )
+
+
+def _adapters(site: Site, rule: Rule, first: SiteMethod, parts: Sequence[Part], fragments: Sequence[Fragment]) -> tuple[Adapter, ...]:
+    """One per part that brought one. `first`: the method of the first part, which may have taken the weight's place."""
+    own = next((item for item in fragments if item.adapter is not None and item.adapter.own_base is not None), None)
+    base, base_consts, settings = "dense", dict[str, str](), None
+    if own is not None and own.adapter is not None:
+        base, base_consts = "own", {"base": next(const.path for const in own.consts if const.part == own.adapter.own_base)}
+    elif parts[0].kind == "replace":
+        base, settings = parts[0].use.method, first.base_settings(parts[0].use.spec)
+        base_consts = {const.part or const.path: const.path for const in fragments[0].consts if settings is None or not const.trainable}
+    return tuple(
+        Adapter(
+            site=site.path,
+            rule=rule.name,
+            method=part.use.method,
+            consts={short: const.path for short, const in found.consts.items()},
+            scale=found.scale,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            batch=site.batch,
+            base=base,
+            base_consts=base_consts,
+            settings=settings,
+            form=site.form,
+            applications=len(site.applications),
+            inside=found.inside,
+            starts_at_zero=found.starts_at_zero and base != "own",
+            kept=found.kept,
+            details=found.details,
+        )
+        for part, fragment in zip(parts, fragments, strict=True)
+        if (found := fragment.adapter) is not None
     )
 
 

@@ -14,7 +14,8 @@ from matmorph.ir.build import Builder, unique_name
 from matmorph.ir.core import Const, ConstKind, Node, Origin, Value
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import rewired
-from matmorph.ir.site import Application, Fragment, Site
+from matmorph.ir.site import Application, Fragment, FragmentAdapter, Site
+from matmorph.passes.methods.protocol import SiteMethod
 from matmorph.passes.rewriting.row_view import RowView, emit, row_view
 
 
@@ -68,10 +69,10 @@ class SiteScope:
             self._weight = self.site.weight().detach()
         return self._weight
 
-    def builder_for(self, label: str, seed: int, before: Sequence[Fragment], solution: Any = None) -> SiteBuilder:
+    def builder_for(self, method: SiteMethod, label: str, seed: int, before: Sequence[Fragment], solution: Any = None) -> SiteBuilder:
         """What the next method writes with: `label` names its weights, `before` are the fragments of the methods before it, `solution` is
         what its own `solve` found ahead of time."""
-        return SiteBuilder(self, label, seed, tuple(before), solution)
+        return SiteBuilder(self, method, label, seed, tuple(before), solution)
 
     def close(self, fragments: Sequence[Fragment], keeps_node: bool) -> Mapping[Node, tuple[Node, ...]]:
         """What stands in place of each application's node, and of each gather's that a fragment serves too. `keeps_node`: the dense
@@ -85,13 +86,15 @@ class SiteScope:
                 closed[node] = self._bound(written, value, node.output)
         return closed
 
-    def new_const(self, label: str, tensor: Tensor, trainable: bool, kind: ConstKind) -> Const:
-        name = unique_name(f"{self.site.path}.{label}", self._dotted)
-        return self._builder.const(name, tensor.detach(), trainable=trainable, kind=kind, rule=self._rule)
+    def new_const(self, method: str, label: str, part: str, tensor: Tensor, trainable: bool, kind: ConstKind) -> Const:
+        path = self.site.path
+        name = unique_name(f"{path}.{label}.{part}", self._dotted)
+        b = self._builder
+        return b.const(name, tensor.detach(), trainable=trainable, kind=kind, rule=self._rule, site=path, method=method, part=part)
 
-    def shared_const(self, label: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
+    def shared_const(self, method: str, label: str, part: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
         if key not in self._shared:
-            self._shared[key] = self.new_const(label, tensor(), False, "buffer")
+            self._shared[key] = self.new_const(method, label, part, tensor(), False, "buffer")
         return self._shared[key]
 
     def write(self, node: Node, body: Callable[[], Value]) -> tuple[Value, tuple[Node, ...]]:
@@ -151,10 +154,13 @@ class SiteScope:
 class SiteBuilder:
     """What a method's `build` writes with (see `methods.FragmentBuilder`)."""
 
-    def __init__(self, scope: SiteScope, label: str, seed: int, before: tuple[Fragment, ...], solution: Any = None) -> None:
+    def __init__(
+        self, scope: SiteScope, method: SiteMethod, label: str, seed: int, before: tuple[Fragment, ...], solution: Any = None
+    ) -> None:
         self.seed = seed
         self.solution = solution
         self._scope = scope
+        self._method = method
         self._label = label
         self._before = before
         self._entry: Entry | None = None
@@ -173,11 +179,11 @@ class SiteBuilder:
 
     def const(self, name: str, tensor: Tensor, *, trainable: bool = True, kind: ConstKind = "parameter") -> Const:
         """A new weight under the dotted name `<site path>.<method>.<name>`."""
-        return self._scope.new_const(f"{self._label}.{name}", tensor, trainable, kind)
+        return self._scope.new_const(self._method.name, self._label, name, tensor, trainable, kind)
 
     def shared(self, name: str, key: Hashable, tensor: Callable[[], Tensor]) -> Const:
         """A buffer that all sites of the graph which ask for the same key share; the first of them names it."""
-        return self._scope.shared_const(f"{self._label}.{name}", key, tensor)
+        return self._scope.shared_const(self._method.name, self._label, name, key, tensor)
 
     def bias(self) -> Value | None:
         """Inside a body: the bias [out] that the fragment may add itself, under `adds_bias=True`. None where there is none, or where it
@@ -208,7 +214,8 @@ class SiteBuilder:
         **more: Any,
     ) -> Fragment:
         """Emits `body(rows)` once per application: rows [.., in] to [.., out], without the bias unless `adds_bias`. `lookup(indices)`, once
-        per gather of the site: integers [..] to rows [.., in] of the table. `more`: choice, bound, notes ..."""
+        per gather of the site: integers [..] to rows [.., in] of the table. `more`: choice, bound, notes ...; without an `adapter` among
+        them that of a method which trains adapters is all that trains."""
         parts, outputs = [], []
         for entry in self._scope.entries:
             self._entry = entry
@@ -220,6 +227,8 @@ class SiteBuilder:
         for node in self._scope.site.gathers if lookup is not None else ():
             value, nodes = self._written(node, lookup, node.args[1])  # type: ignore[arg-type]
             lookups.append((nodes, value))
+        if self._method.trains == "adapters" and "adapter" not in more:
+            more["adapter"] = FragmentAdapter({const.part or const.path: const for const in consts if const.trainable})
         return Fragment(tuple(parts), tuple(outputs), tuple(consts), weight, lookups=tuple(lookups), **more)
 
     def _written(self, node: Node, body: Callable[[Value], Value], operand: Value) -> tuple[Value, tuple[Node, ...]]:

@@ -24,7 +24,7 @@ from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.evaluate import bind, evaluate
 from matmorph.ir.site import Application, Site, Statistic
 from matmorph.ir.types import as_dim
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import Step, apply, row_view
 from matmorph.progress import StepProgress
 

@@ -28,7 +28,7 @@ from matmorph.errors import InputError, SpecError, did_you_mean
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Site
 from matmorph.ir.training.losses import tensor_outputs
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import Step, row_view, undo
 from matmorph.passes.statistics.calibrate import MASK_INPUT, SPILL_ABOVE, accumulator, bound_batch, cut_batch
 from matmorph.passes.statistics.loss_gradients import Slopes, differentiated, loss_gradients

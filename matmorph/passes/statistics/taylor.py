@@ -17,8 +17,8 @@ from torch import Tensor
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Site, Statistic
-from matmorph.passes.methods import Method, SiteStats
-from matmorph.passes.rewriting.block_pass import BlockJob, BlockMethod
+from matmorph.passes.methods.protocol import Methods, SiteStats, block_method
+from matmorph.passes.rewriting.block_pass import BlockJob
 from matmorph.passes.statistics.loss_gradients import loss_gradients
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import MethodUse, Train
@@ -26,7 +26,7 @@ from matmorph.specs.schema import MethodUse, Train
 _HINT = "for instance: train: {loss: cross_entropy}"
 
 
-def reads_labels(uses: Iterable[MethodUse], methods: Mapping[str, Method]) -> bool:
+def reads_labels(uses: Iterable[MethodUse], methods: Methods) -> bool:
     """Whether any of these methods needs gradients of the loss."""
     return any(Statistic.TAYLOR in methods[use.method].needs(use.spec) for use in uses)
 
@@ -78,7 +78,7 @@ def _refuse_nothing(site: Site, *scores: Tensor) -> None:
 def with_taylor(
     graph: Graph,
     jobs: Sequence[BlockJob],
-    methods: Mapping[str, Method],
+    methods: Methods,
     stats: Mapping[Site, SiteStats],
     batches: Iterable[Any] | None,
     samples: int,
@@ -91,15 +91,14 @@ def with_taylor(
         return stats
     sites: dict[Site, None] = {}
     for job in asking:
-        method: Any = methods[job.use.method]
-        pruning: BlockMethod = method
+        pruning = block_method(methods, job.use.method)
         if pruning.check(job.block, job.use.spec) is None:
             sites.update(dict.fromkeys(pruning.reads(job.block, job.use.spec)))
     found = taylor(graph, list(sites), batches, samples, train, asking[0].use, progress) if sites else {}
     return {**stats, **{site: replace(stats[site], input_taylor=pair[0], output_taylor=pair[1]) for site, pair in found.items()}}
 
 
-def refuse_without_loss(jobs: Iterable[BlockJob], methods: Mapping[str, Method], train: Train | None) -> None:
+def refuse_without_loss(jobs: Iterable[BlockJob], methods: Methods, train: Train | None) -> None:
     """SpecError at the method that needs gradients of a loss where the spec has none."""
     job = next((job for job in jobs if reads_labels([job.use], methods)), None) if train is None else None
     if job is not None:

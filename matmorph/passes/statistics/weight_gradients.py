@@ -7,7 +7,7 @@ there more than one gradient of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
@@ -18,10 +18,10 @@ from torch import Tensor
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.site import Site
+from matmorph.ir.site import Site, Statistic
 from matmorph.ir.training.gradient import GRAD, LOSS_SCALE, THETA, gradient_graph
 from matmorph.passes.linalg.hosvd import Bases, GradientGrams, GradientStats, top_share
-from matmorph.passes.methods import Method, Preliminary, SiteStats
+from matmorph.passes.methods.protocol import Methods, Preliminary, SiteStats, site_method
 from matmorph.passes.statistics.loss_gradients import Classes, classes_of, label_names, labelled_batch, loss_of
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import MethodUse, Rule, Train
@@ -30,6 +30,7 @@ Claims: TypeAlias = Sequence[tuple[Site, Rule]]
 Gradients: TypeAlias = Mapping[Site, Tensor]
 """[out, in] of each site, of one batch."""
 
+_GRADIENTS = frozenset({Statistic.GRADIENT_GRAMS, Statistic.GRADIENT_SCORES})
 _HINT = "for instance: train: {loss: cross_entropy}"
 
 
@@ -60,12 +61,12 @@ class _Sum:
     batches: int = field(default=0)
 
 
-def asks_for_gradients(uses: Iterable[MethodUse], methods: Mapping[str, Method]) -> bool:
-    """Whether any of these methods can have a preliminary phase, so that batches may have labels."""
-    return any(hasattr(methods[use.method], "preliminary") for use in uses)
+def asks_for_gradients(uses: Iterable[MethodUse], methods: Methods) -> bool:
+    """Whether any of these methods has a preliminary phase, so that batches may have labels."""
+    return any(_GRADIENTS & methods[use.method].needs(use.spec) for use in uses)
 
 
-def refuse_without_train(claims: Claims, methods: Mapping[str, Method], train: Train | None) -> None:
+def refuse_without_train(claims: Claims, methods: Methods, train: Train | None) -> None:
     """SpecError at a method that needs gradients of a loss where the spec has none."""
     asked = _asked(claims, methods) if train is None else []
     if asked:
@@ -75,7 +76,7 @@ def refuse_without_train(claims: Claims, methods: Mapping[str, Method], train: T
 def with_gradients(
     graph: Graph,
     claims: Claims,
-    methods: Mapping[str, Method],
+    methods: Methods,
     stats: Mapping[Site, SiteStats],
     batches: Iterable[Any] | None,
     train: Train | None,
@@ -95,16 +96,15 @@ def with_gradients(
     return {**stats, **{one.site: replace(stats[one.site], gradients=_stats(one, sums[one.site])) for one in asked}}
 
 
-def _asked(claims: Claims, methods: Mapping[str, Method]) -> list[_Asked]:
+def _asked(claims: Claims, methods: Methods) -> list[_Asked]:
     """Of sites that a method takes; a rule that the budget decides counts with all its alternatives."""
     found: dict[Site, _Asked] = {}
     for site, rule in claims:
         for use in (use for uses in rule.alternatives for use in uses):
-            judge: Callable[[Site, Any], Preliminary | None] | None = getattr(methods[use.method], "preliminary", None)
-            if judge is not None and methods[use.method].check(site, use.spec) is None:
-                wanted = judge(site, use.spec)
-                if wanted is not None:
-                    found.setdefault(site, _Asked(site, rule, use, wanted))
+            method = site_method(methods, use.method)
+            wanted = method.preliminary(site, use.spec)
+            if wanted is not None and method.check(site, use.spec) is None:
+                found.setdefault(site, _Asked(site, rule, use, wanted))
     return list(found.values())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.site import Site
-from matmorph.passes.methods import SiteStats
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.methods.weights import readable
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Concat, Counts, Kept, Product, V, size_of, totals, units_of
 from matmorph.passes.pruning.find_blocks import Block

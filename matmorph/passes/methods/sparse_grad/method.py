@@ -5,8 +5,9 @@ U^T G V. Here the rotations act on the weight, once per step, and the tokens see
 delta = W~ - U^T W V, from zero: the start is W to the bit, its gradient is the same U^T G V, and so is every step of an optimizer without
 weight decay. Decay is that of delta, towards the W that training started from; entries that do not take part do not decay.
 
-`mask: step` chooses anew at every update, inside the optimizer graph (`exporters.optimizers.Kept`); `mask: fixed` chooses once, by the mean
-|U^T G V| over the preliminary phase, and only the chosen entries are parameters. `basis: none` leaves the rotations out: W + delta.
+`mask: step` chooses anew at every update, inside the optimizer graph (`exporters.training.optimizers.Kept`); `mask: fixed` chooses once, by
+the mean |U^T G V| over the preliminary phase, and only the chosen entries are parameters. `basis: none` leaves the rotations out: W +
+delta.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
-from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.ir.core import Const, Graph, Value
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site, Statistic
 from matmorph.passes.linalg.hosvd import GradientStats, top_entries
-from matmorph.passes.methods import Error, FragmentBuilder, Preliminary, SiteStats
-from matmorph.passes.methods.glora import dense_matrix
-from matmorph.passes.methods.weights import FLOATS, stored, widened
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Preliminary, SiteStats, UpdateMethod
+from matmorph.passes.methods.sparse_grad.inference import inference_graph
+from matmorph.passes.methods.weights import FLOATS, dense_matrix, stored, widened
 from matmorph.specs.notations import Count
 
 DELTA, INDICES, OUT, INTO = "delta", "indices", "u", "vt"
@@ -55,11 +56,12 @@ class SparseGradSpec:
         return max(round(entries * self.keep.value / 100), 1) if self.keep.percent else int(self.keep.value)
 
 
-class SparseGrad:
+class SparseGrad(UpdateMethod):
     """A dense weight of which few entries learn at a time."""
 
     name: ClassVar[str] = "sparse_grad"
-    kind: ClassVar[str] = "update"
+    code: ClassVar[str | None] = "SG"
+    colour: ClassVar[int | None] = 9
     Spec: ClassVar[type] = SparseGradSpec
 
     def needs(self, spec: SparseGradSpec) -> frozenset[Statistic]:
@@ -73,9 +75,9 @@ class SparseGrad:
         group = f"{site.out_features} x {site.in_features}" if spec.share == "shape" else site.path
         return Preliminary(spec.steps, group, spec.basis == "hosvd", spec.mask == "fixed", spec.count(site.parameters))
 
-    def splits_weight(self, spec: SparseGradSpec) -> bool:
+    def splits_weight(self, spec: SparseGradSpec) -> str | None:
         """It changes the dense weight, whose place nothing may have taken."""
-        return True
+        return "works on"
 
     def impossible(self, sites: Sequence[Site], spec: SparseGradSpec) -> str | None:
         largest = max(sites, key=lambda site: site.parameters)
@@ -118,6 +120,7 @@ class SparseGrad:
         found = _found(site, spec, None if stats is None else stats.gradients)
         weights = _Weights.of(site, spec, found, b)
         made: list[Value] = []
+        count = spec.count(site.parameters)
 
         def body(rows: Value) -> Value:
             if not made:  # once, however often the weight is used
@@ -131,7 +134,8 @@ class SparseGrad:
             choice=choice,
             adds_bias=True,
             holds_dense=True,
-            notes=_said(found, spec.count(site.parameters)),
+            notes=_said(found, count),
+            adapter=FragmentAdapter({DELTA: weights.delta}, inside=True, kept={DELTA: count} if spec.mask == "step" else {}),
         )
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -143,6 +147,10 @@ class SparseGrad:
         if OUT in parts:
             update = widened(parts[OUT]).to(base.dtype) @ update @ widened(parts[INTO]).to(base.dtype)
         return base + update, None
+
+    def for_inference(self, graph: Graph) -> Graph:
+        """What it trains is put into the weights."""
+        return inference_graph(graph, self.name)
 
 
 def _found(site: Site, spec: SparseGradSpec, found: GradientStats | None) -> GradientStats | None:

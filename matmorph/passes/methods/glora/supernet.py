@@ -8,49 +8,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_structure
 
-from matmorph.errors import InputError, did_you_mean
+from matmorph.errors import InputError, VerifyError, did_you_mean
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Input, Value
 from matmorph.ir.rewiring import exchanged, loaded, rewired
 from matmorph.ir.types import TensorType
-from matmorph.passes.adapters.table import GATES, Adapter
-from matmorph.passes.adapters.trainables import method_of
-from matmorph.passes.methods.glora import COLUMNS, WORDS
-from matmorph.passes.methods.glora import GATES as WIDTH
+from matmorph.passes.methods.glora.settings import COLUMNS, GATE, GATE_COLUMNS, WORDS
+from matmorph.passes.methods.protocol import Configuration, TrainingForm
+from matmorph.runtime.format.training import SearchedSite, SearchSpace, SearchTensor
 from matmorph.specs.schema import Rule, Spec
 
-Configuration: TypeAlias = Mapping[str, Mapping[str, str]]
-"""By site and tensor what it is: {"layer.0.fc": {"A": "lora", "E": "vector"}}; what is not named is none, or the only word there is."""
 
-SUFFIX = f".glora.{GATES}"
-
-
-def gates_of(graph: Graph) -> tuple[Const, ...]:
+def gates_of(graph: Graph, method: str) -> tuple[Const, ...]:
     """The gates of each site of a supernet, in the order of their rows; () where there is none."""
-    return tuple(const for const in graph.used_state() if const.path.endswith(SUFFIX) and method_of(const) == "glora")
+    return tuple(const for const in graph.used_state() if const.method == method and const.part == GATE)
 
 
-def site_of(gates: Const) -> str:
-    return gates.path.removesuffix(SUFFIX)
+def training_form(graph: Graph, adapters: Sequence[Adapter], method: str) -> TrainingForm | None:
+    """With the gates as an input, all open in its example: every form of every tensor counts there, which no configuration allows. A
+    configuration says what trains of a supernet, so all of it must be among the parameters. None where there is no supernet."""
+    gates = gates_of(graph, method)
+    if not gates:
+        return None
+    sites = [_site_of(const) for const in gates]
+    return TrainingForm(
+        with_gate_input(graph, gates),
+        {GATE: torch.ones(len(gates), GATE_COLUMNS, device=graph.device)},
+        tuple(const for const in graph.used_state() if const.trainable and const.method == method and const.site in sites),
+        "belongs to a supernet and does not train: train all its tensors (trainable: adapters)",
+        _space(sites, adapters),
+    )
+
+
+def _site_of(gates: Const) -> str:
+    if gates.site is None:
+        raise VerifyError(f"{gates.path} is of no site")
+    return gates.site
+
+
+def _space(sites: Sequence[str], adapters: Sequence[Adapter]) -> SearchSpace:
+    """What a Trainer needs to choose: the columns of a gate row, and by site and tensor its words and parameters."""
+    of_site = {adapter.site: adapter for adapter in adapters if "words" in adapter.details}
+    found = []
+    for site in sites:
+        consts, words = of_site[site].consts, of_site[site].details["words"]
+        tensors = {
+            tensor: SearchTensor(tuple(words[tensor]), consts.get(f"{tensor}_up", consts.get(tensor)), consts.get(f"{tensor}_down"))
+            for tensor in WORDS
+        }
+        found.append(SearchedSite(site, tensors))
+    return SearchSpace(tuple(COLUMNS), tuple(found))
 
 
 def with_gate_input(graph: Graph, consts: Sequence[Const]) -> Graph:
     """The graph with an input `gates` float32 [sites, 17] in the place of these constants. InputError where the model has one."""
-    if any(entry.name == GATES for entry in graph.signature.inputs):
-        raise InputError(f"the model has an input {GATES} of its own, a name that the training graphs of a supernet need")
-    gates = Value(GATES, TensorType("float32", (len(consts), WIDTH)))
-    b = Builder(graph, {GATES})
+    if any(entry.name == GATE for entry in graph.signature.inputs):
+        raise InputError(f"the model has an input {GATE} of its own, a name that the training graphs of a supernet need")
+    gates = Value(GATE, TensorType("float32", (len(consts), GATE_COLUMNS)))
+    b = Builder(graph, {GATE})
     rows: dict[Value, Value] = {}
     for row, const in enumerate(consts):
         value = b("aten.select.int", gates, 0, row)
         dtype = const.tensor.torch_dtype
         rows[const] = value if dtype == torch.float32 else b("aten._to_copy.default", value, dtype=dtype)
-    inputs = (*graph.signature.inputs, Input(GATES, gates))
+    inputs = (*graph.signature.inputs, Input(GATE, gates))
     in_spec = tree_structure(((), {entry.name: 0 for entry in inputs}))
     return replace(
         graph,
@@ -60,25 +87,27 @@ def with_gate_input(graph: Graph, consts: Sequence[Const]) -> Graph:
     )
 
 
-def configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configuration) -> Graph:
-    """The graph with one-hot gates. InputError for a graph without a supernet, and for sites, tensors or words that it does not have."""
-    full = completed(choices_of(adapters), configuration)
-    gates = {site_of(const): const for const in gates_of(graph)}
+def configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configuration) -> Graph | None:
+    """The graph with one-hot gates; None without a supernet. InputError for sites, tensors or words that it does not have."""
+    choices = choices_of(adapters)
+    if not choices:
+        return None
+    full = completed(choices, configuration)
+    gates = {adapter.site: adapter.consts[GATE] for adapter in adapters if adapter.site in choices}
+    state = {const.path: const for const in graph.state}
     change: dict[Const, Const] = {}
     for site, words in full.items():
-        row = torch.zeros(WIDTH)
+        row = torch.zeros(GATE_COLUMNS)
         for pair in words.items():
             row[COLUMNS[pair]] = 1
-        change[gates[site]] = loaded(gates[site], row.to(gates[site].tensor.torch_dtype))
+        const = state[gates[site]]
+        change[const] = loaded(const, row.to(const.tensor.torch_dtype))
     return exchanged(graph, change)
 
 
 def choices_of(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, Sequence[str]]]:
-    """By site of the supernet, what each tensor may be. InputError where there is no supernet."""
-    found = {adapter.site: adapter.words for adapter in adapters if adapter.words is not None}
-    if not found:
-        raise InputError("the model is no supernet: no rule says glora: {search: true}")
-    return found
+    """By site of the supernet, what each tensor may be; empty where there is no supernet."""
+    return {adapter.site: adapter.details["words"] for adapter in adapters if "words" in adapter.details}
 
 
 def completed(choices: Mapping[str, Mapping[str, Sequence[str]]], configuration: Configuration) -> dict[str, dict[str, str]]:
@@ -104,27 +133,35 @@ def _unnamed(site: str, tensor: str, words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else "none"
 
 
-def spec_of(spec: Spec, adapters: Sequence[Adapter], configuration: Configuration) -> dict[str, Any]:
-    """The spec in which every rule that searches is replaced by what the configuration says: plain data that loads by itself.
+def replacing_spec(spec: Spec, adapters: Sequence[Adapter], configuration: Configuration, method: str) -> dict[str, Any] | None:
+    """The spec in which every rule that searches is replaced by what the configuration says: plain data that loads by itself; None without
+    a supernet.
 
     Sites with the same configuration share a rule; a site that is none throughout keeps its weight. Raises as `completed`.
     """
-    full = completed(choices_of(adapters), configuration)
+    choices = choices_of(adapters)
+    if not choices:
+        return None
+    full = completed(choices, configuration)
     sites: dict[str, list[str]] = {}
     for adapter in adapters:
-        if adapter.words is not None:
+        if adapter.site in choices:
             sites.setdefault(adapter.rule, []).append(adapter.site)
     rules = {rule.name: rule for rule in spec.rules}
     data: dict[str, Any] = dict(spec.resolved)
     if "stages" in data:
-        data["stages"] = [{**stage, "rules": _replaced(stage["rules"], rules, sites, full)} for stage in data["stages"]]
+        data["stages"] = [{**stage, "rules": _replaced(stage["rules"], rules, sites, full, method)} for stage in data["stages"]]
     else:
-        data["rules"] = _replaced(data["rules"], rules, sites, full)
+        data["rules"] = _replaced(data["rules"], rules, sites, full, method)
     return {**data, "name": f"{spec.name}-found"}
 
 
 def _replaced(
-    data: Sequence[Mapping[str, Any]], rules: Mapping[str, Rule], sites: Mapping[str, Sequence[str]], configuration: Configuration
+    data: Sequence[Mapping[str, Any]],
+    rules: Mapping[str, Rule],
+    sites: Mapping[str, Sequence[str]],
+    configuration: Configuration,
+    method: str,
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for rule in data:
@@ -135,7 +172,7 @@ def _replaced(
         for site in sites[rule["name"]]:
             groups.setdefault(tuple(configuration[site].items()), []).append(site)
         for number, (words, paths) in enumerate(groups.items(), 1):
-            rewrite = _rewrite(rules[rule["name"]], rule["rewrite"], dict(words))
+            rewrite = _rewrite(rules[rule["name"]], rule["rewrite"], dict(words), method)
             match = {"op": "matmul", "path": [f"re:{_escaped(path)}" for path in paths]}
             found.append({**rule, "name": f"{rule['name']}-{number}", "match": match, "expect": len(paths), "rewrite": rewrite})
     return found
@@ -146,14 +183,14 @@ def _escaped(path: str) -> str:
     return "".join(f"\\{letter}" if letter in ".[]:+*?()|^$\\" else letter for letter in path)
 
 
-def _rewrite(rule: Rule, data: Any, words: Mapping[str, str]) -> Any:
-    """The rule's rewrite with these words in the place of the search; without glora where they are all none."""
+def _rewrite(rule: Rule, data: Any, words: Mapping[str, str], method: str) -> Any:
+    """The rule's rewrite with these words in the place of the search; without the method where they are all none."""
     listed = data if isinstance(data, list) else [data]
     settings = {tensor: word for tensor, word in words.items() if word != "none"}
     uses: list[Any] = []
     for use, plain in zip(rule.rewrite, listed, strict=True):
-        if use.method != "glora":
+        if use.method != method:
             uses.append(plain)
         elif settings:
-            uses.append({"glora": {**settings, "rank": use.spec.rank}})
+            uses.append({method: {**settings, "rank": use.spec.rank}})
     return uses if len(uses) > 1 else uses[0] if uses else "keep"

@@ -21,8 +21,8 @@ from matmorph.ir.build import Builder
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.passes.linalg.refit import refit
 from matmorph.passes.linalg.whiten import relative_output_error
-from matmorph.passes.methods import Error, SiteStats
-from matmorph.passes.methods.block_scores import Scores, block_scores, kept_units
+from matmorph.passes.methods.protocol import BlockMethod, Error, SiteStats
+from matmorph.passes.methods.transact.scores import Scores, block_scores, kept_units
 from matmorph.passes.methods.weights import FLOATS, readable, stored
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Counts, V, positions, resized, units_of
 from matmorph.passes.pruning.find_blocks import Block
@@ -67,11 +67,12 @@ class TransactSpec:
     shots: int = field(default=1, metadata={"doc": "prune in so many steps, scoring the already pruned model anew", "minimum": 1})
 
 
-class Transact:
+class Transact(BlockMethod):
     """Structural pruning of one block."""
 
     name: ClassVar[str] = _NAME
-    kind: ClassVar[str] = "block"
+    code: ClassVar[str | None] = "TA"
+    colour: ClassVar[int | None] = 7
     automatic: ClassVar[tuple[str, ...]] = ("width",)
     Spec: ClassVar[type] = TransactSpec
 
@@ -112,6 +113,9 @@ class Transact:
             return f"width {spec.width} is above that of every matched block; the widest is {widest.width} ({widest.consumer.path})"
         reasons = [_odd(block, spec) for block in blocks]
         return reasons[0] if None not in reasons else None
+
+    def shots(self, spec: TransactSpec) -> int:
+        return spec.shots
 
     def choices(self, block: Block, spec: TransactSpec) -> Iterable[Choice]:
         """One width; under `auto` about eighths of the width, each once."""

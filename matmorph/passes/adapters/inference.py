@@ -1,0 +1,16 @@
+"""The graph that is exported to run, as the methods that put something into it want it."""
+
+from __future__ import annotations
+
+from matmorph.errors import InputError
+from matmorph.ir.core import Graph
+from matmorph.passes.methods.protocol import Methods
+
+
+def inference_graph(graph: Graph, methods: Methods) -> Graph:
+    """Without what only training needs (`Method.for_inference`). InputError where a method that made a weight is not installed."""
+    for name in dict.fromkeys(const.method for const in graph.state if const.method is not None):
+        if name not in methods:
+            raise InputError(f"the model has weights of the method {name}, which is not installed here")
+        graph = methods[name].for_inference(graph)
+    return graph
