@@ -97,7 +97,7 @@ def test_manifest_as_it_stands_on_disk() -> None:
 
 def test_train_manifest_as_it_stands_on_disk() -> None:
     assert json.dumps(TRAIN.to_dict()) == (
-        '{"format": 1, "matmorph": "0.1.0", "fingerprint": "' + "f" * 64 + '", "trainable_fingerprint": "' + "e" * 64 + '", '
+        '{"format": 2, "matmorph": "0.1.0", "fingerprint": "' + "f" * 64 + '", "trainable_fingerprint": "' + "e" * 64 + '", '
         '"precision": "bf16", "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}], '
         '"labels": [{"name": "labels", "dtype": "int64", "shape": ["batch"]}], '
         '"outputs": [{"name": "y", "dtype": "float16", "shape": ["batch*seq", 3]}], '

@@ -313,7 +313,7 @@ class TestBadInput:
         [
             (lambda f: (f / "train.json").unlink(), r"holds no training graphs \(train\.json is missing\)"),
             (lambda f: (f / "train.json").write_text("{"), r"train\.json: cannot be read"),
-            (lambda f: write_json(f, format=9), r"train\.json: format: this matmorph reads format 1, the file has 9"),
+            (lambda f: write_json(f, format=9), r"train\.json: format: this matmorph reads format 2, the file has 9"),
             (lambda f: write_json(f, length=16), r"parameters: they end at 15, length is 16"),
             (lambda f: write_json(f, parameters=[]), r"parameters: they end at 0, length is 15"),
             (

@@ -399,7 +399,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "another start": (other_start, "output logits of eval.onnx differs by"),
     "another update": (other_update, "apply.onnx changes parameters at a learning rate of zero"),
     "another loss": (other_loss, "training case 1: loss of grad.onnx differs by"),
-    "no train.json": (lambda folder: rehashed(folder, "train.json", b"{}"), "format: this matmorph reads format 1"),
+    "no train.json": (lambda folder: rehashed(folder, "train.json", b"{}"), "format: this matmorph reads format 2"),
     "no vectors": (lambda folder: rehashed(folder, "train_check.npz", b"x"), "train_check.npz: cannot be read"),
 }
 

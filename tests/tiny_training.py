@@ -90,7 +90,7 @@ def write_json(folder: Path, **changes: Any) -> None:
     names = ("grad.onnx", "apply.onnx", "eval.onnx", "trainable.safetensors")
     files = {n: {"sha256": hashlib.sha256((folder / n).read_bytes()).hexdigest(), "bytes": (folder / n).stat().st_size} for n in names}
     data = {
-        "format": 1,
+        "format": 2,
         "matmorph": "0.1.0",
         "fingerprint": "a" * 64,
         "trainable_fingerprint": "b" * 64,

@@ -11,8 +11,8 @@ from typing import Any
 from matmorph.runtime.format.artifact import FILES, RANGES, FileRecord, Range, TensorInfo, of_format
 from matmorph.runtime.format.plain import Form, ManifestError, from_plain, many, stored, to_plain, typed
 
-TRAIN_FORMAT = 1
-"""Version of train.json."""
+TRAIN_FORMAT = 2
+"""Version of train.json, and of the table of adapters and the graph that it goes with."""
 
 TRAIN_MANIFEST = "train.json"
 GRAD_MODEL, EVAL_MODEL, APPLY_MODEL = "grad.onnx", "eval.onnx", "apply.onnx"
