@@ -11,9 +11,9 @@ from matmorph.ir.core import Const, Graph, Node, Value
 from matmorph.ir.site import Application, Site
 from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.types import TensorType
-from matmorph.specs.conditions import Facts
+from matmorph.passes.selection.context import GraphContext, context_of
+from matmorph.passes.selection.survey import Survey
 from matmorph.specs.load import load_spec
-from matmorph.specs.pattern_match import find
 from matmorph.specs.schema import Stage
 from matmorph.specs.selectors import parse_match
 from matmorph.specs.tree import MapTree, from_data, read
@@ -77,9 +77,9 @@ def match_of(data: dict | str, named: dict | None = None):
     return parse_match(tree, selections.items if isinstance(selections, MapTree) else {})
 
 
-def facts(one: Site, layers: int = 6, graph: Graph | None = None, sites: Sequence[Site] = ()) -> Facts:
-    """Facts of one site; patterns are searched in `graph` where one is given."""
-    return Facts(one, layers) if graph is None else Facts(one, layers, lambda pattern: find(pattern, graph, sites))
+def asked(one: Site, layers: int = 6, graph: Graph | None = None, sites: Sequence[Site] = ()) -> tuple[Site, GraphContext]:
+    """What `Match.test` takes for one site; patterns are searched in `graph` where one is given."""
+    return one, context_of(Survey(graph or EMPTY, tuple(sites) or (one,), layers))
 
 
 GATED = """

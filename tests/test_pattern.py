@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from handmade import GATED, facts, gated_mlp, graph_of, match_of, sites_of
+from handmade import GATED, asked, gated_mlp, graph_of, match_of, sites_of
 from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ZOO
@@ -16,7 +16,7 @@ from matmorph.errors import SpecError
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.trace import trace
-from matmorph.specs.conditions import ROLES
+from matmorph.specs.conditions.role import ROLES
 from matmorph.specs.pattern import parse_pattern
 from matmorph.specs.pattern_match import find, operator_counts
 from matmorph.specs.tree import Scalar, read
@@ -258,7 +258,7 @@ def test_a_rule_claims_what_the_pattern_claims() -> None:
 
     def matched(**more: object) -> list[str]:
         match = match_of({"pattern": GATED, **more})
-        return [one.path for one in sites if match.test(facts(one, 2, graph, sites))]
+        return [one.path for one in sites if match.test(*asked(one, 2, graph, sites))]
 
     assert matched() == [f"layers.{k}.{name}" for k in (0, 1) for name in ("gate", "up", "down")]
     assert matched(claim=["g", "u"]) == [f"layers.{k}.{name}" for k in (0, 1) for name in ("gate", "up")]

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
-from handmade import facts, gather, match_of, site
+from handmade import asked, gather, match_of, site
 from hypothesis import given
 from hypothesis import strategies as st
 
 from matmorph.errors import RewriteError, SpecError
-from matmorph.specs.conditions import ROLES
+from matmorph.specs.conditions.role import ROLES
 from matmorph.specs.globs import Glob, GlobError, expand_braces
 from matmorph.specs.numbers import parse_comparison, parse_layers
 
@@ -226,7 +226,7 @@ def test_algebra_agrees_with_a_truth_table(tree) -> None:
         wanted = expected(one)
         wanted &= names(data, "op") or one.form != "embedding"
         wanted &= names(data, "inserted_by") or one.const.rule is None
-        verdict = match.test(facts(one))
+        verdict = match.test(*asked(one))
         assert (verdict.matched, bool(verdict.failed)) == (wanted, not wanted)
 
 
@@ -234,7 +234,7 @@ def test_every_combination_of_three_conditions() -> None:
     conditions = {"role": ("mlp.*", "mlp.fc1"), "layer": (0, 0), "in_features": (64, 64)}
     match = match_of({key: data for key, (data, _) in conditions.items()})
     for role, layer, width in itertools.product(["mlp.fc1", "head"], [0, 1], [64, 65]):
-        verdict = match.test(facts(site("a", role=role, layer=layer, in_features=width)))
+        verdict = match.test(*asked(site("a", role=role, layer=layer, in_features=width)))
         wrong = [key for key, value in zip(conditions, (role, layer, width), strict=True) if value != conditions[key][1]]
         assert [condition.key for condition in verdict.failed] == wrong, "every failing condition is reported, in the order of the spec"
         assert verdict.matched == (not wrong)
@@ -242,21 +242,21 @@ def test_every_combination_of_three_conditions() -> None:
 
 def test_parts_of_use_and_all_fail_on_their_own() -> None:
     match = match_of({"use": "wide", "all": [{"layer": 3}, {"path": "enc.**"}]}, NAMED)
-    verdict = match.test(facts(SITES[5]))
+    verdict = match.test(*asked(SITES[5]))
     assert [condition.text for condition in verdict.failed] == ["not: {role: head}", "layer: 3", "path: enc.**"]
 
 
 def test_implied_conditions_are_named_as_such() -> None:
     match = match_of({"params": "> 1"})
-    assert [c.text for c in match.test(facts(SITES[4])).failed] == ["op: matmul (implied: no op is named)"]
-    assert [c.text for c in match.test(facts(SITES[6])).failed] == ["of the source model (implied: no inserted_by is named)"]
-    assert match_of({"not": {"op": "linear"}}).test(facts(SITES[4])).matched is False, "a negated op does not open the tables"
+    assert [c.text for c in match.test(*asked(SITES[4])).failed] == ["op: matmul (implied: no op is named)"]
+    assert [c.text for c in match.test(*asked(SITES[6])).failed] == ["of the source model (implied: no inserted_by is named)"]
+    assert match_of({"not": {"op": "linear"}}).test(*asked(SITES[4])).matched is False, "a negated op does not open the tables"
 
 
 def test_a_slice_is_matched_under_each_name() -> None:
     one = site("attn.in_proj[0:4]", names=("attn.in_proj.weight", "tied.in_proj.weight"))
-    assert match_of({"path": "tied.in_proj[0:4]"}).test(facts(one)).matched
-    assert not match_of({"path": "tied.in_proj"}).test(facts(one)).matched
+    assert match_of({"path": "tied.in_proj[0:4]"}).test(*asked(one)).matched
+    assert not match_of({"path": "tied.in_proj"}).test(*asked(one)).matched
 
 
 # ------------------------------------------------------------------------------------------------------------------ statistics
@@ -267,9 +267,9 @@ def test_effective_rank_and_outlier_ratio() -> None:
     weight = torch.zeros(4, 8)
     weight[0, 0] = weight[1, 1] = 3.0
     one = site("a", weight=weight)
-    assert match_of({"effective_rank": "1.999..2.001"}).test(facts(one)).matched
-    assert match_of({"outlier_ratio": "3.999..4.001"}).test(facts(one)).matched
-    assert not match_of({"outlier_ratio": "> 5", "effective_rank": "< 3"}).test(facts(one)).matched
+    assert match_of({"effective_rank": "1.999..2.001"}).test(*asked(one)).matched
+    assert match_of({"outlier_ratio": "3.999..4.001"}).test(*asked(one)).matched
+    assert not match_of({"outlier_ratio": "> 5", "effective_rank": "< 3"}).test(*asked(one)).matched
 
 
 def test_effective_rank_agrees_with_a_full_svd(rng) -> None:
@@ -279,17 +279,17 @@ def test_effective_rank_agrees_with_a_full_svd(rng) -> None:
     expected = float(torch.exp(-(share * share.log()).sum()))
     # float64: the Gram matrix loses half of the 16 digits of the smallest singular value
     match = match_of({"effective_rank": f"{expected - 1e-6:.9f}..{expected + 1e-6:.9f}"})
-    assert match.test(facts(site("a", weight=weight))).matched
+    assert match.test(*asked(site("a", weight=weight))).matched
 
 
 def test_a_stack_counts_its_largest_matrix() -> None:
     stack = torch.stack([torch.diag(torch.tensor([1.0, 0, 0])), torch.eye(3)])
-    assert match_of({"effective_rank": "2.99..3.01"}).test(facts(site("a", weight=stack, batch=2))).matched
+    assert match_of({"effective_rank": "2.99..3.01"}).test(*asked(site("a", weight=stack, batch=2))).matched
 
 
 def test_a_zero_matrix_has_statistics() -> None:
     one = site("a", weight=torch.zeros(3, 3))
-    assert match_of({"effective_rank": 0, "outlier_ratio": 0}).test(facts(one)).matched
+    assert match_of({"effective_rank": 0, "outlier_ratio": 0}).test(*asked(one)).matched
 
 
 class Unreadable:
@@ -312,28 +312,30 @@ class Unreadable:
     ],
 )
 def test_weights_are_left_alone_where_something_cheaper_fails(data: dict) -> None:
-    verdict = match_of(data).test(facts(site("a", role="head", weight=Unreadable())))
+    verdict = match_of(data).test(*asked(site("a", role="head", weight=Unreadable())))
     assert not verdict.matched
     assert all(condition.key not in ("effective_rank", "outlier_ratio") for condition in verdict.failed)
 
 
 def test_weights_are_left_alone_where_something_cheaper_holds() -> None:
-    assert match_of({"any": [{"effective_rank": "> 1"}, {"role": "head"}]}).test(facts(site("a", role="head", weight=Unreadable()))).matched
+    assert (
+        match_of({"any": [{"effective_rank": "> 1"}, {"role": "head"}]}).test(*asked(site("a", role="head", weight=Unreadable()))).matched
+    )
 
 
 def test_a_table_is_not_read_by_a_rule_that_cannot_match_it() -> None:
-    assert not match_of({"effective_rank": "> 1"}).test(facts(site("a", form="embedding", weight=Unreadable()))).matched
+    assert not match_of({"effective_rank": "> 1"}).test(*asked(site("a", form="embedding", weight=Unreadable()))).matched
 
 
 def test_statistics_of_weights_without_numbers() -> None:
     match = match_of('match:\n  outlier_ratio: "> 1"\n')
     with pytest.raises(SpecError) as error:
-        match.test(facts(site("fc", weight=torch.ones(4, 8, device="meta"))))
+        match.test(*asked(site("fc", weight=torch.ones(4, 8, device="meta"))))
     assert (
         str(error.value) == "s.yaml:2:18: match.outlier_ratio: outlier_ratio reads the weight of fc, and this model is on the meta device"
     )
     with pytest.raises(RewriteError, match="fc: the weight has NaN or Inf"):
-        match.test(facts(site("fc", weight=torch.full((2, 2), torch.nan))))
+        match.test(*asked(site("fc", weight=torch.full((2, 2), torch.nan))))
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors

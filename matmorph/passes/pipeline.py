@@ -22,8 +22,6 @@ from matmorph.passes.selection.survey import Survey
 from matmorph.passes.stage import Built, Run, built, decided, measured, planned, selected
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report, SiteRow
-from matmorph.specs.conditions import InsertedByCondition
-from matmorph.specs.match import leaves
 from matmorph.specs.schema import Spec, Stage
 
 
@@ -150,7 +148,7 @@ def _over(old: SiteRow, row: SiteRow) -> SiteRow:
 
 def _without_inserted(stage: Stage) -> tuple[Stage, tuple[str, ...]]:
     """The stage's rules on matmuls of the source, and a note for each on inserted ones."""
-    later = tuple(rule for rule in stage.rules if any(isinstance(leaf, InsertedByCondition) for leaf, _ in leaves(rule.match.root)))
+    later = tuple(rule for rule in stage.rules if rule.match.asks_for_inserted)
     notes = tuple(f"rule {rule.name} works on what an earlier stage inserts: planned only by compiling" for rule in later)
     return replace(stage, rules=tuple(rule for rule in stage.rules if rule not in later)), notes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matmorph.errors import SpecError, VerifyError, did_you_mean
+from matmorph.specs.conditions.nesting import MappingClause
 from matmorph.specs.kinds import Integer, JsonSchema, Kind, ListOf, Name, plain_text, wrong
 from matmorph.specs.notations import Rank, Width
 from matmorph.specs.schema import ANY_OF, AnyOf, Budget, Calibration, Export, Match, MethodUse, Rule, Stage, Tolerance, Train
@@ -53,7 +54,7 @@ class MatchKind:
         return parse_match(tree, self.named)
 
     def schema(self) -> JsonSchema:
-        return {"$ref": "#/$defs/match"}
+        return MappingClause.schema()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class SelectKind:
         return named
 
     def schema(self) -> JsonSchema:
-        return {"type": "object", "additionalProperties": {"$ref": "#/$defs/match"}}
+        return {"type": "object", "additionalProperties": MappingClause.schema()}
 
 
 def named_selections(tree: Tree | None) -> dict[str, MapTree]:

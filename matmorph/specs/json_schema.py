@@ -10,53 +10,18 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from matmorph.specs.conditions import OPS, ROLES
+from matmorph.specs.conditions.table import CONDITIONS
 from matmorph.specs.document import document_record
 from matmorph.specs.kinds import JsonSchema
-from matmorph.specs.numbers import FORMS, LAYER_FORMS
-from matmorph.specs.selectors import BLOCKS, KEYS
 from matmorph.specs.typed import Record
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-
-_MATCH: JsonSchema = {"$ref": "#/$defs/match"}
-_TEXT: JsonSchema = {"type": "string", "minLength": 1}
-_MATCHES: JsonSchema = {"type": "array", "items": _MATCH, "minItems": 1}
-
 
 _NULL: JsonSchema = {"type": "null"}
 _KEPT = ("version", "extends", "name")  # of the file itself: nothing to remove
 _DEEPER = {"$ref": "#/$defs/no_null"}
 _NO_NULL: JsonSchema = {"not": _NULL, "additionalProperties": _DEEPER, "items": _DEEPER}
 """Nothing is null, however deep."""
-
-
-def _one_or_more(item: JsonSchema) -> JsonSchema:
-    return {"oneOf": [item, {"type": "array", "items": item, "minItems": 1}]}
-
-
-_COMPARISON = _one_or_more({"type": ["string", "number"]})
-
-_CONDITIONS: Mapping[str, tuple[JsonSchema, str]] = {
-    "role": (_one_or_more({"anyOf": [{"enum": list(ROLES)}, _TEXT]}), "role by dataflow: a glob, a quoted brace form, or a list"),
-    "path": (_one_or_more(_TEXT), 'dotted path of the weight: a glob (** crosses dots) or "re:..."'),
-    "layer": (_one_or_more({"oneOf": [{"type": "integer", "minimum": 0}, _TEXT]}), f"index of the layer: {LAYER_FORMS}"),
-    "op": (_one_or_more({"enum": list(OPS)}), "form of the matmul; matmul is any of them; embedding is a table"),
-    "block": (_one_or_more({"enum": list(BLOCKS)}), "q, k, v, o of an attention; gate, up, down of an MLP; or their fusions"),
-    "in_features": (_COMPARISON, f"input width: {FORMS}"),
-    "out_features": (_COMPARISON, f"output width: {FORMS}"),
-    "params": (_COMPARISON, f"elements of the matrix: {FORMS}"),
-    "shared": ({"type": "boolean"}, "whether the weight is applied more than once, or is a table too"),
-    "inserted_by": (_one_or_more(_TEXT), "rule of an earlier stage that inserted the matmul"),
-    "pattern": (_TEXT, "lines such as `g = matmul(x)`: a piece of the graph; names on the left are captured"),
-    "claim": (_one_or_more(_TEXT), "captured matmuls that the rule owns; all of them by default"),
-    "use": (_one_or_more(_TEXT), "named selections that must match too"),
-    "not": (_MATCH, "conditions that do not all hold"),
-    "any": (_MATCHES, "at least one of these matches"),
-    "all": (_MATCHES, "each of these matches"),
-    "effective_rank": (_COMPARISON, f"exp of the entropy of the singular values (reads the weight): {FORMS}"),
-    "outlier_ratio": (_COMPARISON, f"largest element over the root mean square (reads the weight): {FORMS}"),
-}
 
 
 def json_schema(methods: Mapping[str, type[Any]]) -> dict[str, Any]:
@@ -146,12 +111,13 @@ def _method(settings: Mapping[str, JsonSchema]) -> JsonSchema:
 
 
 def match_schema() -> JsonSchema:
-    missing = set(KEYS) ^ set(_CONDITIONS)
-    if missing:
-        raise TypeError(f"conditions without a schema, or the other way round: {', '.join(sorted(missing))}")
-    properties = {key: {**_CONDITIONS[key][0], "description": _CONDITIONS[key][1]} for key in KEYS}
+    properties: dict[str, JsonSchema] = {}
+    for key, entry in CONDITIONS.items():
+        properties[key] = {**entry.schema(), "description": entry.doc}
+        properties |= {name: {**kind.schema(), "description": doc} for name, (kind, doc) in entry.beside.items()}
+    owners = {name: [key] for key, entry in CONDITIONS.items() for name in entry.beside}
     closed: JsonSchema = {"type": "object", "properties": properties, "additionalProperties": False, "minProperties": 1}
-    return {"description": "conditions that all hold", **closed, "dependentRequired": {"claim": ["pattern"]}}
+    return {"description": "conditions that all hold", **closed, "dependentRequired": owners}
 
 
 def _alternative() -> JsonSchema:

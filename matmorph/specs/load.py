@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matmorph.errors import Position, SpecError, did_you_mean
-from matmorph.specs.conditions import InsertedByCondition
 from matmorph.specs.document import LANGUAGE_VERSION, Document, document_record, named_selections
 from matmorph.specs.dump import entries, resolved_data
 from matmorph.specs.kinds import Integer, ListOf, Text
@@ -229,11 +228,11 @@ def _stages(document: Document, tree: MapTree) -> tuple[Stage, ...]:
 
 
 def _check_inserted_by(stages: tuple[Stage, ...]) -> None:
-    """`inserted_by` names rules of earlier stages: only their matmuls are there to be matched."""
+    """Conditions name rules of earlier stages: only their matmuls are there to be matched."""
     earlier: list[str] = []
     for stage in stages:
-        conditions = [leaf for rule in stage.rules for leaf, _ in leaves(rule.match.root) if isinstance(leaf, InsertedByCondition)]
-        for at, keypath, name in [(leaf.at, leaf.keypath, name) for leaf in conditions for name in leaf.rules]:
+        conditions = [leaf for rule in stage.rules for leaf, _ in leaves(rule.match.root)]
+        for at, keypath, name in [(leaf.at, leaf.keypath, name) for leaf in conditions for name in leaf.earlier_rules]:
             if name not in earlier:
                 known = did_you_mean(name, earlier) or (f"; they are {', '.join(earlier)}" if earlier else "; there is no earlier stage")
                 raise SpecError(f"no rule of an earlier stage is called {name!r}{known}", at=at, keypath=keypath)

@@ -1,10 +1,7 @@
 """A parsed `match:` of a rule: an immutable tree of conditions, and what it says of a site (`specs.selectors` reads it).
 
-Mappings and `all` hold when all their parts do, `any` when one does; `use` stands for a named selection. Conditions that read weights are
-asked last, and only where the others leave the answer open.
-
-Two conditions are implied: a match that nowhere names `op` (outside a `not`) matches no pure embedding table, and one that nowhere names
-`inserted_by` matches no matmul that a rule inserted.
+Conditions that read weights are asked last, and only where the others leave the answer open. Some conditions are implied: they hold
+unless the match names their key somewhere outside a `not`.
 """
 
 from __future__ import annotations
@@ -13,43 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from matmorph.errors import Position
-from matmorph.specs.conditions import Condition, Facts, GroupCondition, NotCondition, PatternCondition, StatisticCondition
-
-
-def evaluate(condition: Condition, facts: Facts, *, read: bool = True) -> bool | None:
-    """Whether the condition holds. `read` False never touches a weight: None then means that the weights decide.
-
-    Three-valued (Kleene) logic: a group reads weights only while its cheap parts leave it open.
-    """
-    if isinstance(condition, NotCondition):
-        inner = evaluate(condition.child, facts, read=read)
-        return None if inner is None else not inner
-    if isinstance(condition, GroupCondition):
-        return _evaluate_group(condition, facts, read)
-    if isinstance(condition, StatisticCondition) and not read:
-        return None
-    return condition.holds(facts)
-
-
-def _evaluate_group(group: GroupCondition, facts: Facts, read: bool) -> bool | None:
-    deciding = not group.conjunctive
-    answers = [evaluate(child, facts, read=False) for child in group.children]
-    if deciding in answers:
-        return deciding
-    if None not in answers:
-        return group.conjunctive
-    if not read:
-        return None
-    undecided = (child for child, answer in zip(group.children, answers, strict=True) if answer is None)
-    return deciding if any(evaluate(child, facts) == deciding for child in undecided) else group.conjunctive
+from matmorph.ir.site import Site
+from matmorph.specs.conditions.base import Clause, Condition, SelectionContext
+from matmorph.specs.conditions.nesting import GroupClause, MappingClause, NotClause
+from matmorph.specs.pattern_match import Occurrence
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`failed`: the conditions that should all hold (those of `use` and `all` one by one) and do not, in the order of the spec."""
+    """`failed`: the parts that should all hold (those of `use` and `all` one by one) and do not, in the order of the spec."""
 
     matched: bool
-    failed: tuple[Condition, ...] = ()
+    failed: tuple[Clause, ...] = ()
 
     def __bool__(self) -> bool:
         return self.matched
@@ -61,47 +33,53 @@ class Match:
 
     at: Position | None
     keypath: str
-    root: GroupCondition
+    root: MappingClause
     implied: tuple[Condition, ...]
 
-    def test(self, facts: Facts) -> Verdict:
-        """Whether the site matches, else every condition that fails; weights are read only where nothing cheaper fails."""
-        implied = tuple(condition for condition in self.implied if not condition.holds(facts))
-        matched = evaluate(self.root, facts, read=not implied)
+    def test(self, site: Site, context: SelectionContext) -> Verdict:
+        """Whether the site matches, else everything that fails; weights are read only where nothing cheaper fails."""
+        implied = tuple(condition for condition in self.implied if not condition.test(site, context))
+        matched = self.root.holds(site, context, read=not implied)
         if matched and not implied:
             return Verdict(True)
-        failed = tuple(condition for condition in self.conditions() if evaluate(condition, facts, read=False) is False)
+        failed = tuple(clause for clause in self.conjuncts() if clause.holds(site, context, read=False) is False)
         if matched is False and not failed:
-            failed = tuple(condition for condition in self.conditions() if not evaluate(condition, facts))
+            failed = tuple(clause for clause in self.conjuncts() if not clause.holds(site, context))
         return Verdict(False, failed + implied)
 
-    def conditions(self) -> tuple[Condition, ...]:
-        """The conditions that must all hold, named selections and `all` opened up; the implied ones are not among them."""
+    def conjuncts(self) -> tuple[Clause, ...]:
+        """The parts that must all hold, named selections and `all` opened up; the implied ones are not among them."""
         return tuple(_conjuncts(self.root))
 
-    def patterns(self) -> tuple[PatternCondition, ...]:
-        """The patterns that stand outside every `not`."""
-        return tuple(leaf for leaf, positive in leaves(self.root) if positive and isinstance(leaf, PatternCondition))
+    def claiming(self, site: Site, context: SelectionContext) -> tuple[Occurrence, ...]:
+        """The occurrences of its patterns (those outside every `not`) that claim the site, each once."""
+        found = (leaf.claiming(site, context) for leaf, positive in leaves(self.root) if positive)
+        return tuple(dict.fromkeys(occurrence for occurrences in found for occurrence in occurrences))
+
+    @property
+    def asks_for_inserted(self) -> bool:
+        """Whether it names rules of earlier stages, so that it is about matmuls that those inserted."""
+        return any(leaf.earlier_rules for leaf, _ in leaves(self.root))
 
 
-def _conjuncts(condition: Condition) -> Iterator[Condition]:
-    if isinstance(condition, GroupCondition) and condition.conjunctive:
-        for child in condition.children:
+def _conjuncts(clause: Clause) -> Iterator[Clause]:
+    if isinstance(clause, GroupClause) and clause.conjunctive:
+        for child in clause.children:
             yield from _conjuncts(child)
     else:
-        yield condition
+        yield clause
 
 
-def leaves(condition: Condition, positive: bool = True) -> Iterator[tuple[Condition, bool]]:
-    """The single conditions of a tree in order, and whether each stands un-negated (under an even number of `not`)."""
-    if isinstance(condition, NotCondition):
-        yield from leaves(condition.child, not positive)
-    elif isinstance(condition, GroupCondition):
-        for child in condition.children:
+def leaves(clause: Clause, positive: bool = True) -> Iterator[tuple[Condition, bool]]:
+    """The conditions of a tree in order, and whether each stands un-negated (under an even number of `not`)."""
+    if isinstance(clause, NotClause):
+        yield from leaves(clause.child, not positive)
+    elif isinstance(clause, GroupClause):
+        for child in clause.children:
             yield from leaves(child, positive)
-    else:
-        yield condition, positive
+    elif isinstance(clause, Condition):
+        yield clause, positive
 
 
-EVERYTHING = Match(None, "", GroupCondition(None, "", "", "", ()), ())
+EVERYTHING = Match(None, "", MappingClause(None, "", "", ()), ())
 """Of a rule that is made for a matmul which is chosen already."""

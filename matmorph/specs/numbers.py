@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-Number = int | float
-
 _UNITS: Mapping[str, int] = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 _OPERATORS: Mapping[str, Callable[[Fraction, Fraction], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
@@ -19,7 +17,7 @@ _COMPARED = re.compile(r"(?P<op>>=|<=|==|!=|>|<)?\s*" + _NUMBER.format("value"))
 _MODULO = re.compile(r"%\s*" + _NUMBER.format("modulus") + r"\s*(?P<op>==|!=)\s*" + _NUMBER.format("value"))
 _BETWEEN = re.compile(_NUMBER.format("low") + r"\s*\.\.\s*" + _NUMBER.format("high"))
 
-FORMS = '768, ">= 100k", "< 3M", "100..200" or "% 64 == 0"'
+COMPARISON_FORMS = '768, ">= 100k", "< 3M", "100..200" or "% 64 == 0"'
 LAYER_FORMS = "0..5, [0, 2, 5], 3, last 2 or every 2"
 
 
@@ -33,7 +31,7 @@ class Comparison:
     modulus: Fraction | None = None
     high: Fraction | None = None
 
-    def holds(self, number: Number) -> bool:
+    def holds(self, number: float) -> bool:
         """Whether the number satisfies this comparison; integers are compared exactly."""
         exact = Fraction(number)
         if self.high is not None:
@@ -56,7 +54,7 @@ def parse_comparison(text: str) -> Comparison:
         return Comparison(stripped, "..", low, high=high)
     if found := _COMPARED.fullmatch(stripped):
         return Comparison(stripped, found["op"] or "==", _value(found, "value"))
-    raise ValueError(f"expected {FORMS}, got {stripped!r}")
+    raise ValueError(f"expected {COMPARISON_FORMS}, got {stripped!r}")
 
 
 def _value(found: re.Match[str], name: str) -> Fraction:

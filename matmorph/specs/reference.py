@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from matmorph.specs.conditions import OPS, ROLES
+from matmorph.specs.conditions.table import CONDITIONS
 from matmorph.specs.document import Document, MatchKind, RewriteKind, SelectKind, document_record, example_of
 from matmorph.specs.json_schema import match_schema
 from matmorph.specs.kinds import JsonSchema, Kind, ListOf, Null
 from matmorph.specs.notations import BESIDE_RANK, RANK_KINDS, Count, Rank, Size, Width
-from matmorph.specs.numbers import FORMS, LAYER_FORMS
+from matmorph.specs.numbers import COMPARISON_FORMS, LAYER_FORMS
 from matmorph.specs.schema import Budget, Calibration, Export, Pays, Rule, Stage, Tolerance, Train
 from matmorph.specs.typed import Field, OneOf, Own, Record, summary, to_plain
 
@@ -89,7 +89,7 @@ def reference_page(methods: Mapping[str, type[Any]]) -> str:
         parts.append(_section(section, anchors))
         if section.record.type is Rule:
             rewrite = _REWRITE.replace("EXAMPLE", example_of(methods))
-            parts += [f"{_MATCH}\n\n{_match_table()}\n\n{_words()}", f"{rewrite}\n{_method_rows(methods)}"]
+            parts += [f"{_MATCH}\n\n{_match_table()}\n\n{_about_conditions()}", f"{rewrite}\n{_method_rows(methods)}"]
     parts.append("## Methods")
     for name, method in methods.items():
         parts += _method(name, method)
@@ -152,6 +152,9 @@ def _table(record: Record, anchors: Mapping[type[Any], str]) -> str:
     return "\n".join(rows) if len(rows) > 2 else "It has no settings."
 
 
+LISTED_WORDS = 8
+"""A longer set of words is not spelled out in a table."""
+
 _OWN_KINDS: Mapping[type[Any], str] = {
     MatchKind: "[conditions](#match)",
     RewriteKind: "a [rewrite](#rewrite)",
@@ -212,7 +215,7 @@ def _json_type(schema: JsonSchema) -> str:
         return "mapping of conditions"
     if "enum" in schema:
         words = [str(word) for word in schema["enum"]]
-        return f"one of {', '.join(words)}" if len(words) <= len(OPS) else "a known word"
+        return f"one of {', '.join(words)}" if len(words) <= LISTED_WORDS else "a known word"
     if schema.get("type") == "array":
         return f"list, each: {_json_type(schema['items'])}"
     names = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}
@@ -221,11 +224,13 @@ def _json_type(schema: JsonSchema) -> str:
     return " or ".join(names[kind] for kind in kinds) + ends
 
 
-def _words() -> str:
-    roles = ", ".join(f"`{role}`" for role in ROLES)
-    ops = ", ".join(f"`{op}`" for op in OPS)
-    forms = "`matmul` is any form of a product with a weight; `embedding` is a table, also one that is tied to the head."
-    return f"Roles, found from the dataflow: {roles}.\n\nForms of `op`: {ops}. {forms}"
+def _about_conditions() -> str:
+    return "\n\n".join(entry.about for entry in CONDITIONS.values() if entry.about)
+
+
+def _keys(notation: str) -> str:
+    """The conditions that take values of this notation."""
+    return ", ".join(f"`{key}`" for key, entry in CONDITIONS.items() if entry.notation == notation)
 
 
 # ---- methods
@@ -275,11 +280,11 @@ Beside `rank` or inside its mapping, not in both:
 
 **Sizes.** {_escaped(Size.EXPECTED[0].upper() + Size.EXPECTED[1:])}. Units: {_units(Size.UNITS)}.
 
-**Comparisons** (`in_features`, `out_features`, `params`, `effective_rank`, `outlier_ratio`). {FORMS}. A list must hold as a whole.
+**Comparisons** ({_keys("Comparisons")}). {COMPARISON_FORMS}. A list must hold as a whole.
 
 **Layers.** {LAYER_FORMS}; ranges include both ends, layers count from 0.
 
-**Globs** (`role`, `path`, `trainable`, `frozen`). `*` stays within one component of a dotted name, `**` takes zero or more components,
+**Globs** ({_keys("Globs")}, `trainable`, `frozen`). `*` stays within one component of a dotted name, `**` takes zero or more components,
 `{{a,b}}` are alternatives and must be quoted in YAML. A path may be a regular expression instead: `"re:..."`.
 
 **Patterns.** Lines `name = function(argument, ...)`. `matmul(x)` is a product with a weight in any form, `matmul(a, b)` one of two

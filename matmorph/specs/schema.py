@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, Self
 from matmorph.errors import Position, SpecError
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.kinds import JsonSchema, Name
+from matmorph.specs.match import Match
 from matmorph.specs.notations import Count, Rank, Size, Width
 from matmorph.specs.optimizers import OPTIMIZERS, SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, Optimizer, optimizer_name
-from matmorph.specs.selectors import Match
 from matmorph.specs.tree import Data, Tree, from_data
 from matmorph.specs.typed import Notation, read_dataclass, to_plain
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from matmorph.errors import InputError
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Site
-from matmorph.passes.selection.dead_rules import nearest_paths
-from matmorph.passes.selection.select import facts_of
+from matmorph.passes.selection.context import context_of
 from matmorph.passes.selection.survey import Survey
-from matmorph.specs.conditions import Condition, Facts, GroupCondition, NotCondition, StatisticCondition, site_names
-from matmorph.specs.match import evaluate
+from matmorph.specs.conditions.base import Clause, Condition, SelectionContext
+from matmorph.specs.conditions.nesting import GroupClause, NotClause
+from matmorph.specs.conditions.path import nearest_paths, site_names
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Rule, Stage
@@ -83,9 +83,9 @@ def explain(stage: Stage, graph: Graph, sites: Sequence[Site], path: str) -> Exp
     InputError: there is no such site (the nearest paths are named). SpecError: a statistic asked of a weight on the meta device.
     """
     site = find_site(sites, path)
-    facts = facts_of(Survey.of(graph, sites))[site]
-    owner = next((rule for rule in stage.rules if rule.match.test(facts)), None)
-    rules = tuple(_rule_row(rule, facts, rule is owner) for rule in stage.rules)
+    context = context_of(Survey.of(graph, sites))
+    owner = next((rule for rule in stage.rules if rule.match.test(site, context)), None)
+    rules = tuple(_rule_row(rule, site, context, rule is owner) for rule in stage.rules)
     shape = (site.out_features, site.in_features)
     name = owner.name if owner else None
     return Explanation(site.path, site.role, site.layer, site.form, shape, len(site.applications), name, site.blocked, rules)
@@ -101,40 +101,39 @@ def find_site(sites: Sequence[Site], path: str) -> Site:
     return found
 
 
-def _rule_row(rule: Rule, facts: Facts, owns: bool) -> RuleRow:
-    implied = tuple(_leaf_row(condition, facts, 0, read=True) for condition in rule.match.implied if not condition.holds(facts))
-    open_so_far = not implied and evaluate(rule.match.root, facts, read=False) is not False
-    rows = [row for child in rule.match.root.children for row in _rows(child, facts, 0, open_so_far)]
-    matched = bool(rule.match.test(facts))
+def _rule_row(rule: Rule, site: Site, context: SelectionContext, owns: bool) -> RuleRow:
+    failed = [condition for condition in rule.match.implied if not condition.test(site, context)]
+    implied = tuple(_leaf_row(condition, site, context, 0, read=True) for condition in failed)
+    open_so_far = not implied and rule.match.root.holds(site, context, read=False) is not False
+    rows = [row for child in rule.match.root.children for row in _rows(child, site, context, 0, open_so_far)]
+    matched = bool(rule.match.test(site, context))
     return RuleRow(rule.name, str(rule.at or ""), matched, owns, (*rows, *implied))
 
 
-def _rows(condition: Condition, facts: Facts, depth: int, read: bool) -> Iterator[ConditionRow]:
-    """A row for the condition and, below it, one for each of its parts."""
-    parts = _parts(condition)
-    if not parts:
-        yield _leaf_row(condition, facts, depth, read)
+def _rows(clause: Clause, site: Site, context: SelectionContext, depth: int, read: bool) -> Iterator[ConditionRow]:
+    """A row for the clause and, below it, one for each of its parts."""
+    if isinstance(clause, Condition):
+        yield _leaf_row(clause, site, context, depth, read)
         return
-    yield ConditionRow(condition.text, str(condition.at or ""), evaluate(condition, facts, read=read), "", depth)
-    for part in parts:
-        yield from _rows(part, facts, depth + 1, read)
+    yield ConditionRow(clause.text, str(clause.at or ""), clause.holds(site, context, read=read), "", depth)
+    for part in _parts(clause):
+        yield from _rows(part, site, context, depth + 1, read)
 
 
-def _parts(condition: Condition) -> tuple[Condition, ...]:
-    """The parts of a compound condition; a mapping within one stands for its own parts, where that says the same."""
-    if isinstance(condition, NotCondition):
-        return _parts(condition.child)
-    if not isinstance(condition, GroupCondition):
+def _parts(clause: Clause) -> tuple[Clause, ...]:
+    """The parts of what joins conditions; a mapping within it stands for its own parts, where that says the same."""
+    if isinstance(clause, NotClause):
+        return _parts(clause.child)
+    if not isinstance(clause, GroupClause):
         return ()
-    found: list[Condition] = []
-    for child in condition.children:
-        inner = () if child.key in ("use", "not", "any", "all") else _parts(child)
-        found.extend(inner if inner and (condition.conjunctive or len(inner) == 1) else (child,))
+    found: list[Clause] = []
+    for child in clause.children:
+        inner = () if child.key else _parts(child)
+        found.extend(inner if inner and (clause.conjunctive or len(inner) == 1) else (child,))
     return tuple(found)
 
 
-def _leaf_row(condition: Condition, facts: Facts, depth: int, read: bool) -> ConditionRow:
-    at = str(condition.at or "")
-    if isinstance(condition, StatisticCondition) and not read:
-        return ConditionRow(condition.text, at, None, "not read: a cheaper condition fails", depth)
-    return ConditionRow(condition.text, at, condition.holds(facts), condition.value(facts), depth)
+def _leaf_row(condition: Condition, site: Site, context: SelectionContext, depth: int, read: bool) -> ConditionRow:
+    hit = condition.holds(site, context, read=read)
+    found = "not read: a cheaper condition fails" if hit is None else condition.found(site, context)
+    return ConditionRow(condition.text, str(condition.at or ""), hit, found, depth)
