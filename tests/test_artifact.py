@@ -19,7 +19,7 @@ from exporting import Mlp, mlp_graph, randn, seeded
 from matmorph.errors import CheckError, ExportError, InputError, VerifyError
 from matmorph.exporters.artifact import (
     Artifact,
-    Described,
+    WrittenReport,
     is_artifact,
     json_bytes,
     npz_bytes,
@@ -46,7 +46,7 @@ def artifact() -> Artifact:
         version="0.0",
         source_sha256="5" * 64,
         spec="version: 1\n",
-        describe=lambda folder, info: Described({"bytes": info.bytes, "name": "Größe"}, "<p>ok</p>"),
+        describe=lambda folder, info: WrittenReport({"bytes": info.bytes, "name": "Größe"}, "<p>ok</p>"),
         cases=check_vectors(graph, [randn(3, 5, 8)]).cases,
         run=lambda: {"seconds": 1.5},
         notes=("traced in eval mode",),
@@ -109,7 +109,7 @@ def test_inputs_take_the_type_of_the_exported_graph(tmp_path: Path) -> None:
     module_ = seeded(lambda: torch.nn.Linear(4, 3)).half()
     graph = trace(module_, (randn(2, 4).half(),), ({0: "batch"},))
     cases = (Case({"input": randn(2, 4).half().numpy()}, {"output": np.zeros((2, 3), np.float16)}),)
-    write_artifact(tmp_path / "out", Artifact(graph, Export(), "0", "", "", lambda *_: Described({}, ""), cases))
+    write_artifact(tmp_path / "out", Artifact(graph, Export(), "0", "", "", lambda *_: WrittenReport({}, ""), cases))
     with np.load(tmp_path / "out" / "check.npz") as stored:
         assert stored["input:input:0"].dtype == np.float32
 
@@ -169,7 +169,7 @@ def test_a_file_in_the_way(force: bool, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
-def broken_check(folder: Path, info: OnnxInfo) -> Described:
+def broken_check(folder: Path, info: OnnxInfo) -> WrittenReport:
     """What a parity check does: it finds a folder that runs, and refuses it."""
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.onnx.data", "spec.yaml", "check.npz", "manifest.json"}
     assert not check(folder, ["cpu"]).problems
@@ -185,7 +185,7 @@ def broken_run() -> dict[str, object]:
     ("change", "error"),
     [
         ({"export": Export(precision="bf16")}, ExportError),
-        ({"describe": lambda *_: Described({"x": float("inf")}, "")}, VerifyError),
+        ({"describe": lambda *_: WrittenReport({"x": float("inf")}, "")}, VerifyError),
         ({"describe": broken_check}, CheckError),
         ({"run": broken_run}, KeyboardInterrupt),
     ],

@@ -12,7 +12,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from matmorph.runtime import Batches, InputMismatch, constant, cosine, linear, load_batches, trim_padding
-from matmorph.runtime.progress import Progress
+from matmorph.runtime.progress import ProgressLine
 
 
 def rows(count: int) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ class TestSchedules:
 
 
 def test_progress_without_a_total(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = Progress(None, show=True)
+    bar = ProgressLine(None, show=True)
     bar.update(1, 1, 2, 0.5, 1e-3)
     bar.close()
     shown = capsys.readouterr().err

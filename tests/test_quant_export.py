@@ -18,7 +18,7 @@ from quantised import ROUNDING, Quantised, Weight, codebook, error, expected, un
 from torch import Tensor, nn
 
 from matmorph.errors import ExportError
-from matmorph.exporters.artifact import Artifact, Described, write_artifact
+from matmorph.exporters.artifact import Artifact, WrittenReport, write_artifact
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE, PARITY_TOLERANCE
 from matmorph.exporters.vectors import check_vectors
@@ -211,7 +211,7 @@ def test_artefacts_run_without_torch(rng: np.random.Generator, tmp_path: Path, f
         version="0.0",
         source_sha256="5" * 64,
         spec="version: 1\n",
-        describe=lambda folder, info: Described({}, ""),
+        describe=lambda folder, info: WrittenReport({}, ""),
         cases=check_vectors(graph, [x]).cases,
     )
     write_artifact(tmp_path / "out", artifact)

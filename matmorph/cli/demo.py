@@ -29,9 +29,9 @@ from matmorph.report.reading import read_folder
 from matmorph.report.table import make_console, parity_line, print_plan
 from matmorph.runtime import Session
 from matmorph.runtime.format.artifact import MODEL, RUN
+from matmorph.runtime.format.cases import Array
 from matmorph.specs.schema import Export
 
-Array = np.ndarray[Any, Any]
 Key = TypeVar("Key")
 
 PAIRS = (

@@ -149,11 +149,11 @@ def _trainer(folder: Path, resume: Path | None, provider: list[str] | None, sett
     return Trainer(folder, provider, **settings) if resume is None else Trainer.resume(folder, resume, provider, **settings)
 
 
-Judge: TypeAlias = "Callable[[Trainer], Mapping[str, float]]"
+Validator: TypeAlias = "Callable[[Trainer], Mapping[str, float]]"
 """Figures of the validation data with the parameters as they are."""
 
 
-def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | None) -> Judge | None:
+def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | None) -> Validator | None:
     if validation is None:
         return None
     from matmorph.runtime.batches import load_batches
@@ -187,7 +187,7 @@ def metrics_of(folder: Path) -> dict[str, Metric]:
     return {"accuracy": right}
 
 
-def _fitted(trainer: Trainer, loader: Loader, epochs: int, judge: Judge | None, how: Mapping[str, Any]) -> list[EpochRow]:
+def _fitted(trainer: Trainer, loader: Loader, epochs: int, judge: Validator | None, how: Mapping[str, Any]) -> list[EpochRow]:
     """Trains; a row per epoch. Where a loader does not say how long an epoch is, only the last row has figures of the validation data."""
     from matmorph.runtime.batches import batches_per_epoch
 

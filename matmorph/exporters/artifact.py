@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class WrittenReport:
     """`report`: the data of report.json; `html`: the text of report.html."""
 
     report: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Artifact:
     version: str
     source_sha256: str
     spec: str
-    describe: Callable[[Path, OnnxInfo], Described]
+    describe: Callable[[Path, OnnxInfo], WrittenReport]
     cases: Sequence[Case]
     companions: Callable[[Path, DataFile], Mapping[str, FileRecord]] | None = None
     more: Mapping[str, bytes] = field(default_factory=dict)

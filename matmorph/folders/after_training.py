@@ -35,7 +35,7 @@ from matmorph.specs.schema import Spec
 Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
 
-FILES = (TRAINABLE, PARAMETERS)
+VALUE_FILES = (TRAINABLE, PARAMETERS)
 """What a folder of values keeps them in: a training folder, a checkpoint."""
 
 
@@ -45,9 +45,9 @@ def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
         return source, "the values"
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
+        found = [path / name for name in VALUE_FILES if (path / name).is_file()]
         if not found:
-            raise InputError(f"{path}: no trained values in this folder (neither {' nor '.join(FILES)})")
+            raise InputError(f"{path}: no trained values in this folder (neither {' nor '.join(VALUE_FILES)})")
         path = found[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -17,7 +17,7 @@ import torch
 
 from matmorph.errors import CheckError
 from matmorph.exporters.adapters import Served, serve
-from matmorph.exporters.artifact import Artifact, Described, graph_bytes, refuse_existing, write_artifact
+from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, refuse_existing, write_artifact
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
@@ -66,12 +66,12 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     training = _training(graph, job, progress)
     final: list[Report] = []
 
-    def describe(staging: Path, info: OnnxInfo) -> Described:
+    def describe(staging: Path, info: OnnxInfo) -> WrittenReport:
         progress("checking", 0, 1)
         exact = replace(report.totals, bytes=(report.totals.bytes[0], info.bytes))
         final.append(replace(report, totals=exact, parity=None if unchecked else _parity(staging, info, vectors)))
         progress("checking", 1, 1)
-        return Described(final[0].to_dict(), html_page(final[0], read_context(staging)))
+        return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
         graph=_relocated(plain, job.spec, spec),

@@ -24,7 +24,7 @@ from matmorph.runtime.format.plain import ManifestError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+class LoadedAdapter:
     """A checked adapter, ready to run. `ranks` by site and method ("encoder.0.query lora")."""
 
     path: Path
@@ -68,7 +68,7 @@ def save_adapter(path: str | os.PathLike[str], arrays: Mapping[str, Array], slot
         raise AdapterError(f"{target} cannot be written: {first_line(error)}") from error
 
 
-def load_adapter(path: str | os.PathLike[str], slots: Slots) -> Adapter:
+def load_adapter(path: str | os.PathLike[str], slots: Slots) -> LoadedAdapter:
     """An adapter for this model. AdapterError for a file that is none, that was made for another base, or whose inputs do not fit."""
     file = Path(path)
     arrays, version = read_adapter(file)
@@ -78,7 +78,7 @@ def load_adapter(path: str | os.PathLike[str], slots: Slots) -> Adapter:
     ranks = _ranks(file, {name: (array.dtype, array.shape) for name, array in arrays.items()}, slots)
     handle = onnxruntime.LoraAdapter()
     handle.Load(str(file))
-    return Adapter(file, ranks, version, handle)
+    return LoadedAdapter(file, ranks, version, handle)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Array], int]:

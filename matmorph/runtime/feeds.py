@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from matmorph.runtime.errors import InputMismatch, nearest
 from matmorph.runtime.format.artifact import NamedDim, Range, TensorInfo
-
-Array = NDArray[Any]
+from matmorph.runtime.format.cases import Array as Array
 
 
 class Ports(Protocol):

@@ -29,7 +29,7 @@ class StepInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class RunPosition:
     """Where a run of `fit` is: enough to go on with the very next batch. `updates`: of this run; `loss_sum` and `count`: of this epoch."""
 
     first_epoch: int
@@ -39,12 +39,12 @@ class Position:
     loss_sum: float = 0.0
     count: float = 0.0
 
-    def after(self, info: StepInfo, batches: int) -> Position:
+    def after(self, info: StepInfo, batches: int) -> RunPosition:
         total, count = self.loss_sum + info.loss * info.count, self.count + info.count
         return replace(self, batch=self.batch + batches, updates=self.updates + 1, loss_sum=total, count=count)
 
-    def next_epoch(self) -> Position:
-        return Position(self.first_epoch, self.epoch + 1, updates=self.updates)
+    def next_epoch(self) -> RunPosition:
+        return RunPosition(self.first_epoch, self.epoch + 1, updates=self.updates)
 
     @property
     def loss(self) -> float:
@@ -56,7 +56,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FitPlan:
     """`total`: updates of the run, None where the loader has no length. Raises InputMismatch for numbers that do not work."""
 
     epochs: int
@@ -69,7 +69,7 @@ class Plan:
         return self.schedule(update, self.total) if self.schedule and self.total else 1.0
 
 
-def plan_fit(loader: Loader, epochs: int, accumulate: int, schedule: Schedule | None) -> Plan:
+def plan_fit(loader: Loader, epochs: int, accumulate: int, schedule: Schedule | None) -> FitPlan:
     """Raises InputMismatch for numbers below 1, and for a schedule with a loader that has no length."""
     for name, value in (("epochs", epochs), ("accumulate", accumulate)):
         if value < 1:
@@ -78,7 +78,7 @@ def plan_fit(loader: Loader, epochs: int, accumulate: int, schedule: Schedule | 
     if batches is None and schedule:
         raise InputMismatch("a schedule must know how many updates there will be: give a loader with a length (a list, Batches)")
     total = None if batches is None else epochs * -(-batches // accumulate)
-    return Plan(epochs, accumulate, schedule, total)
+    return FitPlan(epochs, accumulate, schedule, total)
 
 
 def groups(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
@@ -93,6 +93,6 @@ def groups(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
         yield tuple(group)
 
 
-def position_from(data: Mapping[str, Any] | None) -> Position | None:
-    """What `Position.to_dict` gave."""
-    return None if data is None else Position(**data)
+def position_from(data: Mapping[str, Any] | None) -> RunPosition | None:
+    """What `RunPosition.to_dict` gave."""
+    return None if data is None else RunPosition(**data)

@@ -9,7 +9,7 @@ from typing import TextIO
 _PAUSE_S = 0.1
 
 
-class Progress:
+class ProgressLine:
     """`total`: updates of the whole run, None where nobody knows. `show` None: only on a terminal."""
 
     def __init__(self, total: int | None, show: bool | None = None, stream: TextIO | None = None) -> None:

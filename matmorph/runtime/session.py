@@ -10,7 +10,7 @@ from typing import Any
 
 import onnxruntime
 
-from matmorph.runtime.adapters import Adapter, load_adapter, read_slots
+from matmorph.runtime.adapters import LoadedAdapter, load_adapter, read_slots
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.format.artifact import MODEL, Manifest, TensorInfo
@@ -50,7 +50,7 @@ class Session:
             check_dtype(info)
         path = Path(folder) / MODEL
         self._folder = Path(folder)
-        self._adapter: Adapter | None = None
+        self._adapter: LoadedAdapter | None = None
         options = session_settings(threads, optimize, session_options)
         if self._manifest.adapters is not None and session_options is None:
             options.log_severity_level = 3  # a warning for each input that has a default
@@ -77,15 +77,15 @@ class Session:
         """The execution provider that loaded and comes first, as ONNX Runtime calls it."""
         return str(self._session.get_providers()[0])
 
-    def load_adapter(self, path: str | os.PathLike[str]) -> Adapter:
+    def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """An `.onnx_adapter` file, checked against this model. Raises AdapterError: no adapter, another base, other sizes."""
         return load_adapter(path, read_slots(self._manifest.adapters, str(self._folder)))
 
-    def switch(self, adapter: Adapter | None) -> None:
+    def switch(self, adapter: LoadedAdapter | None) -> None:
         """What `run` computes with from now on; None = the model as it was exported."""
         self._adapter = self._checked(adapter)
 
-    def run(self, feeds: Mapping[str, Any], *, adapter: Adapter | None = None) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], *, adapter: LoadedAdapter | None = None) -> dict[str, Array]:
         """Outputs by name, in the manifest's order, for numpy arrays by input name. `adapter`: for this run, in place of the one that
         `switch` chose.
 
@@ -101,13 +101,13 @@ class Session:
             raise ExecutionError(f"{self.provider}: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
-    def _checked(self, adapter: Adapter | None) -> Adapter | None:
+    def _checked(self, adapter: LoadedAdapter | None) -> LoadedAdapter | None:
         if adapter is not None and adapter.model_version != read_slots(self._manifest.adapters, str(self._folder)).model_version:
             raise AdapterError(f"{adapter.path}: made for another base; load it with load_adapter of this session")
         return adapter
 
 
-def _run_options(adapter: Adapter | None) -> onnxruntime.RunOptions | None:
+def _run_options(adapter: LoadedAdapter | None) -> onnxruntime.RunOptions | None:
     if adapter is None:
         return None
     options = onnxruntime.RunOptions()

@@ -82,7 +82,7 @@ class Device:
         return made
 
 
-class Vectors:
+class StateVectors:
     """theta and the optimizer's states, float32 [length] each."""
 
     def __init__(self, names: Sequence[str], length: int, device: Device) -> None:
@@ -144,7 +144,7 @@ class ApplyGraph:
         self._optional = {name: self._device.value(optional[name]) for name in _OPTIONAL if name in optional}
 
     def run(
-        self, vectors: Vectors, gradient: onnxruntime.OrtValue, step: int, numbers: Mapping[str, float], mask: Array | None = None
+        self, vectors: StateVectors, gradient: onnxruntime.OrtValue, step: int, numbers: Mapping[str, float], mask: Array | None = None
     ) -> tuple[float, bool]:
         """(norm of the scaled gradient, skipped); the new state is in `vectors.next`. `mask`: of this update, in place of the one given at
         first. Raises ExecutionError when ONNX Runtime refuses."""

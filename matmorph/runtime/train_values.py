@@ -18,7 +18,7 @@ from matmorph.runtime.format.training import THETA, TRAIN_MANIFEST, TrainManifes
 
 Mask = Mapping[str, Array] | Array
 """1 trains, 0 does not: a flat vector [n], or arrays by parameter name (of its shape, or one number); what is not named trains."""
-Factors = Mapping[str, float] | Array
+SegmentFactors = Mapping[str, float] | Array
 """One factor per segment: an array [segments], or numbers by segment name; what is not named has 1."""
 
 
@@ -119,7 +119,7 @@ def flat_mask(manifest: TrainManifest, mask: Mask) -> Array:
     return flat
 
 
-def flat_factors(manifest: TrainManifest, what: str, factors: Factors) -> Array:
+def flat_factors(manifest: TrainManifest, what: str, factors: SegmentFactors) -> Array:
     """float32 [segments]. Raises InputMismatch for a segment that is not there, another count, and a factor that is no number >= 0."""
     names = [segment.name for segment in manifest.segments]
     if isinstance(factors, Mapping):

@@ -20,17 +20,17 @@ from matmorph.runtime.batches import Batch, Loader, epoch_batches
 from matmorph.runtime.checkpoint import read_tensors, write_tensors
 from matmorph.runtime.errors import CheckpointError, InputMismatch, TrainingError
 from matmorph.runtime.feeds import Array, check_feeds
-from matmorph.runtime.fitting import Plan, Position, StepInfo, groups, plan_fit, position_from
+from matmorph.runtime.fitting import FitPlan, RunPosition, StepInfo, groups, plan_fit, position_from
 from matmorph.runtime.format.training import THETA, TrainManifest
-from matmorph.runtime.progress import Progress
+from matmorph.runtime.progress import ProgressLine
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
 from matmorph.runtime.schedules import Schedule
 from matmorph.runtime.session import check_dtype, to_stderr
 from matmorph.runtime.supernet import Chooser, Configuration, Named, Supernet, supernet_of
-from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, Vectors
+from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, StateVectors
 from matmorph.runtime.train_manifest import read_train_manifest
-from matmorph.runtime.train_values import Factors, Mask, check_files, flat_factors, flat_mask, initial_theta, named, put_in
+from matmorph.runtime.train_values import Mask, SegmentFactors, check_files, flat_factors, flat_mask, initial_theta, named, put_in
 
 AllReduce = Callable[[Array], None]
 """Replaces a float32 vector by its sum over all processes, in place."""
@@ -68,8 +68,8 @@ class Trainer:
         weight_decay: float | None = None,
         clip: float | None = None,
         mask: Mask | None = None,
-        segment_lr: Factors | None = None,
-        segment_decay: Factors | None = None,
+        segment_lr: SegmentFactors | None = None,
+        segment_decay: SegmentFactors | None = None,
         loss_scale: float | None = None,
         max_skips: int | None = None,
         all_reduce: AllReduce | None = None,
@@ -97,10 +97,10 @@ class Trainer:
         self._sessions = replace(self._sessions, log=_silence)  # the first one has said where they run
         self._apply = ApplyGraph(self._sessions, self._manifest, self._optional)
         self._eval: EvalGraph | None = None
-        self._vectors = Vectors((THETA, *self._manifest.states), self._manifest.length, self._grad.device)
+        self._vectors = StateVectors((THETA, *self._manifest.states), self._manifest.length, self._grad.device)
         self._vectors.set(THETA, initial_theta(self._folder, self._manifest))
         self._step = self._skips = self._epochs = 0
-        self._position: Position | None = None
+        self._position: RunPosition | None = None
         self._saved: tuple[int, Path] | None = None
 
     @property
@@ -161,9 +161,9 @@ class Trainer:
         if checkpoint_every and checkpoint is None:
             raise InputMismatch("checkpoint_every needs a checkpoint to write")
         plan = plan_fit(loader, epochs, accumulate, schedule)
-        bar = Progress(plan.total, progress)
+        bar = ProgressLine(plan.total, progress)
         run = _Run(loader, plan, clip, tuple(callbacks), None if checkpoint is None else Path(checkpoint), checkpoint_every, bar)
-        position = self._position or Position(self._epochs, self._epochs)
+        position = self._position or RunPosition(self._epochs, self._epochs)
         if position.epoch >= position.first_epoch + epochs:
             self._log(f"nothing left to train: all {epochs} epochs were done when the checkpoint was written")
         losses: list[float] = []
@@ -270,7 +270,7 @@ class Trainer:
     def _fingerprints(self) -> dict[str, Any]:
         return {"fingerprint": self._manifest.fingerprint, "trainable_fingerprint": self._manifest.trainable_fingerprint}
 
-    def _epoch(self, run: _Run, position: Position) -> tuple[Position, bool]:
+    def _epoch(self, run: _Run, position: RunPosition) -> tuple[RunPosition, bool]:
         """The rest of an epoch; whether a callback ended it."""
         for group in groups(epoch_batches(run.loader, position.epoch, position.batch), run.plan.accumulate):
             info = self._update(group, self.lr * run.plan.factor(position.updates), run.clip)
@@ -344,12 +344,12 @@ class _Run:
     """What a `fit` was asked for; `every`: updates between two checkpoints, 0 = only after epochs."""
 
     loader: Loader
-    plan: Plan
+    plan: FitPlan
     clip: float | None
     callbacks: tuple[Callback, ...]
     checkpoint: Path | None
     every: int
-    bar: Progress
+    bar: ProgressLine
 
 
 def _counting(count: float) -> float:
@@ -364,7 +364,9 @@ def _number(name: str, value: float, positive: bool = False) -> float:
     return float(value)
 
 
-def _optional(manifest: TrainManifest, mask: Mask | None, segment_lr: Factors | None, segment_decay: Factors | None) -> dict[str, Array]:
+def _optional(
+    manifest: TrainManifest, mask: Mask | None, segment_lr: SegmentFactors | None, segment_decay: SegmentFactors | None
+) -> dict[str, Array]:
     """The inputs of apply.onnx that have a default, where they are given."""
     factors = {"segment_lr": segment_lr, "segment_decay": segment_decay}
     found = {name: flat_factors(manifest, name, value) for name, value in factors.items() if value is not None}

@@ -33,8 +33,8 @@ from matmorph.runtime.targets.cpu import CPU
 from matmorph.runtime.train_manifest import read_train_manifest
 from matmorph.runtime.train_values import initial_theta
 
-Difference = Callable[[Array, Array], float]
-Run = Callable[[Sequence[str], Mapping[str, Array]], list[Array]]
+Distance = Callable[[Array, Array], float]
+RunGraph = Callable[[Sequence[str], Mapping[str, Array]], list[Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def is_training_folder(folder: Path) -> bool:
     return (folder / TRAIN_MANIFEST).is_file()
 
 
-def check_training(folder: Path, model: Session, tolerance: float, difference: Difference) -> TrainingResult:
+def check_training(folder: Path, model: Session, tolerance: float, difference: Distance) -> TrainingResult:
     """Runs every training graph on the provider of `model`, the folder's model.onnx; `tolerance` and `difference` are its check's."""
     try:
         manifest = read_train_manifest(folder)
@@ -81,7 +81,7 @@ def _vectors(path: Path) -> tuple[TrainingVectors, float]:
         raise ArtifactError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _open(path: Path, model: Session) -> Run:
+def _open(path: Path, model: Session) -> RunGraph:
     """Runs a graph of the folder on the provider that `model` runs on."""
     options = session_settings(None, True)
     options.log_severity_level = 3  # inputs with defaults are meant to be inputs
@@ -97,7 +97,7 @@ def _open(path: Path, model: Session) -> Run:
     return run
 
 
-def _gradients(run: Run, vectors: TrainingVectors, theta: Array, allowed: float) -> tuple[dict[str, float], list[str]]:
+def _gradients(run: RunGraph, vectors: TrainingVectors, theta: Array, allowed: float) -> tuple[dict[str, float], list[str]]:
     worst = {"loss": 0.0, "grad": 0.0}
     problems: list[str] = []
     scale = np.asarray(vectors.loss_scale, np.float32)
@@ -115,7 +115,7 @@ def _gradients(run: Run, vectors: TrainingVectors, theta: Array, allowed: float)
     return worst, problems
 
 
-def _losses(run: Run, cases: Sequence[TrainingCase], theta: Array, allowed: float) -> list[str]:
+def _losses(run: RunGraph, cases: Sequence[TrainingCase], theta: Array, allowed: float) -> list[str]:
     """eval.onnx: the loss of every case."""
     problems = []
     for number, case in enumerate(cases):
@@ -125,7 +125,9 @@ def _losses(run: Run, cases: Sequence[TrainingCase], theta: Array, allowed: floa
     return problems
 
 
-def _outputs(run: Run, model: Session, cases: Sequence[TrainingCase], theta: Array, tolerance: float, difference: Difference) -> list[str]:
+def _outputs(
+    run: RunGraph, model: Session, cases: Sequence[TrainingCase], theta: Array, tolerance: float, difference: Distance
+) -> list[str]:
     """eval.onnx where training starts: the outputs of model.onnx."""
     problems = []
     names = [info.name for info in model.outputs]
@@ -140,7 +142,7 @@ def _outputs(run: Run, model: Session, cases: Sequence[TrainingCase], theta: Arr
     return problems
 
 
-def _applied(run: Run, theta: Array, states: Sequence[str]) -> list[str]:
+def _applied(run: RunGraph, theta: Array, states: Sequence[str]) -> list[str]:
     """apply.onnx at a learning rate of zero."""
     scalars = {"lr": 0.0, "weight_decay": 0.0, "grad_scale": 1.0, "max_norm": np.inf}
     feeds: dict[str, Array] = {THETA: theta, GRADIENT: np.ones_like(theta), "step": np.asarray(1, np.int64)}

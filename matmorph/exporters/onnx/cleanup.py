@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from matmorph.exporters.onnx.folding import Array, constant_value, fold
+from matmorph.exporters.onnx.folding import constant_value, fold
+from matmorph.runtime.format.cases import Array
 
 # fmt: off
 _MERGED = frozenset([

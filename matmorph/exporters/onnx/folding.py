@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+from matmorph.runtime.format.cases import Array
 
 MAX_ELEMENTS = 1024
 """Larger results stay computed: a folded mask or position table would be a weight that the source model does not have."""

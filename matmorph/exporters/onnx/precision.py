@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx.cleanup import unique
-from matmorph.exporters.onnx.folding import Array
+from matmorph.runtime.format.cases import Array
 from matmorph.runtime.targets import TARGETS, chosen_targets
 
 Precision = Literal["fp32", "fp16", "bf16", "keep"]

@@ -27,7 +27,9 @@ NUDGE = 0.01
 """Largest move of a trainable: below the spread of trained weights, far above rounding."""
 
 PERIOD = 1009  # prime, so that neighbouring rows of a matrix do not move alike
-LOSS_SCALE = 128.0
+CHECKED_SCALE = 128.0
+"""The loss scale at which gradients are checked."""
+
 SAMPLES = 4096
 """Entries of a parameter's gradient that are kept, spread evenly."""
 
@@ -67,7 +69,7 @@ def training_vectors(
         arrays = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
         reference = _references(gradient, lengths)[owners]
         cases.append(TrainingCase(arrays, float(loss), float(count), gradient[index], reference))
-    return TrainingVectors(nudge, index, LOSS_SCALE, tuple(cases))
+    return TrainingVectors(nudge, index, CHECKED_SCALE, tuple(cases))
 
 
 def nudges() -> Array:
@@ -76,11 +78,11 @@ def nudges() -> Array:
 
 
 def _autograd(graph: Graph, theta: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[Array, Array, Array]:
-    """Loss, count and the gradient of loss * LOSS_SCALE; `theta` is the entry of `inputs` that is this very tensor."""
+    """Loss, count and the gradient of loss * CHECKED_SCALE; `theta` is the entry of `inputs` that is this very tensor."""
     leaf = theta.detach().clone().requires_grad_()
     with torch.enable_grad():
         loss, count, *_ = evaluate(graph, [leaf if tensor is theta else tensor for tensor in inputs])
-        (gradient,) = torch.autograd.grad(loss * LOSS_SCALE, [leaf])
+        (gradient,) = torch.autograd.grad(loss * CHECKED_SCALE, [leaf])
     scalars = [np.asarray(tensor.detach().cpu().numpy(), np.float32) for tensor in (loss, count)]
     return scalars[0], scalars[1], np.asarray(gradient.cpu().numpy(), np.float32)
 

@@ -25,9 +25,7 @@ from matmorph.ir.training.gradient_cleanup import simplify_gradient
 from matmorph.ir.training.losses import Loss, Written, judged, label_inputs, tensor_outputs, write_loss
 from matmorph.ir.training.narrowing import narrow
 from matmorph.ir.types import Dim, TensorType
-
-THETA, LOSS_SCALE = "theta", "loss_scale"
-LOSS, COUNT, GRAD = "loss", "count", "grad"
+from matmorph.runtime.format.training import COUNT, GRADIENT, LOSS, LOSS_SCALE, THETA
 
 _LOSS_ORIGIN = Origin(scopes=(("loss", "Loss"),))
 _THETA_ORIGIN = Origin(scopes=(("theta", "Parameters"),))
@@ -113,7 +111,7 @@ class _Draft:
         loss, count = (env.get(value, value) for value in (self.written.loss, self.written.count))
         tape.back(loss, tape.cast(self.inputs[LOSS_SCALE], loss.tensor.dtype))
         grad = self._joined(tape, env)
-        return self._finished(b, {LOSS: loss, COUNT: count, GRAD: grad, **{name: env.get(v, v) for name, v in kept.items()}})
+        return self._finished(b, {LOSS: loss, COUNT: count, GRADIENT: grad, **{name: env.get(v, v) for name, v in kept.items()}})
 
     def _on_the_way(self) -> frozenset[Value]:
         """Float results that depend on a trainable and that the loss depends on."""
@@ -154,7 +152,7 @@ class _Draft:
                 continue
             found = tape.cast(tape.full(found, env[const]), theta.tensor.dtype)
             flat.append(found if len(found.tensor.shape) == 1 else b("aten.reshape.default", found, [-1]))
-        return flat[0] if len(flat) == 1 else b("aten.cat.default", flat, name=GRAD)
+        return flat[0] if len(flat) == 1 else b("aten.cat.default", flat, name=GRADIENT)
 
     def _finished(self, b: Builder, results: Mapping[str, Value]) -> Graph:
         """The graph of these results; what they do not need is dropped."""
@@ -199,5 +197,5 @@ def _check_names(graph: Graph, types: Mapping[str, TensorType]) -> None:
 
 def _check_outputs(kept: Iterable[str]) -> None:
     for name in kept:
-        if name in (LOSS, COUNT, GRAD):
+        if name in (LOSS, COUNT, GRADIENT):
             raise InputError(f"the model has an output {name} of its own, a name that its training graphs need")

@@ -19,11 +19,12 @@ from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.site import Site, Statistic
-from matmorph.ir.training.gradient import GRAD, LOSS_SCALE, THETA, gradient_graph
+from matmorph.ir.training.gradient import gradient_graph
 from matmorph.passes.linalg.hosvd import Bases, GradientGrams, GradientStats, top_share
 from matmorph.passes.methods.protocol import Methods, Preliminary, SiteStats, site_method
 from matmorph.passes.statistics.loss_gradients import Classes, classes_of, label_names, labelled_batch, loss_of
 from matmorph.progress import StepProgress
+from matmorph.runtime.format.training import GRADIENT, LOSS_SCALE, THETA
 from matmorph.specs.schema import MethodUse, Rule, Train
 
 Claims: TypeAlias = Sequence[tuple[Site, Rule]]
@@ -193,7 +194,7 @@ class _Source:
         entries = [entry for entry in self.gradient.signature.inputs if entry.value is not None]
         with torch.no_grad():
             results = dict(zip(self.gradient.signature.outputs, evaluate(self.gradient, [given[e.name] for e in entries]), strict=True))
-        pieces = results[GRAD].split([const.numel for const in self.consts])
+        pieces = results[GRADIENT].split([const.numel for const in self.consts])
         flat = dict(zip(self.consts, pieces, strict=True))
         found = {one.site: one.site.read(flat[one.site.const].reshape([int(d) for d in one.site.const.tensor.shape])) for one in self.asked}
         for site, gradient in found.items():

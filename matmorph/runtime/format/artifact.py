@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
-from matmorph.runtime.format.plain import Form, ManifestError, from_plain, stored, to_plain, typed
+from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, stored, to_plain, typed
 
 MANIFEST_FORMAT = 1
 """Version of manifest.json."""
@@ -97,9 +97,9 @@ def _file(name: str, data: Any, where: str) -> FileRecord:
     return from_plain(FileRecord, data, where)
 
 
-RANGES = Form(_read_ranges, lambda ranges: {name: [one.low, one.high] for name, one in ranges.items()})
+RANGES_CODEC = Codec(_read_ranges, lambda ranges: {name: [one.low, one.high] for name, one in ranges.items()})
 """By axis, [low, high]."""
-FILES = Form(_read_files, lambda files: {name: to_plain(files[name]) for name in sorted(files)})
+FILES_CODEC = Codec(_read_files, lambda files: {name: to_plain(files[name]) for name in sorted(files)})
 """By name, in its order."""
 
 
@@ -113,14 +113,14 @@ class Manifest:
     source: Source | None = field(default=None, metadata=stored(omitted=True))
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    ranges: Mapping[str, Range] = field(metadata=stored(form=RANGES))
+    ranges: Mapping[str, Range] = field(metadata=stored(codec=RANGES_CODEC))
     precision: str
     tolerance: float
     opset: int | None = field(default=None, metadata=stored(omitted=True))
     target: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, Any] | None = field(default=None, metadata=stored(omitted=True))
-    files: Mapping[str, FileRecord] = field(metadata=stored(form=FILES))
+    files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     def to_dict(self) -> dict[str, Any]:
         """manifest.json as plain data."""

@@ -1,5 +1,5 @@
 """Records as the plain data of a JSON file, and back. A record is a frozen dataclass; each of its fields stands in the file once, under the
-field's name, in the form that its type says (`_form`), or as its `stored` metadata says otherwise. Keys are written in the order of the
+field's name, in the form that its type says (`_codec`), or as its `stored` metadata says otherwise. Keys are written in the order of the
 fields; keys that the record does not know are left out when it is read.
 """
 
@@ -19,23 +19,23 @@ class ManifestError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Codec:
     """How a value stands in a file. `read(data, where)` raises ManifestError that names `where`; `write` gives the data back."""
 
     read: Callable[[Any, str], Any]
     write: Callable[[Any], Any] = lambda value: value
 
 
-def stored(*, key: str | None = None, form: Form | None = None, omitted: bool = False) -> dict[str, Any]:
-    """Metadata of a field. `key`: in the file, None = the field's name. `form`: None = that of its type. `omitted`: the key is left out
+def stored(*, key: str | None = None, codec: Codec | None = None, omitted: bool = False) -> dict[str, Any]:
+    """Metadata of a field. `key`: in the file, None = the field's name. `codec`: None = that of its type. `omitted`: the key is left out
     where the value is None, and null is no value of it."""
-    return {"key": key, "form": form, "omitted": omitted}
+    return {"key": key, "codec": codec, "omitted": omitted}
 
 
 def to_plain(record: Any) -> dict[str, Any]:
     """The record as JSON takes it."""
     values = [(entry, getattr(record, entry.name)) for entry in _entries(record.__class__)]
-    return {entry.key: entry.form.write(value) for entry, value in values if not (entry.omitted and value is None)}
+    return {entry.key: entry.codec.write(value) for entry, value in values if not (entry.omitted and value is None)}
 
 
 def from_plain(kind: Callable[..., T], data: Any, where: str = "") -> T:
@@ -46,7 +46,7 @@ def from_plain(kind: Callable[..., T], data: Any, where: str = "") -> T:
     found: dict[str, Any] = {}
     for entry in _entries(kind):
         if entry.key in table:
-            found[entry.name] = entry.form.read(table[entry.key], f"{prefix}{entry.key}")
+            found[entry.name] = entry.codec.read(table[entry.key], f"{prefix}{entry.key}")
         elif entry.required:
             raise ManifestError(f"{prefix}{entry.key}: missing")
     return kind(**found)
@@ -65,7 +65,7 @@ class _Entry:
 
     name: str
     key: str
-    form: Form
+    codec: Codec
     omitted: bool
     required: bool
 
@@ -78,25 +78,25 @@ def _entries(kind: Callable[..., Any]) -> tuple[_Entry, ...]:
 
 def _entry(field: Field[Any], hint: Any) -> _Entry:
     told = {**stored(), **field.metadata}
-    form = told["form"] or _form(_without_none(hint) if told["omitted"] else hint)
+    codec = told["codec"] or _codec(_without_none(hint) if told["omitted"] else hint)
     required = field.default is MISSING and field.default_factory is MISSING
-    return _Entry(field.name, told["key"] or field.name, form, told["omitted"], required)
+    return _Entry(field.name, told["key"] or field.name, codec, told["omitted"], required)
 
 
-def _form(hint: Any) -> Form:
+def _codec(hint: Any) -> Codec:
     """Of a type: str, int, float, a record, tuple[T, ...] (a list), Mapping[str, T] (a table), unions of plain ones with None, Any."""
     outer, inner = get_origin(hint), get_args(hint)
     if hint is Any:
-        return Form(lambda data, where: data)
+        return Codec(lambda data, where: data)
     if hint is float:
-        return Form(lambda data, where: float(typed(data, (int, float), where)))
+        return Codec(lambda data, where: float(typed(data, (int, float), where)))
     if isinstance(hint, type) and is_dataclass(hint):
-        return Form(lambda data, where: from_plain(hint, data, where), to_plain)
+        return Codec(lambda data, where: from_plain(hint, data, where), to_plain)
     if outer is tuple:
-        return many(_form(inner[0]))
+        return many(_codec(inner[0]))
     if outer is Mapping:
-        return Form(lambda data, where: typed(data, dict, where), dict) if inner[1] is Any else table(_form(inner[1]))
-    return Form(lambda data, where: typed(data, inner if outer is UnionType else hint, where))
+        return Codec(lambda data, where: typed(data, dict, where), dict) if inner[1] is Any else table(_codec(inner[1]))
+    return Codec(lambda data, where: typed(data, inner if outer is UnionType else hint, where))
 
 
 def _without_none(hint: Any) -> Any:
@@ -104,17 +104,17 @@ def _without_none(hint: Any) -> Any:
     return kind
 
 
-def many(form: Form) -> Form:
+def many(codec: Codec) -> Codec:
     """A list of them, a tuple here."""
-    return Form(
-        lambda data, where: tuple(form.read(item, f"{where}[{index}]") for index, item in enumerate(typed(data, list, where))),
-        lambda values: [form.write(value) for value in values],
+    return Codec(
+        lambda data, where: tuple(codec.read(item, f"{where}[{index}]") for index, item in enumerate(typed(data, list, where))),
+        lambda values: [codec.write(value) for value in values],
     )
 
 
-def table(form: Form) -> Form:
+def table(codec: Codec) -> Codec:
     """A table of them by name, in its own order."""
-    return Form(
-        lambda data, where: {name: form.read(item, f"{where}.{name}") for name, item in typed(data, dict, where).items()},
-        lambda values: {name: form.write(value) for name, value in values.items()},
+    return Codec(
+        lambda data, where: {name: codec.read(item, f"{where}.{name}") for name, item in typed(data, dict, where).items()},
+        lambda values: {name: codec.write(value) for name, value in values.items()},
     )

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matmorph.runtime.format.artifact import FILES, RANGES, FileRecord, Range, TensorInfo, of_format
-from matmorph.runtime.format.plain import Form, ManifestError, from_plain, many, stored, to_plain, typed
+from matmorph.runtime.format.artifact import FILES_CODEC, RANGES_CODEC, FileRecord, Range, TensorInfo, of_format
+from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, many, stored, to_plain, typed
 
 TRAIN_FORMAT = 2
 """Version of train.json, and of the table of adapters and the graph that it goes with."""
@@ -91,7 +91,7 @@ def _column(data: Any, where: str) -> tuple[str, str]:
 class SearchSpace:
     """The supernet that is trained. `columns`: (tensor, word) of each column of a row of gates; `sites`: in the order of the rows."""
 
-    columns: tuple[tuple[str, str], ...] = field(metadata=stored(form=many(Form(_column, list))))
+    columns: tuple[tuple[str, str], ...] = field(metadata=stored(codec=many(Codec(_column, list))))
     sites: tuple[SearchedSite, ...]
 
 
@@ -114,12 +114,12 @@ class TrainManifest:
     version: str = field(metadata=stored(key="matmorph"))
     fingerprint: str
     trainable_fingerprint: str
-    precision: str = field(default="fp32", metadata=stored(form=Form(_precision)))
+    precision: str = field(default="fp32", metadata=stored(codec=Codec(_precision)))
     features: tuple[TensorInfo, ...] = field(metadata=stored(key="inputs"))
     labels: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     kept: tuple[TensorInfo, ...] = field(default=(), metadata=stored(key="kept_outputs"))
-    ranges: Mapping[str, Range] = field(metadata=stored(form=RANGES))
+    ranges: Mapping[str, Range] = field(metadata=stored(codec=RANGES_CODEC))
     loss: TrainedLoss
     optimizer: Mapping[str, Any]
     states: tuple[str, ...]
@@ -129,7 +129,7 @@ class TrainManifest:
     adapters: Any = ()
     supernet: SearchSpace | None = field(default=None, metadata=stored(omitted=True))
     initial: str
-    files: Mapping[str, FileRecord] = field(metadata=stored(form=FILES))
+    files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
