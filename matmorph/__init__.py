@@ -14,14 +14,14 @@ from matmorph.runtime.format.version import __version__
 if TYPE_CHECKING:
     from matmorph.api import Model, Report, Spec, compile, explain, inspect_model, load_spec, plan, trace
     from matmorph.compiled import Compiled
+    from matmorph.optimizers import SGD, AdamAtan2, AdamW, Lion
     from matmorph.passes.pruning.widths import prune_schedule
-    from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion
 
 _API = ("Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace")
 _OPTIMIZERS = ("SGD", "AdamAtan2", "AdamW", "Lion")
 _HOMES = {
     **dict.fromkeys(_API, "matmorph.api"),
-    **dict.fromkeys(_OPTIMIZERS, "matmorph.specs.optimizers"),
+    **dict.fromkeys(_OPTIMIZERS, "matmorph.optimizers"),
     "Compiled": "matmorph.compiled",
     "prune_schedule": "matmorph.passes.pruning.widths",
 }

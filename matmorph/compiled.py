@@ -20,6 +20,7 @@ from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph
 from matmorph.ir.to_torch import CompiledModule, to_torch
 from matmorph.ir.training.losses import LossFunction
+from matmorph.optimizers import AnyOptimizer
 from matmorph.passes.adapters.merging import Merged
 from matmorph.passes.adapters.trainables import selectors
 from matmorph.passes.budget.pareto import Front, refuse_unswept, sweep
@@ -27,7 +28,6 @@ from matmorph.passes.methods.protocol import Configuration
 from matmorph.progress import Progress, silent
 from matmorph.report.front import front_files
 from matmorph.report.model import Report
-from matmorph.specs.optimizers import AnyOptimizer
 from matmorph.specs.schema import Spec, checked_optimizer
 
 

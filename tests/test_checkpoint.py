@@ -20,10 +20,10 @@ import safetensors.numpy
 from test_trainer import same
 from tiny_training import OUT, batch, write_json, write_training
 
+from matmorph.optimizers import AdamW
 from matmorph.runtime import Batches, CheckpointError, StepInfo, Trainer, cosine
 from matmorph.runtime import checkpoint as checkpoint_module
 from matmorph.runtime.checkpoint import read_tensors, write_tensors
-from matmorph.specs.optimizers import AdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 

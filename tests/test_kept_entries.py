@@ -16,7 +16,7 @@ from test_optimizers import ALL, LR, NAMES, TOLERANCE, Formula
 
 from matmorph.errors import ExportError
 from matmorph.exporters.training import optimizers
-from matmorph.specs.optimizers import SGD, AdamW, AnyOptimizer, optimizer_name
+from matmorph.optimizers import SGD, AdamW, AnyOptimizer
 
 SEGMENTS = (40, 25)
 PIECES = ((0, 30, 4), (45, 20, 3))
@@ -40,7 +40,7 @@ class Apply:
         model = module.optimizer_model(optimizer, segments, [module.Kept(*piece) for piece in pieces])
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.optimizer, self.updates = optimizer, 0
-        self.names = ("theta", *module.STATES[optimizer_name(optimizer)])
+        self.names = ("theta", *optimizer.STATES)
         self.state = {name: np.zeros(sum(segments), np.float32) for name in self.names}
         self.state["theta"] = np.random.default_rng(seed).standard_normal(sum(segments), dtype=np.float32)
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from spec_methods import METHODS, LoraSpec, LowRankSpec, Modes, NoSettings
 
 from matmorph.errors import Position, SpecError
+from matmorph.optimizers import Lion
 from matmorph.passes.methods import method_table
 from matmorph.specs.dump import dump_resolved
 from matmorph.specs.load import library_names, library_text, load_spec
-from matmorph.specs.optimizers import Lion, Optimizer
-from matmorph.specs.schema import Calibration, Export, MethodUse, ParameterSelector, Pays, Rank, Spec, Tolerance, Train
+from matmorph.specs.schema import Calibration, Export, MethodUse, Optimizer, ParameterSelector, Pays, Rank, Spec, Tolerance, Train
 
 Write = Callable[..., Path]
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from spec_methods import METHODS, LoraSpec, LowRankSpec, Modes
 
 from matmorph.errors import SpecError, VerifyError
+from matmorph.optimizers import SGD, AdamAtan2, AdamW, Lion, optimizer_name
 from matmorph.passes.methods import method_table
 from matmorph.specs.json_schema import json_schema, schema_text
 from matmorph.specs.kinds import Boolean, Integer, Limits, Number
 from matmorph.specs.load import library_names, library_text, load_spec
 from matmorph.specs.notations import Count, Size
-from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, Lion, optimizer_name
 from matmorph.specs.schema import Budget, Calibration, Export, Rank, Tolerance, Train
 from matmorph.specs.tree import MapTree, Scalar, from_data, read
 from matmorph.specs.typed import kind_of, read_dataclass, to_plain

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from tiny_training import LR, OUT, N, Oracle, batch, initial, joined, write_json, write_training
 
+from matmorph.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion
 from matmorph.runtime import (
     ArtifactError,
     Batches,
@@ -25,7 +26,6 @@ from matmorph.runtime import (
     load_batches,
 )
 from matmorph.runtime.scaling import GROWTH_INTERVAL, LossScale
-from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-6

@@ -15,8 +15,8 @@ import onnx
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 
-from matmorph.exporters.training.optimizers import STATES, optimizer_model
-from matmorph.specs.optimizers import AdamW, AnyOptimizer, optimizer_name
+from matmorph.exporters.training.optimizers import optimizer_model
+from matmorph.optimizers import AdamW, AnyOptimizer, optimizer_name
 
 IN, OUT = 4, 3
 N = IN * OUT + OUT
@@ -126,7 +126,7 @@ def write_training(folder: Path, optimizer: AnyOptimizer | None = None, **change
     safetensors.numpy.save_file(initial(), folder / "trainable.safetensors")
     if optimizer:
         settings = {name: getattr(optimizer, name) for name in type(optimizer).__slots__}
-        changes = {"optimizer": {"name": optimizer_name(optimizer), **settings}, "states": STATES[optimizer_name(optimizer)], **changes}
+        changes = {"optimizer": {"name": optimizer_name(optimizer), **settings}, "states": optimizer.STATES, **changes}
     write_json(folder, **changes)
     return folder
 

@@ -10,25 +10,21 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position, SpecError
+from matmorph.optimizers import OPTIMIZERS, AdamW, AnyOptimizer, optimizer_name
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.match import Match
 from matmorph.specs.notations import Count, Rank, Size, Width
-from matmorph.specs.optimizers import OPTIMIZERS, SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, Optimizer, optimizer_name
 from matmorph.specs.tree import Data, Tree, from_data
-from matmorph.specs.typed import Notation, read_dataclass, to_plain
+from matmorph.specs.typed import ByName, Notation, read_dataclass, to_plain
 
 __all__ = [
     "ANY_OF",
-    "SGD",
-    "AdamAtan2",
-    "AdamW",
     "AnyOf",
     "Budget",
     "Calibration",
     "Count",
     "Export",
-    "Lion",
     "Match",
     "MethodUse",
     "Optimizer",
@@ -130,6 +126,28 @@ class Budget:
     def __post_init__(self) -> None:
         if self.parameters is None and self.bytes is None and self.macs is None:
             raise ValueError("give parameters, bytes, macs or several of them")
+
+
+@dataclass(frozen=True, init=False)
+class Optimizer(ByName):
+    """One optimizer by name."""
+
+    chosen: AnyOptimizer
+
+    def __init__(self, **settings: AnyOptimizer | None) -> None:
+        """ValueError where not exactly one is given."""
+        given = [name for name in OPTIMIZERS if settings.get(name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one optimizer ({', '.join(OPTIMIZERS)}), got {' and '.join(given) or 'none'}")
+        object.__setattr__(self, "chosen", settings[given[0]])
+
+    @classmethod
+    def table(cls) -> Mapping[str, type[AnyOptimizer]]:
+        return OPTIMIZERS
+
+    @property
+    def name(self) -> str:
+        return optimizer_name(self.chosen)
 
 
 def checked_optimizer(optimizer: AnyOptimizer) -> AnyOptimizer:

@@ -63,6 +63,25 @@ class Notation(ABC):
         return {}
 
 
+class ByName(ABC):
+    """Base of a mapping with one key, a name of `table()`, whose value is a mapping of that class; the constructor takes it by its name.
+
+    Each class of the table has a `DOC` that says what it is.
+    """
+
+    chosen: Any
+
+    @classmethod
+    @abstractmethod
+    def table(cls) -> Mapping[str, type[Any]]:
+        """Classes by the keys that name them."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The key of `chosen`."""
+
+
 @dataclass(frozen=True)
 class OneOf:
     """The first kind that reads the value; a mapping goes to the kind that reads mappings, for its own error."""
@@ -130,6 +149,9 @@ class Record:
         return f"a mapping with {', '.join(required)}" if required else "a mapping"
 
     def fields(self) -> tuple[Field, ...]:
+        if issubclass(self.type, ByName):
+            kinds = {name: OneOf((Record(kind), Null())) for name, kind in self.type.table().items()}
+            return tuple(Field(name, name, kind, self.type.table()[name].DOC, False, None) for name, kind in kinds.items())
         hints = get_type_hints(self.type)
         readable = [field for field in dataclasses.fields(self.type) if field.init and field.name != "at"]
         return tuple(_field(field, self.kinds.get(field.name) or kind_of(hints[field.name], field.metadata)) for field in readable)
@@ -257,6 +279,8 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if isinstance(value, Notation):
         return value.plain()
+    if isinstance(value, ByName):
+        return {value.name: to_plain(value.chosen)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _record_to_plain(value)
     return value

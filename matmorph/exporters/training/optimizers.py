@@ -17,14 +17,14 @@ Of a `Kept` piece of theta only the entries with the largest |gradient| take par
 parameter and moments to the bit (no decay either), and their gradient counts in no norm. Scaling comes first and does not change the
 choice; clipping comes after it. A gradient that is not finite anywhere skips the update.
 
-Every operator has a CUDA kernel (Atan and Atan2 have none, hence the polynomial). On the CPU each elementwise node is one pass over
-memory; scalars are worked out first, so that AdamW takes 17 passes. Bias corrections are float64.
+What the rule of an optimizer is stands in its file in `matmorph.optimizers`; everything around the rule is here. Every operator has a CUDA
+kernel. On the CPU each elementwise node is one pass over memory; scalars are worked out first, so that AdamW takes 17 passes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -34,17 +34,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from matmorph.errors import ExportError
-from matmorph.specs.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, optimizer_name
+from matmorph.optimizers import AnyOptimizer, optimizer_name
+from matmorph.optimizers.rule import Rule
 
 OPSET = 21
 IR_VERSION = 10
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_
 _BLOCKED_FROM = 1 << 12
-_ATAN = (0.9999999813, -0.3333278577, 0.1997408242, -0.1384849021, 0.07976291807)
-"""atan(t) / t as a polynomial of t * t for |t| <= tan(pi / 8): Chebyshev nodes, relative error below 2e-8."""
-
-STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ("m",), "adam_atan2": ("m", "v"), "lion": ("m",)}
-"""The vectors an optimizer keeps, by its name in a spec and in train.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +63,14 @@ def optimizer_model(optimizer: AnyOptimizer, segments: Sequence[int], kept: Sequ
     if pieces:
         return _of_pieces(optimizer, segments, pieces)
     name = optimizer_name(optimizer)
-    length, states = sum(segments), STATES[name]
+    length, states = sum(segments), optimizer.STATES
     b = _Body()
     everything = b("Greater", b("ReduceMin", "mask", keepdims=0), b.number(0.0))
     norm = b("Mul", b("Sqrt", _squares(b, everything, length)), "grad_scale", out="grad_norm")
     finite = b("LessOrEqual", norm, b.number(float(np.finfo(np.float32).max)))  # false for NaN; a norm that overflows is infinite
     b("Not", finite, out="skipped")
     clip = b("Min", b.number(1.0), b("Div", "max_norm", b("Add", norm, b.number(_CLIP_EPS))))
-    rule = _RULES[name](b, optimizer)
+    rule = optimizer.rule(b)
     rate, decay = _rates(b, segments)
     update = _Update(b("Mul", "grad_scale", clip), b("Mul", rate, rule.factor) if rule.factor else rate, decay, rule)
     _choose(b, update, ("theta", *states), everything, finite, length)
@@ -108,8 +104,14 @@ class _Body:
         self.constants[name] = value
         return name
 
-    def number(self, value: float, kind: type[np.floating[Any]] = np.float32) -> str:
-        return self.constant(np.asarray(value, kind))
+    def number(self, value: float, double: bool = False) -> str:
+        return self.constant(np.asarray(value, np.float64 if double else np.float32))
+
+    def single(self, value: str) -> str:
+        return self("Cast", value, to=TensorProto.FLOAT)
+
+    def double(self, value: str) -> str:
+        return self("Cast", value, to=TensorProto.DOUBLE)
 
     def ints(self, *values: int) -> str:
         return self.constant(np.asarray(values, np.int64))
@@ -123,21 +125,13 @@ class _Body:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
-    """`step(body, scaled gradient)`: the new states, and "step": what theta loses before decay, over learning rate and `factor` []."""
-
-    step: Callable[[_Body, str], dict[str, str]]
-    factor: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Update:
     """`scale` []: of the gradient. `rate` and `decay` [1] or [n]: of the rule's step and of theta."""
 
     scale: str
     rate: str
     decay: str
-    rule: _Rule
+    rule: Rule
 
 
 def _squares(b: _Body, everything: str, length: int) -> str:
@@ -206,7 +200,7 @@ def _updated(b: _Body, update: _Update) -> list[str]:
 def _of_pieces(optimizer: AnyOptimizer, segments: Sequence[int], pieces: Sequence[Kept]) -> onnx.ModelProto:
     """The entries that take part are gathered, updated as if there were no others, and put back."""
     name = optimizer_name(optimizer)
-    length, states = sum(segments), STATES[name]
+    length, states = sum(segments), optimizer.STATES
     lengths = _lengths(segments, pieces)
     b = _Body()
     everything = b("Greater", b("ReduceMin", "mask", keepdims=0), b.number(0.0))
@@ -220,7 +214,7 @@ def _of_pieces(optimizer: AnyOptimizer, segments: Sequence[int], pieces: Sequenc
     norm = b("Mul", b("Sqrt", _sum_of_squares(b, taken, sum(lengths))), "grad_scale")
     b("Where", finite, norm, whole, out="grad_norm")
     clip = b("Min", b.number(1.0), b("Div", "max_norm", b("Add", norm, b.number(_CLIP_EPS))))
-    rule = _RULES[name](b, optimizer)
+    rule = optimizer.rule(b)
     rate, decay = _rates(b, lengths)
     update = _Update(b("Mul", "grad_scale", clip), b("Mul", rate, rule.factor) if rule.factor else rate, decay, rule)
     for vector, new in zip(vectors, _updated(some, update), strict=True):
@@ -270,95 +264,7 @@ def _places(b: _Body, finite: str, length: int, pieces: Sequence[Kept]) -> tuple
     return joined[0], b("GreaterOrEqual", joined[1], b.number(0.0))
 
 
-# the rules
-
-
-def _mixed(b: _Body, old: str, new: str, beta: float) -> str:
-    """beta * old + (1 - beta) * new, from the nearer end as torch.lerp does: a float32 beta would be 1e-5 of 1 - beta off."""
-    if beta >= 0.5:
-        return b("Sub", old, b("Mul", b("Sub", old, new), b.number(1 - beta)))
-    return b("Sub", new, b("Mul", b("Sub", new, old), b.number(beta)))
-
-
-def _moments(b: _Body, gradient: str, betas: tuple[float, float]) -> dict[str, str]:
-    return {"m": _mixed(b, "m", gradient, betas[0]), "v": _mixed(b, "v", b("Mul", gradient, gradient), betas[1])}
-
-
-def _corrections(b: _Body, betas: tuple[float, float]) -> tuple[str, str]:
-    """1 - beta1 ** step and sqrt(1 - beta2 ** step), float64 []."""
-    step, one = b("Cast", "step", to=TensorProto.DOUBLE), b.number(1.0, np.float64)
-    first, second = (b("Sub", one, b("Pow", b.number(beta, np.float64), step)) for beta in betas)
-    return first, b("Sqrt", second)
-
-
-def _single(b: _Body, value: str) -> str:
-    return b("Cast", value, to=TensorProto.FLOAT)
-
-
-def _adamw(b: _Body, optimizer: AdamW) -> _Rule:
-    """Loshchilov and Hutter 2019, algorithm 2: m^ / (sqrt(v^) + eps) = m / (sqrt(v) + eps * root) * (root / first)."""
-    first, root = _corrections(b, optimizer.betas)
-    eps = _single(b, b("Mul", b.number(optimizer.eps, np.float64), root))
-    factor = _single(b, b("Div", root, first))
-
-    def step(b: _Body, gradient: str) -> dict[str, str]:
-        made = _moments(b, gradient, optimizer.betas)
-        ratio = b("Div", made["m"], b("Add", b("Sqrt", made["v"]), eps))
-        return {**made, "step": ratio}
-
-    return _Rule(step, factor)
-
-
-def _adam_atan2(b: _Body, optimizer: AdamAtan2) -> _Rule:
-    """Everett et al. 2024: a * atan2(m^, b * sqrt(v^)) = 4 a * atan(t'), with the half-angle formula applied twice:
-    t = y / (x + hypot(x, y)) in [-1, 1], t' = t / (1 + sqrt(1 + t * t)) in [-tan(pi/8), tan(pi/8)].
-    """
-    first, root = _corrections(b, optimizer.betas)
-    ratio = b("Div", b("Mul", b.number(optimizer.b, np.float64), first), root)
-    square = _single(b, b("Mul", ratio, ratio))
-    one, least = b.number(1.0), b.number(float(np.finfo(np.float32).tiny))
-    low = b.number(-1.0)
-    coefficients = [b.number(value) for value in reversed(_ATAN)]
-
-    def step(b: _Body, gradient: str) -> dict[str, str]:
-        made = _moments(b, gradient, optimizer.betas)
-        x2 = b("Mul", made["v"], square)
-        hypot = b("Sqrt", b("Add", b("Mul", made["m"], made["m"]), x2))
-        below = b("Add", b("Add", b("Sqrt", x2), hypot), least)  # 0 / 0 is 0
-        t = b("Clip", b("Div", made["m"], below), low, one)  # squares below 1e-38 are lost: then m alone decides
-        t = b("Div", t, b("Add", one, b("Sqrt", b("Add", one, b("Mul", t, t)))))
-        z = b("Mul", t, t)
-        series = coefficients[0]
-        for coefficient in coefficients[1:]:
-            series = b("Add", b("Mul", series, z), coefficient)
-        return {**made, "step": b("Mul", series, t)}
-
-    return _Rule(step, b.number(4 * optimizer.a))
-
-
-def _sgd(b: _Body, optimizer: SGD) -> _Rule:
-    """m = momentum * m + g, as torch.optim.SGD without dampening."""
-    momentum = b.number(optimizer.momentum)
-
-    def step(b: _Body, gradient: str) -> dict[str, str]:
-        m = b("Add", b("Mul", "m", momentum), gradient)
-        return {"m": m, "step": b("Add", gradient, b("Mul", m, momentum)) if optimizer.nesterov else m}
-
-    return _Rule(step)
-
-
-def _lion(b: _Body, optimizer: Lion) -> _Rule:
-    """Chen et al. 2023, algorithm 2."""
-
-    def step(b: _Body, gradient: str) -> dict[str, str]:
-        sign = b("Sign", _mixed(b, "m", gradient, optimizer.betas[0]))
-        return {"m": _mixed(b, "m", gradient, optimizer.betas[1]), "step": sign}
-
-    return _Rule(step)
-
-
-_RULES: Mapping[str, Callable[[_Body, Any], _Rule]] = {"adamw": _adamw, "sgd": _sgd, "adam_atan2": _adam_atan2, "lion": _lion}
-"""By the optimizer's name; each is called with settings of its own class."""
+# graphs
 
 
 _Branch: TypeAlias = tuple[_Body, Sequence[str]]

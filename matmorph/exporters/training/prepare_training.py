@@ -17,9 +17,9 @@ from matmorph.ir.core import Const, Graph, Value, values_in
 from matmorph.ir.training.gradient import gradient_graph, loss_graph
 from matmorph.ir.training.losses import FUNCTION, Loss, LossFunction, judged, label_inputs, tensor_outputs
 from matmorph.ir.types import TensorType, dtype_name, symbol
+from matmorph.optimizers import AdamW, AnyOptimizer
 from matmorph.passes.adapters.trainables import Trainable, resolve
 from matmorph.passes.methods.protocol import Methods, TrainingForm
-from matmorph.specs.optimizers import AdamW, AnyOptimizer
 from matmorph.specs.schema import ParameterSelector, Train
 
 Axes: TypeAlias = Mapping[str, Mapping[int, str]]

@@ -28,10 +28,11 @@ from matmorph.exporters.data_file import DataFile, names_sha256, weights_sha256
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
 from matmorph.exporters.onnx.precision import computed_in
-from matmorph.exporters.training.optimizers import STATES, Kept, optimizer_model
+from matmorph.exporters.training.optimizers import Kept, optimizer_model
 from matmorph.exporters.training.training_vectors import vectors_bytes
 from matmorph.ir.core import Graph
 from matmorph.ir.training.losses import Loss
+from matmorph.optimizers import AnyOptimizer, optimizer_name
 from matmorph.passes.adapters.trainables import Trainable
 from matmorph.runtime.format.artifact import DATA, GRAPH, FileRecord
 from matmorph.runtime.format.cases import TrainingVectors
@@ -53,7 +54,6 @@ from matmorph.runtime.format.training import (
     TrainedLoss,
     TrainManifest,
 )
-from matmorph.specs.optimizers import AnyOptimizer, optimizer_name
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
@@ -161,7 +161,6 @@ def _described(
     own = {THETA, LOSS_SCALE, *training.inputs, *training.labels}
     trained = {item.const for item in training.trainables}
     frozen = [const for const in training.graph.used_state() if const not in trained]
-    name = optimizer_name(training.optimizer)
     return TrainManifest(
         version=version,
         fingerprint=weights_sha256(frozen),
@@ -173,8 +172,8 @@ def _described(
         kept=tuple(port for port in grad.outputs if port.name not in (LOSS, COUNT, GRADIENT)),
         ranges=training.gradient.ranges,
         loss=TrainedLoss(training.loss.name, training.loss.output, training.loss.ignore_index),
-        optimizer={"name": name, **asdict(training.optimizer)},
-        states=STATES[name],
+        optimizer={"name": optimizer_name(training.optimizer), **asdict(training.optimizer)},
+        states=training.optimizer.STATES,
         length=sum(parameter.size for parameter in parameters),
         parameters=parameters,
         segments=_segments(parameters),
