@@ -44,7 +44,7 @@ LAYERS = (
 IR_LAYERS = (
     ("matmorph.ir.types",),
     ("matmorph.ir.core",),
-    ("matmorph.ir.ops", "matmorph.ir.rewiring", "matmorph.ir.site"),
+    ("matmorph.ir.ops", "matmorph.ir.op_table", "matmorph.ir.rewiring", "matmorph.ir.site"),
     ("matmorph.ir.infer",),
     ("matmorph.ir.build", "matmorph.ir.text", "matmorph.ir.verify"),
     ("matmorph.ir.tracing",),

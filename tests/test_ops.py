@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from matmorph.errors import VerifyError
-from matmorph.ir.ops import LAYOUT_OPS, base_name, is_overload, normalize, op_name, resolve
+from matmorph.ir.ops import base_name, is_overload, normalize, op_name, resolve
 
 NAMES = {
     "aten.linear.default": torch.ops.aten.linear.default,
@@ -68,10 +68,6 @@ def test_base_names() -> None:
         "linear",
     ]
     assert (is_overload("aten.linear.default"), is_overload("operator.mul"), is_overload("higher_order.cond")) == (True, False, False)
-
-
-def test_layout_operators_exist() -> None:
-    assert {name for name in LAYOUT_OPS if not hasattr(torch.ops.aten, name)} == set()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node, Value, mapped_arguments
 from matmorph.ir.joins import Join, consts_of, joins
+from matmorph.ir.op_table import having, of_kind
+from matmorph.ir.ops import base_name
 from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.types import TensorType, dtype_name
 from matmorph.passes.methods.protocol import Methods, SiteMethod, names_of, site_method
@@ -247,14 +249,12 @@ def _behind(update: Value, producers: Mapping[Value, Node], tainted: frozenset[V
             while True:
                 yield value
                 maker = producers.get(value)
-                if maker is None or maker.op.split(".")[1] not in _SHAPES:
+                if maker is None or base_name(maker.op) not in _SHAPES:
                     break
                 value = maker.args[0]
 
 
-_SHAPES = frozenset(
-    "reshape view _unsafe_view permute transpose unsqueeze squeeze clone contiguous constant_pad_nd flatten unflatten".split()
-)
+_SHAPES = having(of_kind("reshape", "permute", "same"), casts=False) | {"constant_pad_nd"}
 
 
 # the ONNX graph

@@ -16,11 +16,6 @@ import matmorph.ir.quantised.ops  # noqa: F401  (registers the torch library `ma
 from matmorph.errors import VerifyError, did_you_mean
 from matmorph.ir.core import Arg
 
-_LAYOUT = """view _unsafe_view reshape view_as reshape_as flatten unflatten transpose t permute movedim swapaxes numpy_T mT squeeze
-unsqueeze expand expand_as contiguous clone alias detach to _to_copy type_as lift_fresh_copy"""
-LAYOUT_OPS: frozenset[str] = frozenset(_LAYOUT.split())
-"""Base names of operators that move elements or change their type but compute nothing: patterns and roles look through them."""
-
 # What a trace may call on sizes. A closed set, so that text can name nothing else of these modules.
 _SIZE_FUNCTIONS: Mapping[str, tuple[Any, str]] = {
     "operator": (operator, "add sub mul truediv floordiv mod neg pow abs pos eq ne lt le gt ge and_ or_ xor not_ lshift rshift"),

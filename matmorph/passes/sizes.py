@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
-from matmorph.ir.ops import LAYOUT_OPS, base_name
+from matmorph.ir.op_table import LAYOUT_OPS, having, of_kind
+from matmorph.ir.ops import base_name
 from matmorph.ir.types import element_size
 
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
-_PRODUCTS = """linear addmm mm bmm matmul baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d matmul_nbits
-matmul_codebook"""
-PRODUCTS = frozenset(_PRODUCTS.split())
+WEIGHED = having(of_kind("matmul", "linear", "einsum", "convolution"), half=True)
 """Operators that the half precisions compute in half precision, reading their weights and biases as such."""
-LOOKUPS = frozenset("embedding index_select select gather_nbits".split())
-"""Operators that read rows of a table, which may be narrow whatever becomes of the rows."""
+LOOKUPS = having(of_kind("lookup"), half=True) | {"index_select", "select"}
+"""Operators that read rows of a table, which may be narrow whatever becomes of the rows: those that are one Gather in ONNX."""
 
 
 def exported_sizes(graph: Graph, precision: str) -> dict[Const, int]:
@@ -53,7 +52,7 @@ class _Readers:
 
     def _reads_half(self, node: Node, value: Value) -> bool:
         name = base_name(node.op)
-        if name in PRODUCTS:
+        if name in WEIGHED:
             return True
         if name in LOOKUPS:
             return node.args[0] is value or name == "gather_nbits"  # which reads scales too
@@ -65,4 +64,4 @@ class _Readers:
 
     def _is_product(self, value: Value) -> bool:
         producer = self._producers.get(value)
-        return producer is not None and base_name(producer.op) in PRODUCTS
+        return producer is not None and base_name(producer.op) in WEIGHED

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from matmorph.errors import SpecError, did_you_mean
-from matmorph.ir.ops import LAYOUT_OPS
+from matmorph.ir.op_table import LAYOUT_OPS
 from matmorph.specs.tree import Scalar
 
 MATMUL = "matmul"

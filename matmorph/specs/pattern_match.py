@@ -16,13 +16,13 @@ import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher
 
 from matmorph.ir.core import Graph, Node, Value, values_in
-from matmorph.ir.ops import LAYOUT_OPS, base_name
+from matmorph.ir.op_table import BARE_PRODUCTS, LAYOUT_OPS
+from matmorph.ir.ops import base_name
 from matmorph.ir.site import Application, Site
 from matmorph.ir.types import TensorType
 from matmorph.specs.pattern import MATMUL, PRODUCT, Call, Pattern, Ref, connected_parts
 
 COMMUTATIVE = frozenset({"add", "mul"})
-_PRODUCTS = frozenset({"matmul", "bmm", "mm"})
 
 Digraph: TypeAlias = Any
 """An `nx.DiGraph` whose nodes are ints (networkx is typed only in part)."""
@@ -95,7 +95,7 @@ def _operations(graph: Graph, sites: Sequence[Site]) -> Iterator[_Operation]:
         operands = tuple(computed.get(value, value) for value in values_in(node.args) if isinstance(value.type, TensorType))
         if name != MATMUL:
             yield _Operation(name, operands, node.outputs)
-        if name in _PRODUCTS and node not in applied:
+        if name in BARE_PRODUCTS and node not in applied:
             yield _Operation(PRODUCT, operands, node.outputs)
 
 

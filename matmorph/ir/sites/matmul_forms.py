@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from matmorph.ir.core import Node, Value
+from matmorph.ir.op_table import BARE_PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.site import Application, Form
 from matmorph.ir.sites.weight_view import Reading, WeightView, matrix
@@ -55,7 +56,7 @@ def gathered(node: Node, views: Views) -> WeightView | None:
 def weight_first(application: Application) -> bool:
     """Whether the weight is the left operand, so that columns of x, not its rows, are multiplied."""
     node = application.node
-    return base_name(node.op) in _PRODUCTS and node.args[0] is not application.x
+    return base_name(node.op) in BARE_PRODUCTS and node.args[0] is not application.x
 
 
 def _use(
@@ -189,11 +190,10 @@ def _term(text: str, rank: int) -> list[str]:
     return [*before, *(str(k) for k in reversed(range(width))), *after]
 
 
-_PRODUCTS = ("mm", "bmm", "matmul")
 _FORMS: Mapping[str, Callable[[Node, Views], Use | None]] = {
     "linear": _linear,
     "addmm": _addmm,
-    **dict.fromkeys(_PRODUCTS, _product),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(BARE_PRODUCTS, _product),
+    **dict.fromkeys(having(of_kind("convolution"), transposed=False), _convolution),
     "einsum": _einsum,
 }

@@ -22,28 +22,22 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from matmorph.ir.core import Const, Graph, Node, Value
-from matmorph.ir.ops import LAYOUT_OPS, base_name
+from matmorph.ir.op_table import LAYOUT_OPS, OPERATORS, PRODUCTS, having, of_kind
+from matmorph.ir.ops import base_name
 from matmorph.ir.site import Application, Site
 from matmorph.ir.types import TensorType
 
-ACTIVATIONS: frozenset[str] = frozenset(
-    """relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh relu6 elu selu celu leaky_relu rrelu prelu mish softplus softsign erf
-    log_sigmoid threshold glu softmax _softmax log_softmax""".split()
-)
-SPLITS: frozenset[str] = frozenset("split split_with_sizes chunk unbind slice select narrow glu tensor_split".split())
-SOFTMAX: frozenset[str] = frozenset(("softmax", "_softmax", "_safe_softmax"))
-PRODUCTS: Mapping[str, tuple[int, int]] = {"mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "baddbmm": (1, 2)}
-"""Positions of the two operands."""
-FUSED: frozenset[str] = frozenset(
-    """scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention""".split()
-)
-CONVOLUTIONS: frozenset[str] = frozenset("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())
-NORMS: frozenset[str] = frozenset("layer_norm rms_norm group_norm native_layer_norm _fused_rms_norm dropout native_dropout".split())
-PICKS: frozenset[str] = frozenset("index index_select gather take_along_dim _unsafe_index".split())
-"""What they give comes from their first operand; the others only say from where in it."""
-RESCALES: frozenset[str] = frozenset("mul div sub pow mean rsqrt".split())
+ACTIVATIONS = having(frozenset(OPERATORS), activation=True)
+SPLITS = of_kind("part", "glu")
+SOFTMAX = of_kind("softmax")
+FUSED = of_kind("attention")
+CONVOLUTIONS = of_kind("convolution")
+TABLES = of_kind("lookup")
+PICKS = of_kind("pick")
+RESCALES = frozenset("mul div sub pow mean rsqrt".split())
 """With `add` of a number, what a norm is made of where it is not one operator."""
+NEAR = LAYOUT_OPS | SPLITS | RESCALES | of_kind("norm", "dropout")
+"""What stands between a value and the matmul that it is made for."""
 MANY = 8
 """A value that comes from more matmuls than this is the residual stream of a deep part: it says nothing."""
 
@@ -144,7 +138,7 @@ def _through(node: Node, base: str, flows: _Flows, applications: Applications) -
         q, k, v = (_matmuls(flows.of.get(value, _NONE)) for value in node.args[:3])
         flows.attentions[node] = _Attention(q, k, v)
         return frozenset((_Source(node, "attention"),))
-    if base in CONVOLUTIONS or base.startswith("embedding"):
+    if base in CONVOLUTIONS or base in TABLES:
         return frozenset((_FOREIGN,))
     operands = _operands(node, base)
     if operands is not None:
@@ -266,7 +260,7 @@ def _near(value: Value, applications: Applications, producers: Mapping[Value, No
             before, matmuls = [applications[node][1].x], matmuls - 1
         elif base == "add" and len(before) > 1 and additions:
             additions -= 1
-        elif not (base in LAYOUT_OPS | NORMS | RESCALES | SPLITS or (base == "add" and len(before) == 1)):
+        elif not (base in NEAR or (base == "add" and len(before) == 1)):
             continue
         fresh = [v for v in before if v not in found]
         found.update(fresh)
@@ -388,7 +382,7 @@ def _last(graph: Graph, flows: _Flows, applications: Applications) -> set[Node]:
     weighted: set[Value] = set()
     for node in graph.nodes:
         known = any(value in weighted for value in node.inputs())
-        if known or node in applications or base_name(node.op) in CONVOLUTIONS or base_name(node.op).startswith("embedding"):
+        if known or node in applications or base_name(node.op) in CONVOLUTIONS | TABLES:
             weighted.update(node.outputs)
         if node in applications and not known:
             found.discard(node)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from matmorph.ir.core import Const, Node, Value
+from matmorph.ir.op_table import of_kind, permutation
 from matmorph.ir.ops import base_name
 from matmorph.ir.site import Layout
 from matmorph.ir.types import Dim, TensorType
@@ -166,34 +167,12 @@ def _regroup(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
     return (replace(view, axes=tuple(axes)),)
 
 
-def _reorder(view: WeightView, order: Sequence[int]) -> tuple[WeightView | None, ...]:
-    """Axis `order[k]` becomes axis k. What an expert stack was indexed with stays in front."""
-    order = [k % len(view.axes) for k in order]
+def _reorder(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
+    """What an expert stack was indexed with stays in front."""
+    order = permutation(node)
     if view.select is not None and order[0] != 0:
         return (None,)
     return (replace(view, axes=tuple(view.axes[k] for k in order)),)
-
-
-def _swap(view: WeightView, first: int, second: int) -> tuple[WeightView | None, ...]:
-    order = list(range(len(view.axes)))
-    order[first], order[second] = order[second], order[first]
-    return _reorder(view, order)
-
-
-def _t(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
-    return _reorder(view, range(len(view.axes))[::-1])
-
-
-def _permute(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
-    return _reorder(view, node.args[1])
-
-
-def _transpose(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
-    return _swap(view, node.args[1], node.args[2])
-
-
-def _last_two(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
-    return _swap(view, -2, -1)
 
 
 def _unsqueeze(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
@@ -296,18 +275,15 @@ def _index_select(view: WeightView, node: Node) -> tuple[WeightView | None, ...]
 
 
 _LAYOUT: Mapping[str, Rule] = {
-    **dict.fromkeys(("alias", "detach", "clone", "contiguous", "lift_fresh_copy", "to", "_to_copy", "type_as"), _same),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze"), _regroup),
-    **dict.fromkeys(("t", "numpy_T"), _t),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
-    **dict.fromkeys(("mT", "mH", "adjoint"), _last_two),
-    "permute": _permute,
-    "unsqueeze": _unsqueeze,
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    **dict.fromkeys(of_kind("same"), _same),
+    **dict.fromkeys(of_kind("reshape"), _regroup),
+    "unsqueeze": _unsqueeze,  # which leaves the other axes as they are, so that it may be one of symbolic size
+    **dict.fromkeys(of_kind("permute"), _reorder),
+    **dict.fromkeys(of_kind("expand"), _expand),
+    **dict.fromkeys(of_kind("part"), _pieces),  # several, one after the other; a part alone has its own place
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split"), _pieces),
     "unbind": _unbind,
     "index": _index,
     "index_select": _index_select,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Node, Value
+from matmorph.ir.op_table import BROADCASTING, having, of_kind, permutation
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import Dim, TensorType
 
@@ -61,24 +62,12 @@ def _same_cast(walk: Walk, node: Node) -> Value | None:
     return node.args[0] if set(node.attrs) <= {"dtype"} else None
 
 
-def _order(node: Node) -> tuple[int, ...]:
-    """The axes of the operand in the order of the result."""
-    rank = len(_shape(node.output))
-    order = list(range(rank))
-    if base_name(node.op) == "permute":
-        return tuple(axis % rank for axis in node.args[1])
-    if rank > 1:
-        a, b = (0, 1) if base_name(node.op) == "t" else (axis % rank for axis in node.args[1:3])
-        order[a], order[b] = b, a
-    return tuple(order)
-
-
 def _turned_twice(walk: Walk, node: Node) -> Value | None:
     """Orders after one another are one, or none. An inner one that others read stays, and so does what is behind it."""
     inner = walk.maker(node.args[0], *_ORDERS)
     if inner is None:
-        return node.args[0] if _order(node) == tuple(range(len(_shape(node.output)))) else None
-    order = tuple(_order(inner)[axis] for axis in _order(node))
+        return node.args[0] if permutation(node) == tuple(range(len(_shape(node.output)))) else None
+    order = tuple(permutation(inner)[axis] for axis in permutation(node))
     if order == tuple(range(len(order))):
         return _itself(walk, inner)
     return walk.b("aten.permute.default", inner.args[0], order) if walk.once(node.args[0]) else None
@@ -210,19 +199,18 @@ def _twice_negated(walk: Walk, node: Node) -> Value | None:
     return None if inner is None else _itself(walk, inner)
 
 
-_ORDERS = ("transpose", "permute", "t")
+_ORDERS = of_kind("permute")
 _RESHAPES = ("reshape", "view", "_unsafe_view")
-_EXPANSIONS = ("expand", "expand_as")
+_EXPANSIONS = of_kind("expand")
 _FILLS = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor")
-_BROADCASTING = """rsub pow maximum minimum where eq ne lt le gt ge logical_and logical_or bitwise_and bitwise_or __and__ __or__
-masked_fill atan2 fmod remainder"""
+_SEVERAL = BROADCASTING - having(BROADCASTING, operands=(0,))
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "expand", "expand_as", "lift_fresh_copy"), (_itself,)),
+    **dict.fromkeys(having(of_kind("same"), casts=False) | _EXPANSIONS, (_itself,)),
     **dict.fromkeys(_ORDERS, (_turned_twice,)),
     **dict.fromkeys(_RESHAPES, (_reshaped_twice,)),
     **dict.fromkeys(("sum", "mean"), (_summed_one,)),
-    **dict.fromkeys(_BROADCASTING.split(), (_unexpanded,)),
+    **dict.fromkeys(_SEVERAL, (_unexpanded,)),
     "_to_copy": (_same_cast,),
     "slice": (_unbroken(4),),
     "slice_backward": (_unbroken(5),),

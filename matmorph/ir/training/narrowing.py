@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
+from matmorph.ir.op_table import BROADCASTING, axes_over, having, of_kind, operands_of, permutation
 from matmorph.ir.ops import base_name
 from matmorph.ir.rewiring import needed
 from matmorph.ir.types import Dim, TensorType
@@ -109,22 +110,16 @@ def _shape(value: Value) -> tuple[Dim, ...]:
     return value.tensor.shape
 
 
-def _is_tensor(arg: Arg) -> bool:
-    return isinstance(arg, Value) and isinstance(arg.type, TensorType)
-
-
 # rules
 
 
 def _pointwise(node: Node, cut: Cut) -> Plan | None:
     """Operands are aligned at their last axes; one that is repeated along the axis stays as it is."""
-    if any(map(_is_tensor, values_in(tuple(node.attrs.values())))):
+    if any(isinstance(value.type, TensorType) for value in values_in(tuple(node.attrs.values()))):
         return None
     rank = len(_shape(node.output))
     cuts: dict[int, Cut] = {}
-    for position, arg in enumerate(node.args):
-        if not _is_tensor(arg):
-            continue
+    for position, arg in operands_of(node).items():
         axis = cut.axis - (rank - len(_shape(arg)))
         if axis >= 0 and _shape(arg)[axis] != 1:
             cuts[position] = Cut(axis, cut.index)
@@ -136,13 +131,9 @@ def _rows(node: Node, cut: Cut) -> Plan | None:
     return ({0: cut}, node.args) if cut.axis < len(_shape(node.output)) - 1 else None
 
 
-def _layer_norm(node: Node, cut: Cut) -> Plan | None:
-    return ({0: cut}, node.args) if cut.axis < len(_shape(node.output)) - len(node.args[1]) else None
-
-
 def _along(node: Node, cut: Cut) -> Plan | None:
-    """softmax and the like: along another axis."""
-    return ({0: cut}, node.args) if node.args[1] % len(_shape(node.output)) != cut.axis else None
+    """A softmax or a norm: over other axes."""
+    return ({0: cut}, node.args) if cut.axis not in axes_over(node) else None
 
 
 def _slice(node: Node, cut: Cut) -> Plan | None:
@@ -153,14 +144,8 @@ def _slice(node: Node, cut: Cut) -> Plan | None:
     return ({0: cut}, node.args) if whole or axis % len(_shape(node.output)) != cut.axis else None
 
 
-def _transpose(node: Node, cut: Cut) -> Plan | None:
-    rank = len(_shape(node.output))
-    a, b = (axis % rank for axis in node.args[1:3])
-    return {0: Cut({a: b, b: a}.get(cut.axis, cut.axis), cut.index)}, node.args
-
-
 def _permute(node: Node, cut: Cut) -> Plan | None:
-    return {0: Cut(node.args[1][cut.axis] % len(node.args[1]), cut.index)}, node.args
+    return {0: Cut(permutation(node)[cut.axis], cut.index)}, node.args
 
 
 def _reshape(node: Node, cut: Cut) -> Plan | None:
@@ -194,19 +179,17 @@ def _attention(node: Node, cut: Cut) -> Plan | None:
     return cuts, node.args
 
 
-_POINTWISE = """add sub mul div rsub pow neg abs exp log sqrt rsqrt reciprocal erf sin cos tanh sigmoid relu leaky_relu gelu silu elu
-hardtanh hardswish hardsigmoid mish softplus clamp where _to_copy clone contiguous alias detach eq ne lt le gt ge logical_not logical_and
-bitwise_and bitwise_not __and__ masked_fill"""
+# Random numbers of one row are not those of the row among all, and a group norm names no axes.
+_POINTWISE = having(BROADCASTING | of_kind("same"), random=False)
+_NORMALISED = having(of_kind("softmax", "log_softmax", "norm"), axes=1)
 
 _RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_POINTWISE.split(), _pointwise),
+    **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(("linear", "matmul_nbits", "matmul_codebook"), _rows),
     **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax"), _along),
-    "layer_norm": _layer_norm,
+    **dict.fromkeys(_NORMALISED, _along),
+    **dict.fromkeys(of_kind("permute"), _permute),
     "slice": _slice,
-    "transpose": _transpose,
-    "permute": _permute,
     "matmul": _matmul,
     "scaled_dot_product_attention": _attention,
 }

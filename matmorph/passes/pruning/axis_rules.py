@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matmorph.ir.core import Node, Value
+from matmorph.ir.op_table import BARE_PRODUCTS, BROADCASTING, axes_over, having, of_kind, operands_of, permutation
 from matmorph.ir.ops import base_name
-from matmorph.ir.types import TensorType
 from matmorph.passes.pruning.axes import HEADS, PART, QK, Atom, Axes, Axis, Concat, Product, plain, product, size_of, units_of
 from matmorph.passes.pruning.axis_walk import Place, Read, Rule, Walk, stuck
 
@@ -24,12 +24,8 @@ _END = 1 << 62
 
 def _pointwise(walk: Walk, node: Node) -> list[Axes]:
     """Operators that treat every element alone, broadcasting their tensors."""
-    found = _aligned(walk, node, _tensors(node), len(node.output.tensor.shape))
-    return [found]
-
-
-def _tensors(node: Node) -> list[tuple[Place, Value]]:
-    return [((k,), arg) for k, arg in enumerate(node.args) if isinstance(arg, Value) and isinstance(arg.type, TensorType)]
+    operands: list[tuple[Place, Value]] = [((k,), arg) for k, arg in operands_of(node).items()]
+    return [_aligned(walk, node, operands, len(node.output.tensor.shape))]
 
 
 def _aligned(walk: Walk, node: Node, operands: Sequence[tuple[Place, Value]], rank: int) -> Axes:
@@ -64,20 +60,13 @@ def _labelled(axis: Axis) -> bool:
 
 
 def _same(walk: Walk, node: Node) -> list[Axes]:
-    """The first operand, moved or converted."""
-    return [walk.axes(node.args[0])]
-
-
-def _transpose(walk: Walk, node: Node) -> list[Axes]:
-    axes = list(walk.axes(node.args[0]))
-    one, other = (dim % len(axes) for dim in (node.args[1:3] if len(node.args) > 2 else (-2, -1)))
-    axes[one], axes[other] = axes[other], axes[one]
-    return [tuple(axes)]
+    """The first operand, copied, converted, or with some of its elements dropped; in training with the mask of these."""
+    return [walk.axes(node.args[0])] * len(node.outputs)
 
 
 def _permute(walk: Walk, node: Node) -> list[Axes]:
     axes = walk.axes(node.args[0])
-    return [tuple(axes[dim % len(axes)] for dim in node.args[1])]
+    return [tuple(axes[dim] for dim in permutation(node))]
 
 
 def _expand(walk: Walk, node: Node) -> list[Axes]:
@@ -265,20 +254,15 @@ def _stack(walk: Walk, node: Node) -> list[Axes]:
 
 
 def _along(walk: Walk, node: Node) -> list[Axes]:
-    """softmax and norms: over axes that carry nothing."""
-    axes = walk.axes(node.args[0])
-    base = base_name(node.op)
-    over: Any = range(-len(node.args[1]), 0) if base in _NORMS else node.args[1]
-    dims = [dim % len(axes) for dim in (over if isinstance(over, tuple | list | range) else (over,))]
+    """softmax and norms: over axes that carry nothing. What a norm gives beside its result has size 1 there."""
+    axes, dims = walk.axes(node.args[0]), axes_over(node)
     _refuse_mixing(node, [axes[dim] for dim in dims])
-    return [axes] + [plain(value.tensor.shape) for value in node.outputs[1:]]
+    return [axes] + [tuple(() if dim in dims else axis for dim, axis in enumerate(axes))] * (len(node.outputs) - 1)
 
 
 def _reduced(walk: Walk, node: Node) -> list[Axes]:
     """sum, mean, amax ... over axes that carry nothing."""
-    axes = walk.axes(node.args[0])
-    over = node.args[1] if len(node.args) > 1 and node.args[1] not in (None, ()) else tuple(range(len(axes)))
-    dims = {dim % len(axes) for dim in (over if isinstance(over, tuple | list) else (over,))}
+    axes, dims = walk.axes(node.args[0]), axes_over(node)
     keep = len(node.output.tensor.shape) == len(axes)
     _refuse_mixing(node, [axes[dim] for dim in dims])
     return [tuple(() if dim in dims else axis for dim, axis in enumerate(axes) if keep or dim not in dims)]
@@ -370,28 +354,23 @@ def _of_heads(axis: Axis) -> Product:
     return tuple(atom for atom in axis if atom.unit == HEADS) if isinstance(axis, tuple) else ()
 
 
-_NORMS = frozenset("layer_norm rms_norm".split())
-_POINTWISE = """add sub rsub mul div neg abs sign pow square sqrt rsqrt exp log reciprocal silu gelu relu relu6 tanh sigmoid erf hardswish
-hardsigmoid hardtanh elu selu celu leaky_relu mish softplus softsign log_sigmoid threshold clamp clamp_min clamp_max minimum maximum where
-masked_fill bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not eq ne lt le gt ge isnan nan_to_num addcmul fmod
-remainder"""
-_SAME = "alias clone contiguous detach to _to_copy lift_fresh_copy dropout type_as"
-_REDUCED = "sum mean amax amin prod var std any all"
+# Not `like`: a shape that another tensor gives is no literal that could be edited. A group norm names no axes.
+_EXPANSIONS = having(of_kind("expand"), like=False)
+_NORMALISED = having(of_kind("softmax", "log_softmax", "norm"), axes=1)
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_POINTWISE.split(), _pointwise),
-    **dict.fromkeys(_SAME.split(), _same),
-    **dict.fromkeys(("transpose", "t", "mT", "swapaxes"), _transpose),
-    "permute": _permute,
-    "expand": _expand,
+    **dict.fromkeys(BROADCASTING, _pointwise),
+    **dict.fromkeys(of_kind("same", "dropout"), _same),
+    **dict.fromkeys(of_kind("permute"), _permute),
+    **dict.fromkeys(_EXPANSIONS, _expand),
     "repeat_interleave": _repeat_interleave,
     "slice": _slice,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "glu": _glu,
     "cat": _cat,
     "stack": _stack,
-    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", *sorted(_NORMS)), _along),
-    **dict.fromkeys(_REDUCED.split(), _reduced),
-    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    **dict.fromkeys(_NORMALISED, _along),
+    **dict.fromkeys(of_kind("reduction"), _reduced),
+    **dict.fromkeys(BARE_PRODUCTS, _matmul),
     "baddbmm": _baddbmm,
     "scaled_dot_product_attention": _attention,
 }

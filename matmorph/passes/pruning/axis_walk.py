@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from matmorph.ir.core import Arg, Node, Value
+from matmorph.ir.op_table import having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import Dim, TensorType
 from matmorph.passes.pruning.axes import (
@@ -228,9 +229,10 @@ class Walk:
 Rule: TypeAlias = Callable[[Walk, Node], "list[Axes]"]
 """Axes of each result of a node; notes its literals in passing."""
 
-_RESHAPES = "reshape view _unsafe_view unflatten flatten squeeze unsqueeze"
+# Not `like`: the other tensor would keep the old sizes.
+_RESHAPES = having(of_kind("reshape"), like=False)
 _SPECIAL: Mapping[str, Callable[[Walk, Node], None]] = {
-    **dict.fromkeys(_RESHAPES.split(), Walk.reshape),
+    **dict.fromkeys(_RESHAPES, Walk.reshape),
     **dict.fromkeys(("select", "unbind"), Walk.pick),
 }
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal as OneOf
 
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
+from matmorph.ir.op_table import PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.site import Reject, Site
-from matmorph.ir.sites.roles import FUSED, PRODUCTS
+from matmorph.ir.sites.roles import FUSED
 from matmorph.ir.types import TensorType
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Atom, Axis, Concat, Product, V, plain, product, size_of, units_of
 from matmorph.passes.pruning.axis_rules import RULES
@@ -24,8 +25,8 @@ Kind = OneOf["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 _FAMILIES: Mapping[str, Kind] = {"attention": "attention", "cross_attention": "attention", "mlp": "mlp"}
 _CONSUMERS = ("o", "down", "fc2")
-_LAYOUTS = frozenset("t transpose permute numpy_T mT alias detach clone contiguous".split())
-"""Operators between a stored weight and its matmul that no width is written in."""
+_LAYOUTS = having(of_kind("permute", "same"), casts=False)
+"""Operators between a stored weight and its matmul that no width is written in; a converted weight is not the one that is stored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

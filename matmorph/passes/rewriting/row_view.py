@@ -10,6 +10,7 @@ import torch
 
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Value
+from matmorph.ir.op_table import BARE_PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.site import Application, Reject, Site
 from matmorph.ir.sites.matmul_forms import weight_first
@@ -119,7 +120,7 @@ def _einsum(site: Site, application: Application) -> RowView:
 
 _FORMS: Mapping[str, Callable[[Site, Application], RowView]] = {
     **dict.fromkeys(("linear", "addmm"), _as_it_is),
-    **dict.fromkeys(("mm", "bmm", "matmul"), _product),
-    **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(BARE_PRODUCTS, _product),
+    **dict.fromkeys(having(of_kind("convolution"), transposed=False), _convolution),
     "einsum": _einsum,
 }

@@ -1,0 +1,190 @@
+"""What kind each ATen operator is and where its operands are. Passes take from it the operators that they treat alike.
+
+The names are base names (`ops.base_name`): all overloads of an operator are of one kind. Where a pass cannot treat an operator as the
+others of its kind, a field of `Operator` says what is different about it; no operator is left out of a pass by not being listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from matmorph.ir.core import Node, Value
+from matmorph.ir.ops import base_name
+from matmorph.ir.types import TensorType
+
+Kind = Literal[
+    "elementwise",  # each element from those at its own place in the operands, which broadcast
+    "same",  # its operand, copied or converted
+    "reshape",  # the elements of its operand in row-major order, in another shape
+    "permute",  # its operand with its axes in another order
+    "expand",  # its operand with axes of size 1 repeated
+    "part",  # one or several parts of an axis
+    "pick",  # elements of its first operand, at places that the others say
+    "lookup",  # rows of a table, at places that another operand says
+    "join",  # a list of tensors one after the other
+    "glu",  # one half of an axis times the sigmoid of the other
+    "dropout",  # in inference its operand
+    "reduction",  # one number from all of an axis, or several axes
+    "softmax",
+    "log_softmax",
+    "norm",
+    "matmul",  # two matrices, or stacks of them, as they come
+    "linear",  # an activation times a weight
+    "einsum",
+    "convolution",
+    "attention",  # scaled dot products, their softmax, and the sum it weights
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """`operands`: positions of the tensors whose elements the results are made of (a norm's scale and a table's indices are none).
+    `axes`: position of the argument that names the axes it computes over, or, for a norm, their sizes; None where it names none.
+
+    `activation`: it bends, as between two matmuls of an MLP. `random`: it draws numbers, so that a part of the result is not the result
+    of a part. `aligned`: its operands broadcast from their last axes. `like`: its shape is that of its second operand. `casts`: the type
+    of the result may be another. `transposed`: a convolution that spreads its input. `half`: under the half precisions it reads its weights
+    in half precision, which an operator that stays in float32 does not.
+    """
+
+    kind: Kind
+    operands: tuple[int, ...] = (0,)
+    axes: int | None = None
+    activation: bool = False
+    random: bool = False
+    aligned: bool = True
+    like: bool = False
+    casts: bool = False
+    transposed: bool = False
+    half: bool = True
+
+
+_UNARY = Operator("elementwise")
+_BINARY = Operator("elementwise", (0, 1))
+_TERNARY = Operator("elementwise", (0, 1, 2))
+_BENT = Operator("elementwise", activation=True)
+
+# fmt: off
+_FAMILIES: Sequence[tuple[str, Operator]] = (
+    ("neg abs sign sgn square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p erfc sin cos tan asin acos atan sinh cosh asinh "
+     "acosh atanh floor ceil round trunc frac logical_not bitwise_not isnan isinf isfinite nan_to_num", _UNARY),
+    ("relu relu6 leaky_relu gelu silu elu selu celu hardtanh hardswish hardsigmoid mish softplus log_sigmoid threshold tanh sigmoid erf",
+     _BENT),
+    ("rrelu", replace(_BENT, random=True)),
+    # A slope per channel, which lies along axis 1.
+    ("prelu", replace(_BENT, operands=(0, 1), aligned=False)),
+    ("add sub rsub mul div floor_divide pow fmod remainder atan2 minimum maximum clamp_min clamp_max eq ne lt le gt ge logical_and "
+     "logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__", _BINARY),
+    ("where masked_fill clamp lerp addcmul addcdiv", _TERNARY),
+    ("alias detach clone contiguous lift_fresh_copy", Operator("same")),
+    ("to _to_copy type_as", Operator("same", casts=True)),
+    ("view _unsafe_view reshape flatten unflatten squeeze unsqueeze", Operator("reshape")),
+    ("view_as reshape_as", Operator("reshape", like=True)),
+    # The last two conjugate complex numbers, which no weight is made of.
+    ("t transpose permute movedim swapaxes swapdims numpy_T mT mH adjoint", Operator("permute")),
+    ("expand broadcast_to", Operator("expand")),
+    ("expand_as", Operator("expand", like=True)),
+    ("slice narrow select split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unbind", Operator("part")),
+    ("index index_select gather take_along_dim _unsafe_index", Operator("pick")),
+    ("embedding gather_nbits", Operator("lookup")),
+    ("embedding_bag _embedding_bag", Operator("lookup", half=False)),  # which sum their rows
+    ("cat stack", Operator("join")),
+    ("glu", Operator("glu", activation=True)),
+    ("dropout native_dropout", Operator("dropout", random=True)),
+    ("sum mean amax amin prod var std any all", Operator("reduction", axes=1)),
+    ("softmax _softmax _safe_softmax", Operator("softmax", axes=1, activation=True)),
+    ("log_softmax _log_softmax", Operator("log_softmax", axes=1, activation=True)),
+    ("layer_norm rms_norm native_layer_norm _fused_rms_norm", Operator("norm", axes=1)),
+    # Over groups of channels and all that follows: no whole axes.
+    ("group_norm", Operator("norm")),
+    ("mm bmm matmul", Operator("matmul", (0, 1))),
+    ("baddbmm", Operator("matmul", (1, 2))),
+    ("linear matmul_nbits matmul_codebook", Operator("linear", (0, 1))),
+    ("addmm", Operator("linear", (1, 2))),
+    ("einsum", Operator("einsum", (1,), half=False)),
+    ("conv1d conv2d conv3d convolution", Operator("convolution", (0, 1))),
+    ("conv_transpose1d conv_transpose2d conv_transpose3d", Operator("convolution", (0, 1), transposed=True)),
+    ("scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention", Operator("attention", (0, 1, 2))),
+)
+# fmt: on
+OPERATORS: Mapping[str, Operator] = {name: operator for names, operator in _FAMILIES for name in names.split()}
+
+
+def of_kind(*kinds: Kind) -> frozenset[str]:
+    """Base names of all operators of these kinds."""
+    return frozenset(name for name, operator in OPERATORS.items() if operator.kind in kinds)
+
+
+def having(names: frozenset[str], **fields: Any) -> frozenset[str]:
+    """Those of the operators that have these values in their fields."""
+    return frozenset(name for name in names if all(getattr(OPERATORS[name], field) == value for field, value in fields.items()))
+
+
+LAYOUT_OPS = of_kind("same", "reshape", "permute", "expand")
+"""Operators that move elements or change their type but compute nothing: patterns and roles look through them."""
+
+BROADCASTING = having(of_kind("elementwise"), aligned=True)
+"""Operators that treat every element alone and broadcast their operands from the last axes."""
+
+PRODUCTS: Mapping[str, tuple[int, ...]] = {name: operator.operands for name, operator in OPERATORS.items() if operator.kind == "matmul"}
+"""Matrix products of two operands as they come, with the positions of these."""
+
+BARE_PRODUCTS = frozenset(name for name, places in PRODUCTS.items() if places == (0, 1))
+"""Those to which nothing is added."""
+
+
+def operands_of(node: Node) -> dict[int, Value]:
+    """The tensors whose elements the results of a node are made of, by position."""
+    places = OPERATORS[base_name(node.op)].operands
+    found = {k: node.args[k] for k in places if k < len(node.args)}
+    return {k: arg for k, arg in found.items() if isinstance(arg, Value) and isinstance(arg.type, TensorType)}
+
+
+def axes_over(node: Node) -> tuple[int, ...]:
+    """The axes of its operand, counted from the front, that a softmax, a norm or a reduction computes over. ValueError for an operator that
+    computes over no whole axes."""
+    operator = OPERATORS[base_name(node.op)]
+    if operator.axes is None:
+        raise ValueError(f"{node.op} names no axes")
+    rank = len(node.args[0].tensor.shape)
+    given: Any = node.args[operator.axes] if len(node.args) > operator.axes else None
+    if operator.kind == "norm":
+        return tuple(range(rank - len(given), rank))
+    if given is None or given == () or isinstance(given, bool):  # std.default's second argument is `unbiased`
+        return tuple(range(rank))
+    return tuple(axis % rank for axis in (given if isinstance(given, tuple | list) else (given,)))
+
+
+def permutation(node: Node) -> tuple[int, ...]:
+    """Of a node of kind "permute": which axis of its operand each axis of its result is."""
+    rank = len(node.output.tensor.shape)
+    return tuple(axis % rank for axis in _ORDERS[base_name(node.op)](rank, node.args[1:]))
+
+
+def _reversed(rank: int, args: Sequence[Any]) -> Sequence[int]:
+    return range(rank)[::-1]
+
+
+def _swapped(rank: int, args: Sequence[Any]) -> Sequence[int]:
+    one, other = args or (-2, -1)
+    order = list(range(rank))
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+def _placed(rank: int, args: Sequence[Any]) -> Sequence[int]:
+    sources, targets = ([axis % rank for axis in (arg if isinstance(arg, tuple | list) else (arg,))] for arg in args)
+    moved = dict(zip(targets, sources, strict=True))
+    rest = iter(axis for axis in range(rank) if axis not in sources)
+    return [moved[axis] if axis in moved else next(rest) for axis in range(rank)]
+
+
+_ORDERS: Mapping[str, Callable[[int, Sequence[Any]], Sequence[int]]] = {
+    **dict.fromkeys(("t", "numpy_T"), _reversed),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "mT", "mH", "adjoint"), _swapped),
+    "permute": lambda rank, args: args[0],
+    "movedim": _placed,
+}
