@@ -108,7 +108,7 @@ class Null:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneWord:
     """One word of a closed set."""
 
     words: tuple[str, ...]

@@ -42,8 +42,6 @@ __all__ = [
     "read_dataclass",
 ]
 
-LANGUAGE_VERSION = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:

@@ -18,7 +18,6 @@ from matmorph.errors import Position, SpecError, did_you_mean
 from matmorph.specs.kinds import (
     NULLS,
     Boolean,
-    Choice,
     Integer,
     JsonSchema,
     Kind,
@@ -26,6 +25,7 @@ from matmorph.specs.kinds import (
     ListOf,
     Null,
     Number,
+    OneWord,
     Text,
     known_keys,
     plain_text,
@@ -104,7 +104,7 @@ class OneOf:
                 return kind.read(tree)
             except SpecError:
                 continue
-        words = [word for kind in self.kinds if isinstance(kind, Choice) for word in kind.words]
+        words = [word for kind in self.kinds if isinstance(kind, OneWord) for word in kind.words]
         raise wrong(tree, self.expected, did_you_mean(plain_text(tree), words) if words else "")
 
     def schema(self) -> JsonSchema:
@@ -237,14 +237,14 @@ def kind_of(hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({}))
         bool: Boolean(),
         int: Integer(limits, choices),
         float: Number(limits),
-        str: Choice(choices) if choices else Text(),
+        str: OneWord(choices) if choices else Text(),
         type(None): Null(),
     }
     if hint in simple:
         return simple[hint]
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
-        return Integer(choices=arguments) if all(isinstance(argument, int) for argument in arguments) else Choice(arguments)
+        return Integer(choices=arguments) if all(isinstance(argument, int) for argument in arguments) else OneWord(arguments)
     if get_origin(hint) in (Union, types.UnionType):
         return OneOf(tuple(kind_of(argument, metadata) for argument in arguments))
     if get_origin(hint) is tuple:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matmorph.specs.schema import Rule
 
 MAX_LISTED = 20
-NEAREST = 3
+MAX_NAMED = 3
 
 
 def dead_rule(rule: Rule, owners: Mapping[Site, Rule], survey: Survey, context: SelectionContext) -> SpecError:
@@ -35,8 +35,8 @@ def dead_rule(rule: Rule, owners: Mapping[Site, Rule], survey: Survey, context: 
 def _quantised(graph: Graph) -> list[str]:
     """Weights that an earlier stage put into codes: they are there, and no matmul of floats any more."""
     paths = [const.path.rsplit(".", 2)[0] for const in graph.state if const.rule is not None and const.path.endswith(".codes")]
-    more = f" and {len(paths) - NEAREST} more" if len(paths) > NEAREST else ""
-    return [f"quantised already by an earlier stage: {', '.join(paths[:NEAREST])}{more}"] if paths else []
+    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
+    return [f"quantised already by an earlier stage: {', '.join(paths[:MAX_NAMED])}{more}"] if paths else []
 
 
 def wrong_count(rule: Rule, taken: Sequence[Site], owners: Mapping[Site, Rule], context: SelectionContext) -> SpecError:

@@ -46,7 +46,7 @@ class SelectionContext(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Language:
     """What a match is read with: its table of keys and the named selections of the spec; `using`: those that led here, outermost first."""
 
     entries: Mapping[str, type[Clause]]
@@ -80,7 +80,7 @@ class Clause(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
         """Reads its value; `beside` holds those of its `beside` keys that are there. SpecError where they do not fit."""
 
     @classmethod
@@ -111,7 +111,7 @@ class Condition(Clause):
         return cls.kind.schema()
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
         return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", cls.kind.read(tree))
 
     def holds(self, site: Site, context: SelectionContext, *, read: bool = True) -> bool | None:

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from matmorph.errors import did_you_mean
 from matmorph.ir.site import Site
-from matmorph.specs.conditions.base import Clause, Reading, SelectionContext
+from matmorph.specs.conditions.base import Clause, Language, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_given, render
 from matmorph.specs.kinds import JsonSchema, known_keys
 from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree, describe
@@ -47,8 +47,8 @@ class MappingClause(GroupClause):
         return {"$ref": "#/$defs/match"}
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
-        entries = reading.entries
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
+        entries = language.entries
         mapping = known_keys(tree, [name for key, entry in entries.items() for name in (key, *entry.beside)], "a mapping of conditions")
         given = mapping.items
         if not given:
@@ -61,7 +61,7 @@ class MappingClause(GroupClause):
         for key in given:
             if key in entries:
                 beside_it = {name: given[name] for name in entries[key].beside if name in given}
-                children.append(entries[key].read(given[key], beside_it, reading))
+                children.append(entries[key].read(given[key], beside_it, language))
         return cls(tree.at, tree.keypath, render(tree), tuple(children))
 
 
@@ -75,16 +75,16 @@ class UseClause(GroupClause):
         return _NAMES.schema()
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
-        children = tuple([_selection(item, reading) for item in _NAMES.read(tree)])
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
+        children = tuple([_selection(item, language) for item in _NAMES.read(tree)])
         return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", children)
 
 
 _NAMES = OneOrMore("the name of a selection", TEXT, as_given)
 
 
-def _selection(item: Scalar, reading: Reading) -> Clause:
-    name, named, using = item.text, reading.named, reading.using
+def _selection(item: Scalar, language: Language) -> Clause:
+    name, named, using = item.text, language.named, language.using
     if name in using:
         raise item.error(f"the selection uses itself: {' -> '.join((*using[using.index(name) :], name))}")
     if name not in named:
@@ -93,7 +93,7 @@ def _selection(item: Scalar, reading: Reading) -> Clause:
     selection: Tree = named[name]
     if not isinstance(selection, MapTree):
         raise selection.error(f"a selection is a mapping of conditions, got {describe(selection)}")
-    return MappingClause.read(selection, {}, Reading(reading.entries, named, (*using, name)))
+    return MappingClause.read(selection, {}, Language(language.entries, named, (*using, name)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,10 +108,10 @@ class NotClause(Clause):
         return MappingClause.schema()
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
         if not isinstance(tree, MapTree):
             raise tree.error(f"not takes one mapping of conditions (not: {{any: [...]}} for several), got {describe(tree)}")
-        return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", MappingClause.read(tree, {}, reading))
+        return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", MappingClause.read(tree, {}, language))
 
     def holds(self, site: Site, context: SelectionContext, *, read: bool = True) -> bool | None:
         inner = self.child.holds(site, context, read=read)
@@ -127,14 +127,14 @@ class _ListClause(GroupClause):
         return {"type": "array", "items": MappingClause.schema(), "minItems": 1}
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
         if not isinstance(tree, SeqTree) or not tree.items:
             raise tree.error(f"{cls.key} takes a list of mappings, got {describe(tree)}")
         children = []
         for item in tree.items:
             if not isinstance(item, MapTree):
                 raise item.error(f"{cls.key} takes a list of mappings, got {describe(item)}")
-            children.append(MappingClause.read(item, {}, reading))
+            children.append(MappingClause.read(item, {}, language))
         return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", tuple(children))
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from matmorph.errors import did_you_mean
 from matmorph.ir.site import Site
-from matmorph.specs.conditions.base import Condition, Reading, SelectionContext
+from matmorph.specs.conditions.base import Condition, Language, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_given, render
 from matmorph.specs.kinds import JsonSchema, Kind
 from matmorph.specs.pattern import Pattern, parse_pattern
@@ -59,7 +59,7 @@ class PatternCondition(Condition):
     claim: tuple[str, ...]
 
     @classmethod
-    def read(cls, tree: Tree, beside: Mapping[str, Tree], reading: Reading) -> Self:
+    def read(cls, tree: Tree, beside: Mapping[str, Tree], language: Language) -> Self:
         pattern: Pattern = cls.kind.read(tree)
         claim = _claimed(beside["claim"], pattern) if "claim" in beside else pattern.matmuls
         return cls(tree.at, tree.keypath, f"{cls.key}: {render(tree)}", pattern, claim)
