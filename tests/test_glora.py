@@ -13,13 +13,18 @@ import onnxruntime
 import pytest
 import torch
 from adapting import U4, X, compiled, far, network, trained
-from mutating import mutated
+from mutating import Mutant, mutated, unmutated
 from torch import nn
 
 import matmorph as mm
 from matmorph.errors import ExportError, SpecError
 from matmorph.ir.evaluate import bind, evaluate
-from matmorph.passes.methods.glora.method import COLUMNS, GATES, WORDS, Glora, GloraSpec
+from matmorph.ir.sites.matmuls import find_sites
+from matmorph.ir.tracing.trace import trace
+from matmorph.passes.adapters.values import with_values
+from matmorph.passes.methods.glora.method import Glora
+from matmorph.passes.methods.glora.settings import COLUMNS, GATE_COLUMNS, WORDS, GloraSpec
+from matmorph.passes.rewriting.rewrite import rewrite
 from matmorph.runtime import Session
 
 ROUNDING = 2e-6
@@ -71,7 +76,7 @@ def lone(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequential
 
 def test_the_words_are_those_of_the_paper() -> None:
     assert len(CHOICES) == 432
-    assert GATES == len(COLUMNS) == 17
+    assert GATE_COLUMNS == len(COLUMNS) == 17
     assert [len(words) for words in WORDS.values()] == [4, 4, 3, 3, 3]
     searched = GloraSpec(search=True)
     assert searched.words == WORDS
@@ -204,8 +209,8 @@ def test_merged_in_float32_to_a_rounding() -> None:
 
 
 def test_with_lora_beside_it() -> None:
-    for rewrite in ([{"glora": ALL}, {"lora": {"rank": 2}}], [{"lora": {"rank": 2}}, {"glora": ALL}]):
-        found = compiled(rewrite, path="0")
+    for both in ([{"glora": ALL}, {"lora": {"rank": 2}}], [{"lora": {"rank": 2}}, {"glora": ALL}]):
+        found = compiled(both, path="0")
         values = trained(found)
         merged = found.merge(values)
         assert far(merged.module(X), found.load_trained(values).module(X)) < ROUNDING
@@ -371,38 +376,44 @@ def test_half_precision(tmp_path: Path) -> None:
 
 # mutants
 
-MUTANTS: dict[str, tuple[str, str]] = {
-    "W C of the new W": ("terms.append(self.b(\"aten.reshape.default\", self.b(\"aten.matmul.default\", w, c)",
-                         "terms.append(self.b(\"aten.reshape.default\", self.b(\"aten.matmul.default\", self.weight(w), c)"),
-    "A is added": ('self.b("aten.mul.Tensor", w, a)', 'self.b("aten.add.Tensor", w, a)'),
-    "A forgets W": ('scaled = w if a is None else self.b("aten.add.Tensor", w, self.b("aten.mul.Tensor", w, a))',
-                    'scaled = w if a is None else self.b("aten.mul.Tensor", w, a)'),
-    "D is added": ('self.b("aten.mul.Tensor", b, value) if tensor == "D"', 'self.b("aten.add.Tensor", b, value) if tensor == "D"'),
-    "the bias is lost": ("terms = [own, *self._shift(b)]", "terms = self._shift(b)"),
-    "B left out": ("return scaled if shift is None else self.b(", "return scaled if True else self.b("),
-    "C left out": ("if c is not None:\n            terms", "if False:\n            terms"),
-}  # fmt: skip
+MUTANTS = {
+    "W C of the new W": Mutant("Tensors.bias", "self.b('aten.matmul.default', w, c)", "self.b('aten.matmul.default', self.weight(w), c)"),
+    "A is added": Mutant("Tensors.weight", "self.b('aten.mul.Tensor', w, a)", "self.b('aten.add.Tensor', w, a)"),
+    "A forgets W": Mutant(
+        "Tensors.weight", "self.b('aten.add.Tensor', w, self.b('aten.mul.Tensor', w, a))", "self.b('aten.mul.Tensor', w, a)"
+    ),
+    "D is added": Mutant("Tensors._shift", "self.b('aten.mul.Tensor', b, value)", "self.b('aten.add.Tensor', b, value)"),
+    "the bias is lost": Mutant("Tensors.bias", "[own, *self._shift(b)]", "self._shift(b)"),
+    "B left out": Mutant(
+        "Tensors.weight",
+        "scaled if shift is None else self.b('aten.add.Tensor', scaled, shift)",
+        "scaled if True else self.b('aten.add.Tensor', scaled, shift)",
+    ),
+    "C left out": Mutant("Tensors.bias", "c is not None", "False"),
+}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_die(name: str) -> None:
-    old, new = MUTANTS[name]
+def distance(m: Any) -> float:
+    """Of a layer that the method of `m` has rewritten from the formula, relative."""
     model, x = lone(), X.double()
-    with mutated(("methods.glora",), "methods.glora", old, new) as fresh:
-        method = fresh["methods.glora"]
-        spec = mm.load_spec({"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": {"glora": ALL}}]})
-        from matmorph.ir.sites.matmuls import find_sites
-        from matmorph.ir.tracing.trace import trace
-        from matmorph.passes.rewriting.rewrite import rewrite
-
-        graph = trace(model, (x,), ({0: "batch"},))
-        result, _ = rewrite(graph, [(site, spec.rules[0]) for site in find_sites(graph)], {"glora": method.Glora()})
-    from matmorph.passes.adapters.values import with_values
-
+    spec = mm.load_spec({"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": {"glora": ALL}}]})
+    graph = trace(model, (x,), ({0: "batch"},))
+    result, _ = rewrite(graph, [(site, spec.rules[0]) for site in find_sites(graph)], {"glora": m.Glora()})
     g = torch.Generator().manual_seed(1)
     values = {c.path: 0.2 * torch.randn([int(d) for d in c.tensor.shape], generator=g) for c in result.state if ".glora." in c.path}
     (y,) = evaluate(with_values(result, values), [x])
     w, b = model[0].weight.detach().numpy(), model[0].bias.detach().numpy()
     parts = {name: value.double().numpy() for name, value in values.items()}
     wanted = torch.tensor(formula(x.numpy(), w, b, {name.removeprefix("0.glora."): value for name, value in parts.items()}))
-    assert far(y, wanted) > 1e-3  # the unmutated code is within 1e-12, see test_a_compiled_layer_is_the_formula
+    return far(y, wanted)
+
+
+def test_the_real_code_is_the_formula() -> None:
+    with unmutated(MUTANTS.values()) as m:
+        assert distance(m) < EXACT
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name: str) -> None:
+    with mutated(MUTANTS[name]) as m:
+        assert distance(m) > 1e-3

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mutating import UNCHANGED, Check, killer
+from mutating import Check, Mutant, killer, mutated, unmutated
 from quantizing import METHODS, dense, loftq, parts_of, put_in, qlora, quantize, relative, stands_for
 from rewriting import LINEAR, graph_of, moment, only_site, rewritten, rule_of, run, weights_of
 
@@ -133,47 +132,57 @@ def test_only_factors_train() -> None:
 
 # mutants: each plants one plausible mistake, the checks below must notice
 
-MODULES = (
-    "methods.weights",
-    "methods.quantized_base",
-    "methods.quantize",
-    "methods.loftq",
-    "methods.qlora",
-    "rows",
-    "fragment",
-    "rewrite",
-)
-BASE, PLAIN, LOFTQ, QLORA = MODULES[1:5]
-FRAGMENT, REWRITE = "fragment", "rewrite"
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "NaN let through": ("methods.weights", "if not isfinite(largest(w)):", "if False:"),
-    "bias lost": (BASE, "codes, scales, b.bias(), spec.quantizer", "codes, scales, None, spec.quantizer"),
-    "bias twice": (PLAIN, "adds_bias=True", "adds_bias=False"),
-    "bias twice beside factors": (LOFTQ, "adds_bias=True", "adds_bias=False"),
-    "bias never added by the rewrite": (FRAGMENT, "bias = None if added else entry.application.bias", "bias = None"),
-    "scale not applied": (LOFTQ, "scaled = update if scale == 1 else", "scaled = update if True else"),
-    "factors not divided by the scale": (LOFTQ, "(found.A, found.B) if scale == 1 else", "(found.A, found.B) if True else"),
-    "whitening forgotten": (LOFTQ, "whitening=whitening,", "whitening=None,"),
-    "alternation removed": (LOFTQ, "spec.iterations,", "1,"),
-    "quantised alone reported as the error": (LOFTQ, "{what} {found.error:.4g}", "{what} {found.quantized_only:.4g}"),
-    "last for kept": (LOFTQ, "found.kept + 1, len", "len(found.errors), len"),
-    "factors exchanged": (
-        LOFTQ,
-        '{"down": _stored(site, spec, down_t.T), "up": _stored(site, spec, up_t.T)}',
-        '{"down": _stored(site, spec, up_t), "up": _stored(site, spec, down_t)}',
+MUTANTS = {
+    "NaN let through": Mutant("readable", "not isfinite(largest(w))", "False"),
+    "bias lost": Mutant(
+        "base_of",
+        "b('matmorph.matmul_codebook.default', rows, codes, scales, b.bias(), spec.quantizer, k, n, block)",
+        "b('matmorph.matmul_codebook.default', rows, codes, scales, None, spec.quantizer, k, n, block)",
     ),
-    "codes train": (BASE, 'trainable=False, kind="buffer"', "trainable=True"),
-    "zero points forgotten": (BASE, "rows, codes, scales, zeros, b.bias()", "rows, codes, scales, None, b.bias()"),
-    "zero points of a table forgotten": (BASE, "indices, codes, scales, zeros", "indices, codes, scales, None"),
-    "shift forgotten": (BASE, "        if shift == 0:", "        if True:"),
-    "shift of a table forgotten": (BASE, "        if shift != 0:", "        if False:"),
-    "shift without the middle": (BASE, "float(q.offset) + 2 ** (q.quantizer.width - 1) * float(q.scales)", "float(q.offset)"),
-    "scales not counted": (BASE, 'return ("codes", "uint8", codes), scales, *zeros', 'return (("codes", "uint8", codes), *zeros)'),
-    "up drawn at random": (QLORA, "torch.zeros(rank, site.out_features)", "torch.ones(rank, site.out_features)"),
-    "gathers left": (PLAIN, "base.lookup if site.gathers else None", "None"),
-    "gathers not spliced": (FRAGMENT, "closed[node] = self._bound(written, value, node.output)", "pass"),
-    "untie ignored": (REWRITE, "return replace(site, gathers=()) if rule.untie else site", "return site"),
-    "size not judged": (REWRITE, "judged = () if rule.force else", "judged = () if True else"),
+    "bias twice": Mutant("Quantize.build", "adds_bias=True", "adds_bias=False"),
+    "bias twice beside factors": Mutant("LoftQ.build", "adds_bias=True", "adds_bias=False"),
+    "bias never added by the rewrite": Mutant("SiteScope._close", "None if added else entry.application.bias", "None"),
+    "scale not applied": Mutant(
+        "LoftQ.build",
+        "update if scale == 1 else b('aten.mul.Scalar', update, scale)",
+        "update if True else b('aten.mul.Scalar', update, scale)",
+    ),
+    "factors not divided by the scale": Mutant(
+        "LoftQ.build", "(found.A, found.B) if scale == 1 else found.factors(scale)", "(found.A, found.B) if True else found.factors(scale)"
+    ),
+    "whitening forgotten": Mutant("loftq._solved", "whitening=whitening", "whitening=None"),
+    "alternation removed": Mutant("loftq._solved", "spec.iterations", "1"),
+    "quantised alone reported as the error": Mutant("_iterate_notes", "found.error", "found.quantized_only"),
+    "last for kept": Mutant("_iterate_notes", "found.kept + 1", "len(found.errors)"),
+    "factors exchanged": Mutant(
+        "LoftQ.build",
+        "{'down': _stored(site, spec, down_t.T), 'up': _stored(site, spec, up_t.T)}",
+        "{'down': _stored(site, spec, up_t), 'up': _stored(site, spec, down_t)}",
+    ),
+    "codes train": Mutant(
+        "base_of",
+        "b.const(name, tensor.reshape(shapes[name]), trainable=False, kind='buffer')",
+        "b.const(name, tensor.reshape(shapes[name]), trainable=True)",
+    ),
+    "zero points forgotten": Mutant(
+        "base_of",
+        "b('matmorph.matmul_nbits.default', rows, codes, scales, zeros, b.bias(), k, n, bits, block)",
+        "b('matmorph.matmul_nbits.default', rows, codes, scales, None, b.bias(), k, n, bits, block)",
+    ),
+    "zero points of a table forgotten": Mutant(
+        "base_of",
+        "b('matmorph.gather_nbits.default', indices, codes, scales, zeros, k, bits, block)",
+        "b('matmorph.gather_nbits.default', indices, codes, scales, None, k, bits, block)",
+    ),
+    "shift forgotten": Mutant("base_of", "shift == 0", "True"),
+    "shift of a table forgotten": Mutant("base_of", "shift != 0", "False"),
+    "shift without the middle": Mutant("_per_block", "float(q.offset) + 2 ** (q.quantizer.width - 1) * float(q.scales)", "float(q.offset)"),
+    "scales not counted": Mutant("arrays", "(('codes', 'uint8', codes), scales, *zeros)", "(('codes', 'uint8', codes), *zeros)"),
+    "up drawn at random": Mutant("QLora.build", "torch.zeros(rank, site.out_features)", "torch.ones(rank, site.out_features)"),
+    "gathers left": Mutant("Quantize.build", "base.lookup if site.gathers else None", "None"),
+    "gathers not spliced": Mutant("SiteScope.close", "closed[node] = self._bound(written, value, node.output)", "pass"),
+    "untie ignored": Mutant("_treated", "replace(site, gathers=()) if rule.untie else site", "site"),
+    "size not judged": Mutant("_too_large", "rule.force", "True"),
 }
 TIED = """graph device=cpu
 range b 1..
@@ -195,12 +204,12 @@ output %y "output"
 """
 
 
-def treated(m: dict[str, ModuleType], text: str, use: Any, stats: SiteStats | None = None, **more: Any) -> Any:
+def treated(m: Any, text: str, use: Any, stats: SiteStats | None = None, **more: Any) -> Any:
     graph = graph_of(text)
     (site,) = find_sites(graph)
-    methods = {"quantize": m[PLAIN].Quantize(), "loftq": m[LOFTQ].LoftQ(), "qlora": m[QLORA].QLora()}
+    methods = {"quantize": m.Quantize(), "loftq": m.LoftQ(), "qlora": m.QLora()}
     rule = rule_of(use, **{"force": True, **more})
-    result, (outcome,) = m[REWRITE].rewrite(graph, [(site, rule)], methods, {site: stats} if stats else None)
+    result, (outcome,) = m.rewrite(graph, [(site, rule)], methods, {site: stats} if stats else None)
     return graph, result, outcome
 
 
@@ -210,7 +219,7 @@ def clipped_shift(w: np.ndarray, bits: int) -> float:
     return float(low + 2 ** (bits - 1) * (high - low) / (2**bits - 1))
 
 
-def check_outputs(m: dict[str, ModuleType]) -> None:
+def check_outputs(m: Any) -> None:
     for use in (
         quantize(zero_point=True, **SETTINGS),
         quantize(quantizer="nf4"),
@@ -229,7 +238,7 @@ def check_outputs(m: dict[str, ModuleType]) -> None:
     assert scaled.weight_error == pytest.approx(plain.weight_error, rel=1e-5)  # float32 factors
 
 
-def check_bias_of_two_axes(m: dict[str, ModuleType]) -> None:
+def check_bias_of_two_axes(m: Any) -> None:
     """Kernels take a bias [out] only; any other is added behind them."""
     graph, result, outcome = treated(m, ADDMM, quantize(quantizer="nf4"))
     x = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
@@ -237,7 +246,7 @@ def check_bias_of_two_axes(m: dict[str, ModuleType]) -> None:
     torch.testing.assert_close(run(result, x)[0], wanted, rtol=0, atol=3e-5)  # float32, sums of 12
 
 
-def check_clipped(m: dict[str, ModuleType]) -> None:
+def check_clipped(m: Any) -> None:
     use = quantize(quantizer="uniform_clipped", bits=4)
     graph, result, outcome = treated(m, TEXT, use)
     matrix = stands_for(outcome) + clipped_shift(W, 4)
@@ -246,7 +255,7 @@ def check_clipped(m: dict[str, ModuleType]) -> None:
     torch.testing.assert_close(run(result, X[:9])[0], wanted, rtol=0, atol=2e-3)
 
 
-def check_iterates(m: dict[str, ModuleType]) -> None:
+def check_iterates(m: Any) -> None:
     settings = {"quantizer": "nf2", "block_size": 16}
     many, one = (treated(m, TEXT, loftq(24, iterations=t, **settings))[2] for t in (10, 1))
     error, kept, of, last, _ = notes(many)
@@ -256,17 +265,17 @@ def check_iterates(m: dict[str, ModuleType]) -> None:
     assert last is not None
 
 
-def check_whitened(m: dict[str, ModuleType]) -> None:
+def check_whitened(m: Any) -> None:
     plain, white = (treated(m, TEXT, loftq(6, whiten=whiten, **SETTINGS), moment(X))[2] for whiten in (False, True))
     assert white.output_error < 0.8 * plain.output_error
 
 
-def check_qlora(m: dict[str, ModuleType]) -> None:
+def check_qlora(m: Any) -> None:
     outcome = treated(m, TEXT, qlora(4, quantizer="nf4"))[2]
     assert not parts_of(outcome.consts)["up"].any()
 
 
-def check_tied(m: dict[str, ModuleType]) -> None:
+def check_tied(m: Any) -> None:
     for use in (quantize(quantizer="uniform", bits=4, zero_point=True), quantize(quantizer="uniform_clipped", bits=8)):
         graph, result, outcome = treated(m, TIED, use)
         w = outcome.site.weight().double().numpy()
@@ -279,14 +288,14 @@ def check_tied(m: dict[str, ModuleType]) -> None:
     assert [node.op for node in result.nodes if "embedding" in node.op] == ["aten.embedding.default"]
 
 
-def check_refusals(m: dict[str, ModuleType]) -> None:
+def check_refusals(m: Any) -> None:
     narrow = TEXT.replace("72", "1")
     assert treated(m, narrow, quantize(quantizer="uniform", bits=8), force=False)[2].reject is not None
     weights = weights_of(TEXT)
     weights["fc.weight"][2, 3] = float("nan")
     graph = graph_of(TEXT, weights)
     with pytest.raises(RewriteError, match=r"fc\.weight: 1 of 2880"):
-        m[REWRITE].rewrite(graph, [(find_sites(graph)[0], rule_of(quantize(quantizer="nf4")))], {"quantize": m[PLAIN].Quantize()})
+        m.rewrite(graph, [(find_sites(graph)[0], rule_of(quantize(quantizer="nf4")))], {"quantize": m.Quantize()})
 
 
 CHECKS: tuple[Check, ...] = (
@@ -302,12 +311,12 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    assert killer(MODULES, CHECKS, *UNCHANGED) is None
+    assert killer(unmutated(MUTANTS.values()), CHECKS) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"
+    assert killer(mutated(MUTANTS[name]), CHECKS), "no check noticed"
 
 
 def test_dense_of_the_tests_is_that_of_the_library() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import sqrt
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mutating import mutated
+from mutating import Mutant, mutated, unmutated
 from quantizing import METHODS as QUANTIZED
 from quantizing import quantize
 from rewriting import LINEAR, graph_of, only_site, rewritten, rule_of, run, weights_of
@@ -293,37 +292,37 @@ def test_the_library_spec_adapts_queries_and_values() -> None:
 
 # mutants
 
-MODULES = ("methods.weights", "methods.lora", "rows", "fragment", "rewrite")
-LORA, REWRITE = "methods.lora", "rewrite"
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "scale dropped from the graph": (LORA, "scaled = narrow if scale == 1 else", "scaled = narrow if True else"),
-    "scale dropped from the merge": (LORA, 'float(parts.get("scale", 1.0)) *', "1.0 *"),
-    "root of rslora forgotten": (LORA, "sqrt(rank) if self.rslora else rank", "rank"),
-    "rslora always": (LORA, "sqrt(rank) if self.rslora else rank", "sqrt(rank)"),
-    "base not reduced": (LORA, "- scale * (down @ up).transpose(-2, -1)", "- 0 * (down @ up).transpose(-2, -1)"),
-    "base reduced without the scale": (LORA, "- scale * (down @ up)", "- (down @ up)"),
-    "pissa without its scale": (LORA, "(found.s / scale).sqrt()", "found.s.sqrt()"),
-    "pissa without the root": (LORA, "(found.s / scale).sqrt()", "(found.s / scale)"),
-    "olora from rows": (LORA, "torch.linalg.qr(w[..., :rank].double()).Q", "torch.linalg.qr(w[..., -rank:].double()).Q"),
-    "factors in the wrong order": (LORA, 'zip(("down", "up"), factors', 'zip(("up", "down"), factors'),
-    "transposed factor": (
-        LORA,
-        "return w.double().transpose(-2, -1) @ q, q.transpose(-2, -1)",
-        "return q, (q.transpose(-2, -1) @ w.double())",
+MUTANTS = {
+    "scale dropped from the graph": Mutant(
+        "Lora.build",
+        "narrow if scale == 1 else b('aten.mul.Scalar', narrow, scale)",
+        "narrow if True else b('aten.mul.Scalar', narrow, scale)",
     ),
-    "up drawn instead of zero": (LORA, "torch.zeros(shape)", "torch.ones(shape)"),
-    "base trains": (LORA, 'b.const("base", left, trainable=False)', 'b.const("base", left)'),
-    "bias lost": (LORA, "rows, base, b.bias())", "rows, base, None)"),
-    "dense kept beside the base": (REWRITE, "not any(fragment.holds_dense for fragment in fragments)", "True"),
-    "init on a base that is gone": (LORA, "return spec.init in _PARTS", "return False"),
+    "scale dropped from the merge": Mutant("Lora.merge", "float(parts.get('scale', 1.0))", "1.0"),
+    "root of rslora forgotten": Mutant("LoraSpec.adapter_scale", "sqrt(rank) if self.rslora else rank", "rank"),
+    "rslora always": Mutant("LoraSpec.adapter_scale", "sqrt(rank) if self.rslora else rank", "sqrt(rank)"),
+    "base not reduced": Mutant("lora._base", "scale * (down @ up).transpose(-2, -1)", "0 * (down @ up).transpose(-2, -1)"),
+    "base reduced without the scale": Mutant("lora._base", "scale * (down @ up).transpose(-2, -1)", "(down @ up).transpose(-2, -1)"),
+    "pissa without its scale": Mutant("_pissa", "found.s / scale", "found.s"),
+    "pissa without the root": Mutant("_pissa", "(found.s / scale).sqrt()", "found.s / scale"),
+    "olora from rows": Mutant("_olora", "w[..., :rank].double", "w[..., -rank:].double"),
+    "factors in the wrong order": Mutant("Lora.build", "('down', 'up')", "('up', 'down')"),
+    "transposed factor": Mutant(
+        "_olora", "(w.double().transpose(-2, -1) @ q, q.transpose(-2, -1))", "(q, q.transpose(-2, -1) @ w.double())"
+    ),
+    "up drawn instead of zero": Mutant("Lora.solve", "torch.zeros(shape)", "torch.ones(shape)"),
+    "base trains": Mutant("Lora.build", "b.const('base', left, trainable=False)", "b.const('base', left)"),
+    "bias lost": Mutant("lora._product", "b('aten.linear.default', rows, base, b.bias())", "b('aten.linear.default', rows, base, None)"),
+    "dense kept beside the base": Mutant("rewrite._measured", "not any((fragment.holds_dense for fragment in fragments))", "True"),
+    "init on a base that is gone": Mutant("Lora.splits_weight", "spec.init in _PARTS", "False"),
 }
 
 
-def judged(modules: Mapping[str, ModuleType]) -> list[bool]:
+def judged(m: Any) -> list[bool]:
     """What must hold of one linear, by the formulas."""
-    method, spec_of = modules[LORA].Lora(), modules[LORA].LoraSpec
-    apply: Callable[..., Any] = modules[REWRITE].rewrite
-    appraised = modules[REWRITE].appraise
+    method, spec_of = m.Lora(), m.LoraSpec
+    apply: Callable[..., Any] = m.rewrite
+    appraised = m.appraise
     methods = {**QUANTIZED, "lora": method}
     bias = WEIGHTS["fc.bias"].double().numpy()
     dense = np.maximum(X.double().numpy() @ W.T + bias, 0)
@@ -359,19 +358,19 @@ def judged(modules: Mapping[str, ModuleType]) -> list[bool]:
     return checks
 
 
-def noticed(modules: Mapping[str, ModuleType]) -> bool:
+def noticed(m: Any) -> bool:
     try:
-        return not all(judged(modules))
+        return not all(judged(m))
     except Exception:
         return True
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    with mutated(MODULES, "", "", "") as modules:
-        assert all(judged(modules))
+    with unmutated(MUTANTS.values()) as m:
+        assert all(judged(m))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_noticed(name: str) -> None:
-    with mutated(MODULES, *MUTANTS[name]) as modules:
-        assert noticed(modules), name
+    with mutated(MUTANTS[name]) as m:
+        assert noticed(m), name

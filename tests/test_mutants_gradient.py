@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from differentiating import AXES, Op, check, check_onnx, x_of
 from gradient_cases import CASES, SHAPES
+from mutating import Mutant, mutated, unmutated
 
-import matmorph
 from matmorph.errors import VerifyError
 from matmorph.exporters.onnx import onnx_model
 from matmorph.ir.training import gradient
@@ -20,50 +19,76 @@ from matmorph.ir.training.adjoints.table import RULES
 from matmorph.ir.training.losses import Loss
 
 MSE = Loss("mse")
-ROOT = Path(matmorph.__file__).parent
 
 
-def mutant(path: str, old: str, new: str) -> ModuleType:
-    """A module of the package with one text exchanged, apart from the real one."""
-    source = (ROOT / path).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
-    module = ModuleType("mutant")
-    module.__dict__["__name__"] = "matmorph." + path.removesuffix(".py").replace("/", ".")
-    exec(compile(source.replace(old, new), path, "exec"), module.__dict__)
-    return module
-
-
-# (case, file, table, what is exchanged)
+# (case, table of rules, what is changed)
 RULE_MUTANTS = {
-    "softmax term dropped": ("attention", "norms", "NORMS", 't.b("aten.sub.Tensor", dp, d)', "dp"),
-    "attention scaled once too little": ("attention", "norms", "NORMS", "scaled(t, product(t, ds, k), factor)", "product(t, ds, k)"),
-    "hidden rows have gradients": ("attention masked", "norms", "NORMS", "do = do if alive is None else _mul(t, do, alive)", "do = do"),
-    "norm without its second term": ("layer norm", "norms", "NORMS", 't.b("aten.sub.Tensor", centred, along), r', "centred, r"),
-    "transposed weight": ("shared linear", "products", "PRODUCTS", "dy_rows, weight)", 'dy_rows, t.b("aten.t.default", weight))'),
+    "softmax term dropped": ("attention", "norms.NORMS", Mutant("norms._attention", "t.b('aten.sub.Tensor', dp, d)", "dp")),
+    "attention scaled once too little": (
+        "attention",
+        "norms.NORMS",
+        Mutant("norms._attention", "scaled(t, product(t, ds, k), factor)", "product(t, ds, k)"),
+    ),
+    "hidden rows have gradients": (
+        "attention masked",
+        "norms.NORMS",
+        Mutant("norms._attention", "do if alive is None else _mul(t, do, alive)", "do"),
+    ),
+    "norm without its second term": (
+        "layer norm",
+        "norms.NORMS",
+        Mutant("norms._layer_norm", "t.b('aten.sub.Tensor', centred, along)", "centred"),
+    ),
+    "transposed weight": (
+        "shared linear",
+        "products.PRODUCTS",
+        Mutant("products.linear", "t.give_product(x, dy_rows, weight)", "t.give_product(x, dy_rows, t.b('aten.t.default', weight))"),
+    ),
     "transposed factor": (
         "shared linear",
-        "products",
-        "PRODUCTS",
-        't.b("aten.t.default", dy_rows), rows',
-        't.b("aten.t.default", rows), dy_rows',
+        "products.PRODUCTS",
+        Mutant(
+            "products.linear",
+            "t.b('aten.mm.default', t.b('aten.t.default', dy_rows), rows)",
+            "t.b('aten.mm.default', t.b('aten.t.default', rows), dy_rows)",
+        ),
     ),
-    "density without x": ("gelu", "pointwise", "POINTWISE", "_mul(t, u, density)", "density"),
-    "slope of tanh": ("gelu tanh", "pointwise", "POINTWISE", "6 * k * cubic", "2 * k * cubic"),
-    "quotient's sign": ("div", "pointwise", "POINTWISE", 't.b("aten.neg.default", _mul(t, da, y))', "_mul(t, da, y)"),
-    "missing 1 / count": ("means", "layout", "LAYOUT", "1.0 / known", "1.0"),
-    "missing 1 / length": ("means", "layout", "LAYOUT", 't.b("aten.div.Tensor", scaled, size) if', "scaled if"),
-    "permuted again": ("layout", "layout", "LAYOUT", "[order.index(axis) for axis in range(len(order))]", "order"),
-    "first part for all": ("cat", "layout", "LAYOUT", "start += int(size)", "start += 0 if part is parts[0] else int(size)"),
+    "density without x": ("gelu", "pointwise.POINTWISE", Mutant("_gelu", "_mul(t, u, density)", "density")),
+    "slope of tanh": (
+        "gelu tanh",
+        "pointwise.POINTWISE",
+        Mutant("_gelu_tanh", "_mul(t, square, 6 * k * cubic)", "_mul(t, square, 2 * k * cubic)"),
+    ),
+    "quotient's sign": (
+        "div",
+        "pointwise.POINTWISE",
+        Mutant("pointwise._divide", "t.b('aten.neg.default', _mul(t, da, y))", "_mul(t, da, y)"),
+    ),
+    "missing 1 / count": (
+        "means",
+        "layout.LAYOUT",
+        Mutant("_averaged", "t.b('aten.mul.Tensor', dy, 1.0 / known)", "t.b('aten.mul.Tensor', dy, 1.0)"),
+    ),
+    "missing 1 / length": ("means", "layout.LAYOUT", Mutant("_averaged", "t.b('aten.div.Tensor', scaled, size)", "scaled")),
+    "permuted again": ("layout", "layout.LAYOUT", Mutant("_permuted", "[order.index(axis) for axis in range(len(order))]", "order")),
+    "first part for all": (
+        "cat",
+        "layout.LAYOUT",
+        Mutant("layout._joined", "start += int(size)", "start += 0 if part is parts[0] else int(size)"),
+    ),
     "stride as dilation": (
         "conv strided",
-        "convolutions",
-        "CONVOLUTIONS",
-        "None, shape.dilation, shape.padding, shape.stride,",
-        "None, shape.stride, shape.padding, shape.dilation,",
+        "convolutions.CONVOLUTIONS",
+        Mutant(
+            "_weight_gradient",
+            "t.b('aten.convolution.default', *swapped, None, shape.dilation, shape.padding, shape.stride, False, (0,) * shape.rank, 1)",
+            "t.b('aten.convolution.default', *swapped, None, shape.stride, shape.padding, shape.dilation, False, (0,) * shape.rank, 1)",
+        ),
     ),
 }
 
 
+CASES_OF_ALL = sorted({case for case, *_ in RULE_MUTANTS.values()})
 DEFAULT = {"softmax term dropped", "transposed factor", "transposed weight", "missing 1 / count", "density without x", "padding trains"}
 
 
@@ -73,28 +98,47 @@ def some(names: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("name", some(RULE_MUTANTS))
 def test_a_wrong_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, file, table, old, new = RULE_MUTANTS[name]
-    wrong = getattr(mutant(f"ir/adjoints/{file}.py", old, new), table)
+    case, table, mutant = RULE_MUTANTS[name]
+    with mutated(mutant) as m:
+        wrong = m[table]
     monkeypatch.setattr(gradient, "RULES", replace(RULES, table={**RULES.table, **wrong}))
     f, *shapes = CASES[case]
     with pytest.raises((AssertionError, VerifyError)):  # a wrong number, or shapes that do not fit
         check(Op(f, *shapes), [(x_of(*size),) for size in SHAPES], AXES, MSE)
 
 
-# (case, what is exchanged)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "shared linear" else pytest.mark.full) for case in CASES_OF_ALL])
+def test_the_rules_loaded_anew_pass(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with unmutated(mutant for *_, mutant in RULE_MUTANTS.values()) as m:
+        rules = {name: rule for table in {table for _, table, _ in RULE_MUTANTS.values()} for name, rule in m[table].items()}
+    assert rules.items().isdisjoint(RULES.table.items())
+    monkeypatch.setattr(gradient, "RULES", replace(RULES, table={**RULES.table, **rules}))
+    f, *shapes = CASES[case]
+    check(Op(f, *shapes), [(x_of(*size),) for size in SHAPES], AXES, MSE)
+
+
+# (case, what is changed)
 ONNX_MUTANTS = {
-    "softmax term dropped": ("softmax", "_mul(y, _sub(dy, _total(_mul(dy, y), dim)))", "_mul(y, dy)"),
-    "log-softmax term dropped": ("log softmax", "_sub(dy, _mul(", "_sub(dy, _sub("),
-    "padded at the other end": ("slices", "pads = _vector([before, behind])", "pads = _vector([behind, before])"),
-    "rows overwrite each other": ("embedding padded", 'dy.dtype, reduction="add")', 'dy.dtype, reduction="none")'),
-    "padding trains": ("embedding padded", "if padding_idx >= 0:", "if padding_idx > 0:"),
+    "softmax term dropped": ("softmax", Mutant("gradient_ops._softmax", "_sub(dy, _total(_mul(dy, y), dim))", "dy")),
+    "log-softmax term dropped": (
+        "log softmax",
+        Mutant(
+            "gradient_ops._log_softmax",
+            "_mul(emit.node('Exp', [y], y.dtype), _total(dy, dim))",
+            "_sub(emit.node('Exp', [y], y.dtype), _total(dy, dim))",
+        ),
+    ),
+    "padded at the other end": ("slices", Mutant("gradient_ops._padded", "[before, behind]", "[behind, before]")),
+    "rows overwrite each other": ("embedding padded", Mutant("_embedding", "reduction='add'", "reduction='none'")),
+    "padding trains": ("embedding padded", Mutant("_embedding", "padding_idx >= 0", "padding_idx > 0")),
 }
 
 
 @pytest.mark.parametrize("name", some(ONNX_MUTANTS))
 def test_a_wrong_onnx_form_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    case, old, new = ONNX_MUTANTS[name]
-    monkeypatch.setattr(onnx_model, "backward_lowerings", mutant("exporters/gradient_ops.py", old, new).backward_lowerings)
+    case, mutant = ONNX_MUTANTS[name]
+    with mutated(mutant) as m:
+        monkeypatch.setattr(onnx_model, "backward_lowerings", m.backward_lowerings)
     f, *shapes = CASES[case]
     with pytest.raises(AssertionError):
         check_onnx(Op(f, *shapes), [(x_of(*size),) for size in SHAPES], AXES, MSE, tmp_path)

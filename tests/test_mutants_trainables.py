@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
-from mutating import mutated
+from mutating import Mutant, mutated, unmutated
 
 from matmorph.errors import SpecError
 from matmorph.ir.text.printing import parse_graph
-from matmorph.passes.adapters import trainables
 from matmorph.passes.methods import all_methods
 
 METHODS = all_methods()
@@ -41,29 +39,29 @@ output %9 "y"
 """)
 
 
-def chosen(module: ModuleType, *words: str, frozen: tuple[str, ...] = (), reached: Any = None) -> list[tuple[str, str]]:
-    found = module.resolve(GRAPH, METHODS, module.selectors(words, "t"), module.selectors(frozen, "f"), reached)
+def chosen(module: Any, *words: str, frozen: tuple[str, ...] = (), reached: Any = None) -> list[tuple[str, str]]:
+    found = module["trainables.resolve"](GRAPH, METHODS, module.selectors(words, "t"), module.selectors(frozen, "f"), reached)
     return [(item.const.path, item.segment) for item in found]
 
 
-def refused(module: ModuleType, message: str, *words: str, **more: Any) -> None:
+def refused(module: Any, message: str, *words: str, **more: Any) -> None:
     with pytest.raises(SpecError) as caught:
         chosen(module, *words, **more)
     assert message in str(caught.value)
 
 
-def groups(module: ModuleType) -> None:
+def groups(module: Any) -> None:
     adapters = ["a.lora.down", "a.lora.up", "a.tt_lora_1.core_0"]
     assert chosen(module, "adapters") == [(name, "adapters") for name in adapters]
     assert chosen(module, "factors") == [("b.low_rank.down", "factors")]
 
 
-def everything(module: ModuleType) -> None:
+def everything(module: Any) -> None:
     names = ["a.weight", "a.lora.down", "a.lora.up", "a.tt_lora_1.core_0", "b.low_rank.down", "lora.bias"]
     assert chosen(module, "all") == [(name, "all") for name in names]  # not the frozen base, the integers, what nothing reads
 
 
-def segments(module: ModuleType) -> None:
+def segments(module: Any) -> None:
     assert chosen(module, "factors", "a.lora.*", "a.**") == [
         ("b.low_rank.down", "factors"),
         ("a.lora.down", "a.lora.*"),
@@ -74,17 +72,17 @@ def segments(module: ModuleType) -> None:
     ]
 
 
-def names(module: ModuleType) -> None:
+def names(module: Any) -> None:
     assert chosen(module, "tied.weight") == [("a.weight", "tied.weight")]
 
 
-def reach(module: ModuleType) -> None:
+def reach(module: Any) -> None:
     live = [const for const in GRAPH.used_state() if const.path != "a.lora.up"]
     assert [name for name, _ in chosen(module, "adapters", reached=live)] == ["a.lora.down", "a.tt_lora_1.core_0"]
     refused(module, "t[0]: the loss does not depend on what a.lora.up chooses", "a.lora.up", reached=live)
 
 
-def refusals(module: ModuleType) -> None:
+def refusals(module: Any) -> None:
     refused(module, "t[1]: a.lora.down is matched by both train.trainable (adapters) and train.frozen (*.lora.down)",
             "factors", "adapters", frozen=("*.lora.down",))  # fmt: skip
     refused(module, "f[0]: no parameter is called nothing", "all", frozen=("nothing",))
@@ -95,43 +93,54 @@ def refusals(module: ModuleType) -> None:
     refused(module, "a.weight is matched by both", "all", frozen=("a.weight",))
 
 
-CHECKS: tuple[Callable[[ModuleType], None], ...] = (groups, everything, segments, names, reach, refusals)
+CHECKS: tuple[Callable[[Any], None], ...] = (groups, everything, segments, names, reach, refusals)
 
 MUTANTS = {
-    "an adapter counts as a factor": ('"factors": ("low_rank", "tt"),', '"factors": ("low_rank", "tt", "lora"),'),
-    "tensor-train adapters forgotten": ('("lora", "tt_lora", "loftq",', '("lora", "loftq",'),
-    "a repeated method is another one": ('re.sub(r"_\\d+$", "", parts[-2])', "parts[-2]"),
-    "the source's own names count": ("if const.rule is not None and len(parts) > 1 else None", "if len(parts) > 1 else None"),
-    "a frozen base trains with the adapters": ("if const.trainable and method_of(const) in methods", "if method_of(const) in methods"),
-    "all takes what a method froze": ("and (const.rule is None or const.trainable)", ""),
-    "all takes integers": ("const.tensor.torch_dtype.is_floating_point and (const.rule", "True and (const.rule"),
-    "all takes buffers": ('[const for const in consts if const.kind == "parameter"]', "list(consts)"),
-    "what nothing reads trains": ("chosen = _chosen(used, selector)", "chosen = _chosen(graph.state, selector)"),
-    "what the loss does not reach trains": ("alive = [const for const in chosen if const in live]", "alive = chosen"),
-    "the last to name a parameter has it": ("found.setdefault(const, Trainable(", "found.__setitem__(const, Trainable("),
-    "a tied parameter has one name": ("found = [const for const in parameters if any(map(glob.matches, const.names))]",
-                                      "found = [const for const in parameters if glob.matches(const.path)]"),
-    "both lists are fine": ("if const in kept:", "if False:"),
-    "a dead guard is fine": ("kept = {const: selector for selector in frozen for const in _chosen(graph.state, selector)}", "kept = {}"),
-    "integers are let through": ("    if integers:\n", "    if False:\n"),
-    "nothing is something": ('    if not found:\n        raise SpecError("train', '    if False:\n        raise SpecError("train'),
-}  # fmt: skip
+    "an adapter counts as a factor": Mutant("protocol.names_of", "method.trains == trains", "method.trains is not None"),
+    "what a method inherits is forgotten": Mutant("protocol.names_of", "method.trains", "vars(type(method)).get('trains')"),
+    "a repeated method is another one": Mutant("trainables._chosen", "const.method", "const.path.split('.')[-2]"),
+    "the source's own names count": Mutant("trainables._chosen", "const.method", "(const.method or const.path.split('.')[0])"),
+    "a frozen base trains with the adapters": Mutant(
+        "trainables._chosen", "const.trainable and const.method in names", "const.method in names"
+    ),
+    "all takes what a method froze": Mutant(
+        "_trains",
+        "const.tensor.torch_dtype.is_floating_point and (const.rule is None or const.trainable)",
+        "const.tensor.torch_dtype.is_floating_point",
+    ),
+    "all takes integers": Mutant("_trains", "const.tensor.torch_dtype.is_floating_point", "True"),
+    "all takes buffers": Mutant("trainables._chosen", "[const for const in consts if const.kind == 'parameter']", "list(consts)"),
+    "what nothing reads trains": Mutant(
+        "trainables.resolve", "_chosen(used, methods, selector)", "_chosen(graph.state, methods, selector)"
+    ),
+    "what the loss does not reach trains": Mutant("trainables.resolve", "[const for const in chosen if const in live]", "chosen"),
+    "the last to name a parameter has it": Mutant("trainables.resolve", "found.setdefault", "found.__setitem__"),
+    "a tied parameter has one name": Mutant(
+        "_matching",
+        "[const for const in parameters if any(map(glob.matches, const.names))]",
+        "[const for const in parameters if glob.matches(const.path)]",
+    ),
+    "both lists are fine": Mutant("_refuse_both", "const in kept", "False"),
+    "a dead guard is fine": Mutant(
+        "trainables.resolve", "{const: selector for selector in frozen for const in _chosen(graph.state, methods, selector)}", "{}"
+    ),
+    "integers are let through": Mutant("trainables._matching", "integers", "False", nth=1),
+    "nothing is something": Mutant("trainables.resolve", "not found", "False"),
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_killed(name: str) -> None:
-    old, new = MUTANTS[name]
     # pytest's own failure is what a refusal that does not come raises
-    with mutated(["trainables"], "trainables", old, new) as modules, pytest.raises((AssertionError, SpecError, pytest.fail.Exception)):
-        passes_all(modules["trainables"])
+    with mutated(MUTANTS[name]) as m, pytest.raises((AssertionError, SpecError, pytest.fail.Exception)):
+        passes_all(m)
 
 
-def passes_all(module: ModuleType) -> None:
+def passes_all(module: Any) -> None:
     for check in CHECKS:
         check(module)
 
 
 def test_the_code_itself_passes() -> None:
-    with mutated(["trainables"], "trainables", "NEAREST = 5", "NEAREST = 5 ") as modules:
-        assert modules["trainables"] is not trainables
-        passes_all(modules["trainables"])
+    with unmutated(MUTANTS.values()) as m:
+        passes_all(m)

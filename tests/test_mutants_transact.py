@@ -6,13 +6,13 @@ The checks are a digest of the other tests: masks by hooks on the original modul
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mutating import UNCHANGED, Check, killer
+from mutating import Check, Mutant, killer, mutated, unmutated
 from pruning import matrix, positions_of, run, silenced, traced
 from test_taylor import USE, causal, oracle
 from torch.utils._pytree import tree_flatten
@@ -24,46 +24,43 @@ from matmorph.passes.methods.protocol import SiteStats
 from matmorph.specs.notations import Width
 from matmorph.specs.schema import Train
 
-MODULES = (
-    "axes", "axis_walk", "axis_rules", "blocks", "patch", "linalg.refit", "pruning.widths", "methods.block_scores", "methods.transact",
-    "block_pass", "loss_gradients", "taylor",
-)  # fmt: skip
-"""In the order of their imports."""
-
-SCORES, METHOD, REFIT, TAYLOR = "methods.block_scores", "methods.transact", "linalg.refit", "taylor"
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "heads in the order of their scores": (SCORES, "return torch.sort(order, dim=-1).values", "return order"),
-    "the smallest stay": (SCORES, "descending=True", "descending=False"),
-    "peak of a head forgotten": (SCORES, "heads.mean(1) + _PEAK / dim * heads.amax(1)", "heads.mean(1)"),
-    "heads of a group apart": (SCORES, "each.reshape(groups, -1).sum(1)", "each[:groups]"),
-    "pairs scored by q alone": (SCORES, '(sides["q"] * sides["k"]).sqrt()', '(sides["q"] * sides["q"]).sqrt()'),
-    "energies not of the data": (SCORES, "((w @ found.second_moment.double().cpu()) * w)", "(w * w)"),
-    "effects on the loss cancel out": (TAYLOR, "gradient.double()).abs()", "gradient.double())"),
-    "gradients alone": (TAYLOR, "(x.double() * gradient.double())", "gradient.double()"),
-    "mean loss of each batch": ("loss_gradients", "held[behind.loss] * held[behind.count]", "held[behind.loss]"),
-    "roots of effects on the loss": (SCORES, 'torch.clone if score == "taylor" else torch.sqrt', "torch.sqrt"),
-    "effects of the inputs of q and k": (SCORES, "_stats(site, stats).output_taylor)[rows]", "_stats(site, stats).input_taylor)[rows]"),
-    "queries before groups": ("blocks", '"q": product(group, queries, *dims)', '"q": product(queries, group, *dims)'),
-    "fused parts in another order": ("blocks", "Concat(tuple(own))", "Concat(tuple(own[::-1]))"),
-    "neighbours are rotary pairs": ("blocks", '"half": (Atom(2), atom(half, QK))', '"half": (atom(half, QK), Atom(2))'),
-    "dimensions of values by those of keys": ("blocks", "values = atom(heads.value_dim, V)", "values = atom(heads.value_dim, QK)"),
-    "k and v left whole": ("patch", "for producer in block.producers:", "for producer in block.producers[:1]:"),
-    "biases left whole": ("patch", "if bias not in self.consts:", "if False:"),
-    "cosines left whole": ("patch", "for side in self._block.sides:", "for side in self._block.sides[:0]:"),
-    "literals left as they are": ("patch", "for literal in self._block.literals:", "for literal in self._block.literals[:0]:"),
-    "layouts mixed up": ("patch", '0 if site.layout == "oi" else 1', '1 if site.layout == "oi" else 0'),
-    "softmax scale recomputed": ("axis_rules", 'if node.attrs.get("scale") is None and', "if False and"),
-    "scale of the new dimension": ("axis_rules", "float(int(size_of(q[-1]))) ** -0.5", "float(int(size_of(q[-1])) // 2) ** -0.5"),
-    "choices of the other head": ("axes", "table.gather(dim, index.reshape(shape)", "table.gather(dim, index.flip(0).reshape(shape)"),
-    "every fused part is the first": ("axes", "found.append(start + positions(part, kept))", "found.append(positions(part, kept))"),
-    "refit pushes the wrong way": (REFIT, "exact[:, kept] + torch.cholesky_solve", "exact[:, kept] - torch.cholesky_solve"),
-    "refit forgets what was there": (REFIT, "exact[:, kept] + torch.cholesky_solve", "torch.cholesky_solve"),
-    "refit without the cross moment": (REFIT, "moment[removed][:, kept]).T", "moment[removed][:, removed][:, : len(kept)]).T"),
-    "schedule without rounding up": ("pruning.widths", "-(-wanted // multiple_of) * multiple_of", "wanted // multiple_of * multiple_of"),
-    "schedule in equal steps of the target": ("pruning.widths", "(width - target) // left", "target // left"),
-    "widths round down": (METHOD, "return min(-(-wanted // step) * step, block.width)", "return min(wanted // step * step, block.width)"),
-    "odd dimensions": (METHOD, "(dims if dims % 2 == 0 else 2 * dims)", "dims"),
-}  # fmt: skip
+MUTANTS = {
+    "heads in the order of their scores": Mutant("_largest", "torch.sort(order, dim=-1).values", "order"),
+    "the smallest stay": Mutant("_largest", "descending=True", "descending=False"),
+    "peak of a head forgotten": Mutant("_head_scores", "heads.mean(1) + _PEAK / dim * heads.amax(1)", "heads.mean(1)"),
+    "heads of a group apart": Mutant("_head_scores", "each.reshape(groups, -1).sum(1)", "each[:groups]"),
+    "pairs scored by q alone": Mutant("_pair_scores", "sides['q'] * sides['k']", "sides['q'] * sides['q']"),
+    "energies not of the data": Mutant("_output_energy", "w @ found.second_moment.double().cpu()", "w"),
+    "effects on the loss cancel out": Mutant("taylor", "(x.double() * gradient.double()).abs()", "x.double() * gradient.double()"),
+    "gradients alone": Mutant("taylor", "x.double() * gradient.double()", "gradient.double()"),
+    "mean loss of each batch": Mutant("loss_gradients", "held[behind.loss] * held[behind.count]", "held[behind.loss]"),
+    "roots of effects on the loss": Mutant("_root", "torch.clone if score == 'taylor' else torch.sqrt", "torch.sqrt"),
+    "effects of the inputs of q and k": Mutant("_output_taylor", "_stats(site, stats).output_taylor", "_stats(site, stats).input_taylor"),
+    "queries before groups": Mutant("find_blocks._axes", "product(group, queries, *dims)", "product(queries, group, *dims)"),
+    "fused parts in another order": Mutant("find_blocks._axes", "Concat(tuple(own))", "Concat(tuple(own[::-1]))"),
+    "neighbours are rotary pairs": Mutant("find_blocks._axes", "(Atom(2), atom(half, QK))", "(atom(half, QK), Atom(2))"),
+    "dimensions of values by those of keys": Mutant("find_blocks._axes", "atom(heads.value_dim, V)", "atom(heads.value_dim, QK)"),
+    "k and v left whole": Mutant("make_patch", "block.producers", "block.producers[:1]"),
+    "biases left whole": Mutant("_Shop.cut_producer", "bias not in self.consts", "False"),
+    "cosines left whole": Mutant("_Shop.edit_region", "self._block.sides", "self._block.sides[:0]"),
+    "literals left as they are": Mutant("_Shop.edit_region", "self._block.literals", "self._block.literals[:0]"),
+    "layouts mixed up": Mutant("_Shop.cut_producer", "0 if site.layout == 'oi' else 1", "1 if site.layout == 'oi' else 0"),
+    "softmax scale recomputed": Mutant("axis_rules._attention", "node.attrs.get('scale') is None", "False"),
+    "scale of the new dimension": Mutant("axis_rules._attention", "int(size_of(q[-1]))", "int(size_of(q[-1])) // 2"),
+    "choices of the other head": Mutant("positions", "index.reshape(shape)", "index.flip(0).reshape(shape)"),
+    "every fused part is the first": Mutant("positions", "start + positions(part, kept)", "positions(part, kept)"),
+    "refit pushes the wrong way": Mutant(
+        "refit", "exact[:, kept] + torch.cholesky_solve(target, lower).T", "exact[:, kept] - torch.cholesky_solve(target, lower).T"
+    ),
+    "refit forgets what was there": Mutant(
+        "refit", "exact[:, kept] + torch.cholesky_solve(target, lower).T", "torch.cholesky_solve(target, lower).T"
+    ),
+    "refit without the cross moment": Mutant("refit", "moment[removed][:, kept]", "moment[removed][:, removed][:, :len(kept)]"),
+    "schedule without rounding up": Mutant("prune_schedule", "-(-wanted // multiple_of)", "wanted // multiple_of"),
+    "schedule in equal steps of the target": Mutant("prune_schedule", "width - target", "target"),
+    "widths round down": Mutant("transact._target", "-(-wanted // step)", "wanted // step"),
+    "odd dimensions": Mutant("_step", "dims if dims % 2 == 0 else 2 * dims", "dims"),
+}
 
 
 @cache
@@ -72,19 +69,19 @@ def source(name: str) -> tuple[Any, Any, Any, Any]:
     return model, inputs, graph, find_sites(graph)
 
 
-def pruned(m: dict[str, ModuleType], name: str, kind: str, stats: Any = None, **settings: Any) -> tuple[Any, list[Any]]:
+def pruned(m: Any, name: str, kind: str, stats: Any = None, **settings: Any) -> tuple[Any, list[Any]]:
     """The graph with all blocks of a kind at half their width, and the patches."""
     _, _, graph, sites = source(name)
-    method = m[METHOD].Transact()
-    spec = m[METHOD].TransactSpec(Width("ratio", 0.5), **{"score": "weight", "compensate": "none", "multiple_of": 2, **settings})
+    method = m.Transact()
+    spec = m.TransactSpec(Width("ratio", 0.5), **{"score": "weight", "compensate": "none", "multiple_of": 2, **settings})
     builder = Builder(graph)
     patches = []
-    for block in m["blocks"].find_blocks(graph, sites):
+    for block in m.find_blocks(graph, sites):
         if block.kind == kind:
             assert method.check(block, spec) is None
             [choice] = method.choices(block, spec)
             patches.append(method.build(block, spec, choice, stats or {}, builder))
-    return m["block_pass"].narrowed(graph, [SimpleNamespace(patch=patch, reject=None) for patch in patches]), patches
+    return m.narrowed(graph, [SimpleNamespace(patch=patch, reject=None) for patch in patches]), patches
 
 
 def assert_masked(name: str, graph: Any, patches: list[Any], producers: bool) -> None:
@@ -111,17 +108,17 @@ def assert_masked(name: str, graph: Any, patches: list[Any], producers: bool) ->
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-11)  # float64
 
 
-def check_mlp(m: dict[str, ModuleType]) -> None:
+def check_mlp(m: Any) -> None:
     for name in ("phi3", "gpt2"):
         assert_masked(name, *pruned(m, name, "mlp"), producers=False)
 
 
-def check_heads(m: dict[str, ModuleType]) -> None:
+def check_heads(m: Any) -> None:
     for name in ("llama", "gpt2", "phi3"):
         assert_masked(name, *pruned(m, name, "attention"), producers=False)
 
 
-def check_dimensions(m: dict[str, ModuleType]) -> None:
+def check_dimensions(m: Any) -> None:
     for name in ("llama", "gpt2", "bert"):
         graph, patches = pruned(m, name, "attention", unit="head_dims")
         assert_masked(name, graph, patches, producers=True)
@@ -132,7 +129,7 @@ def check_dimensions(m: dict[str, ModuleType]) -> None:
                 assert producer.site.out_features == 2 * new[producer.site.const.path][0 if producer.site.layout == "oi" else 1]
 
 
-def check_scale(m: dict[str, ModuleType]) -> None:
+def check_scale(m: Any) -> None:
     graph, _ = pruned(m, "mha", "attention", unit="head_dims")
     [node] = [node for node in graph.nodes if "scaled_dot_product" in node.op]
     assert node.attrs["scale"] == pytest.approx(8**-0.5, rel=1e-15)
@@ -146,11 +143,11 @@ def second_moment(width: int, seed: int) -> SiteStats:
     return SiteStats(x.T @ x, 100)
 
 
-def check_scores(m: dict[str, ModuleType]) -> None:
+def check_scores(m: Any) -> None:
     _, _, graph, sites = source("llama")
-    block = next(block for block in m["blocks"].find_blocks(graph, sites) if block.kind == "attention")
+    block = next(block for block in m.find_blocks(graph, sites) if block.kind == "attention")
     stats = {site: second_moment(site.in_features, k) for k, site in enumerate(block.sites)}
-    scores = m[SCORES].block_scores(block, "activation", ("heads", "v", "qk"), stats)
+    scores = m.block_scores(block, "activation", ("heads", "v", "qk"), stats)
     s = stats[block.consumer].second_moment.diagonal().sqrt().numpy().reshape(4, 8)
     heads = s.mean(1) + 10 / 8 * s.max(1)
     np.testing.assert_allclose(scores["heads"].numpy(), heads.reshape(2, 2).sum(1), rtol=1e-12)  # float64
@@ -163,22 +160,21 @@ def check_scores(m: dict[str, ModuleType]) -> None:
     np.testing.assert_allclose(scores["qk"].numpy(), np.sqrt(sums["q"] * sums["k"]), rtol=1e-12)
 
 
-def check_choices(m: dict[str, ModuleType]) -> None:
-    axes, blocks = m["axes"], m["blocks"]
-    two_heads = axes.product(axes.Atom(2, axes.HEADS), axes.Atom(4, axes.V))
-    own = axes.positions(two_heads, {axes.V: torch.tensor([[0, 1], [1, 3]])})  # each head its own dimensions
+def check_choices(m: Any) -> None:
+    two_heads = m["axes.product"](m["axes.Atom"](2, m.HEADS), m["axes.Atom"](4, m["axes.V"]))
+    own = m.positions(two_heads, {m["axes.V"]: torch.tensor([[0, 1], [1, 3]])})  # each head its own dimensions
     assert own.tolist() == [0, 1, 5, 7]
     scores = {"width": torch.tensor([1.0, 4.0, 2.0, 4.0, 3.0])}
-    kept = m[SCORES].kept_units(blocks.Block("mlp", None, (), None), scores, {"width": 3})
+    kept = m.kept_units(m.Block("mlp", None, (), None), scores, {"width": 3})
     assert kept["width"].tolist() == [1, 3, 4]
 
 
-def check_taylor(m: dict[str, ModuleType]) -> None:
+def check_taylor(m: Any) -> None:
     model, _, graph, sites = source("llama")
-    block = next(block for block in m["blocks"].find_blocks(graph, sites) if block.kind == "attention")
-    found = m[TAYLOR].taylor(graph, block.sites, causal("llama"), 100, Train("causal_lm"), USE)
+    block = next(block for block in m.find_blocks(graph, sites) if block.kind == "attention")
+    found = m.taylor(graph, block.sites, causal("llama"), 100, Train("causal_lm"), USE)
     stats = {site: SiteStats(torch.zeros(0), 0, input_taylor=pair[0], output_taylor=pair[1]) for site, pair in found.items()}
-    scores = m[SCORES].block_scores(block, "taylor", ("v", "qk"), stats)
+    scores = m.block_scores(block, "taylor", ("v", "qk"), stats)
     expected = oracle(model, [site.path for site in block.sites], causal("llama"))
     features = expected[block.consumer.path][0].reshape(2, 2, 8).sum(1)
     torch.testing.assert_close(scores["v"], features, rtol=1e-9, atol=0)  # float64
@@ -186,21 +182,21 @@ def check_taylor(m: dict[str, ModuleType]) -> None:
     torch.testing.assert_close(scores["qk"], (q * k).sqrt(), rtol=1e-9, atol=0)
 
 
-def check_refit(m: dict[str, ModuleType]) -> None:
+def check_refit(m: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(rows, 9, generator=generator, dtype=torch.float64) for rows in (60, 4))
     kept = torch.tensor([0, 2, 3, 7])
     expected = np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(m[REFIT].refit(w, x.T @ x, kept, 0.0)[0].numpy(), expected, rtol=1e-8)  # float64, well conditioned
+    np.testing.assert_allclose(m.refit(w, x.T @ x, kept, 0.0)[0].numpy(), expected, rtol=1e-8)  # float64, well conditioned
 
 
-def check_widths(m: dict[str, ModuleType]) -> None:
-    schedule = m["pruning.widths"].prune_schedule
+def check_widths(m: Any) -> None:
+    schedule = m.prune_schedule
     assert schedule(4096, 768, 8, multiple_of=128) == (3712, 3328, 2944, 2560, 2176, 1792, 1280, 768)
     assert schedule(11008, 1536) == (9824, 8640, 7456, 6272, 5088, 3904, 2720, 1536)
     _, _, graph, sites = source("llama")
-    blocks = {block.kind: block for block in m["blocks"].find_blocks(graph, sites)}
-    method, spec = m[METHOD].Transact(), m[METHOD].TransactSpec
+    blocks = {block.kind: block for block in m.find_blocks(graph, sites)}
+    method, spec = m.Transact(), m.TransactSpec
     for kind, width, settings, expected in (
         ("mlp", 0.5, {}, 24), ("attention", 0.3, {}, 16), ("attention", 0.3, {"unit": "head_dims", "multiple_of": 1}, 16),
     ):  # fmt: skip
@@ -222,13 +218,13 @@ CHECKS: tuple[Check, ...] = (
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    assert killer(MODULES, CHECKS, *UNCHANGED) is None
+    assert killer(unmutated(MUTANTS.values()), CHECKS) is None
 
 
-DEEP = ("patch", "axis_rules", "blocks")
+DEEP = ("find_blocks._axes", "axis_rules._attention", "make_patch", "_Shop.cut_producer", "_Shop.edit_region")
 """Mistakes that only whole models show: slow."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full if MUTANTS[name][0] in DEEP else ()) for name in MUTANTS])
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"
+    assert killer(mutated(MUTANTS[name]), CHECKS), "no check noticed"

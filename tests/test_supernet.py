@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from adapting import X, far
-from mutating import mutated
+from mutating import Mutant, mutated, unmutated
 from supernets import COLUMNS, IN, OUT, RANK, WORDS, everywhere, supernet
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -361,26 +360,29 @@ def test_a_damaged_manifest(folder: Path, tmp_path: Path) -> None:
 
 
 MUTANTS = {
-    "everything trains": ("mask[piece.offset : piece.offset + piece.size] = 0", "pass"),
-    "the head is frozen": ("mask = np.ones(length, np.float32)", "mask = np.zeros(length, np.float32)"),
-    "a vector opens all columns": ("up[:, :1][: None", "up[:, :][: None"),
-    "a scalar opens the column": ('[: None if word == "vector" else 1] = 1', "[:None] = 1"),
-    "the smaller factor stays": ("self.down.of(mask)[...] = 1", "pass"),
-    "a scalar counts as a vector": ('"scalar": 1}', '"scalar": self.up.shape[0]}'),
-    "the down factor is not counted": ("self.up.size + (self.down.size if self.down else 0)", "self.up.size"),
-    "one gate too few": (
+    "everything trains": Mutant("Supernet.mask", "mask[piece.offset:piece.offset + piece.size] = 0", "pass"),
+    "the head is frozen": Mutant("Supernet.mask", "np.ones(length, np.float32)", "np.zeros(length, np.float32)"),
+    "a vector opens all columns": Mutant(
+        "Tensor.open", "up[:, :1][:None if word == 'vector' else 1] = 1", "up[:, :][:None if word == 'vector' else 1] = 1"
+    ),
+    "a scalar opens the column": Mutant("Tensor.open", "None if word == 'vector' else 1", "None"),
+    "the smaller factor stays": Mutant("Tensor.open", "self.down.of(mask)[...] = 1", "pass"),
+    "a scalar counts as a vector": Mutant("supernet.Tensor.count", "1", "self.up.shape[0]"),
+    "the down factor is not counted": Mutant("Tensor.count", "self.up.size + (self.down.size if self.down else 0)", "self.up.size"),
+    "one gate too few": Mutant(
+        "Supernet.gates",
         "row[self.columns.index((tensor.name, word))] = 1",
-        'row[self.columns.index((tensor.name, word))] = word != "none"',
+        "row[self.columns.index((tensor.name, word))] = word != 'none'",
     ),
 }
 
 
-def copied(module: ModuleType, tensor: Any) -> Any:
+def copied(module: Any, tensor: Any) -> Any:
     pieces = [None if piece is None else module.Piece(piece.name, piece.offset, piece.shape) for piece in (tensor.up, tensor.down)]
     return module.Tensor(tensor.name, tensor.words, *pieces)
 
 
-def wrong(module: ModuleType) -> bool:
+def wrong(module: Any) -> bool:
     """A digest of the tests above on a module's classes."""
     real, length = supernet(2)
     sites = tuple(module.SearchSite(site.path, tuple(copied(module, one) for one in site.tensors)) for site in real.sites)
@@ -397,12 +399,11 @@ def wrong(module: ModuleType) -> bool:
 
 
 def test_the_module_as_it_is_passes() -> None:
-    import matmorph.runtime.supernet as module
-
-    assert not wrong(module)
+    with unmutated(MUTANTS.values()) as m:
+        assert not wrong(m)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_die(name: str) -> None:
-    with mutated(["supernet"], "supernet", *MUTANTS[name], package="matmorph.runtime") as modules:
-        assert wrong(modules["supernet"])
+    with mutated(MUTANTS[name]) as m:
+        assert wrong(m)

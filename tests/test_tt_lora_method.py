@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from math import prod, sqrt
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from exporting import answers, difference, feeds, session
-from mutating import UNCHANGED, Check, killer
+from mutating import Check, Mutant, killer, mutated, unmutated
 from quantizing import dense, loftq, parts_of, qlora
 from rewriting import LINEAR, graph_of, only_site, rewritten, rule_of, run, weights_of
 from trains import METHODS, contracted, cores_of, matrix, tt, tt_lora
@@ -399,68 +398,66 @@ def test_nan_in_the_weight_is_refused_and_zeros_are_no_trouble() -> None:
 
 # mutants: each plants one plausible mistake, the checks below must notice
 
-MODULES = (
-    "linalg.modes",
-    "linalg.tensor_train",
-    "linalg.contraction",
-    "linalg.contraction_cost",
-    "methods.weights",
-    "methods.tt_base",
-    "methods.tt",
-    "methods.tt_lora",
-    "rows",
-    "fragment",
-    "rewrite",
-)
-TRAIN, BASE, PLAIN, LORA, REWRITE = "linalg.tensor_train", "methods.tt_base", "methods.tt", "methods.tt_lora", "rewrite"
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "modes in the wrong order": (PLAIN, "return matrix_train(modes.out, modes.in_,", "return matrix_train(modes.in_, modes.out,"),
-    "outputs and inputs of a matrix form exchanged": (
-        LORA,
-        "return matrix_train(form.out, form.in_,",
-        "return matrix_train(form.in_, form.out,",
+MUTANTS = {
+    "modes in the wrong order": Mutant(
+        "tt._train",
+        "matrix_train(modes.out, modes.in_, (1, *choice.ranks, 1))",
+        "matrix_train(modes.in_, modes.out, (1, *choice.ranks, 1))",
     ),
-    "inputs in order, not in reverse": (
-        TRAIN,
-        "axes = [*range(p, tensor.dim()), *reversed(range(p))]",
-        "axes = [*range(p, tensor.dim()), *range(p)]",
+    "outputs and inputs of a matrix form exchanged": Mutant(
+        "tt_lora._train", "matrix_train(form.out, form.in_, ranks)", "matrix_train(form.in_, form.out, ranks)"
     ),
-    "outputs in reverse": (TRAIN, "axes = [*range(p, tensor.dim()), ", "axes = [*reversed(range(p, tensor.dim())), "),
-    "scale dropped": (BASE, "ops.scaled(core, scale) if k == smallest and scale != 1 else core", "core"),
-    "scale on every core": (BASE, "if k == smallest and scale != 1", "if scale != 1"),
-    "scale divided by the rank": (LORA, "site.out_features, spec.alpha)", "site.out_features, spec.alpha / (choice.rank or 1))"),
-    "scale not merged": (LORA, 'float(parts.get("scale", 1.0)) * _dense', "1.0 * _dense"),
-    "scale not in the factors": (LORA, "return down, alpha * up", "return down, up"),
-    "first core zero": (LORA, "*cores, last = _direct", "last, *cores = _direct"),
-    "zero start is random": (LORA, "torch.zeros_like(last)", "last"),
-    "cores not normalised": (LORA, "core / (torch.linalg.vector_norm(core) + 1e-6)", "core"),
-    "Kaiming with a = sqrt(5)": (LORA, "sqrt(2 / (1 + 8))", "sqrt(2 / (1 + 5))"),
-    "fan of the outputs": (LORA, "site.in_features), site.in_features, generator)", "site.in_features), site.out_features, generator)"),
-    "one stream for all sites": (LORA, "{seed} {site.path}", "{seed}"),
-    "padding forgotten": (BASE, "(0, padded), 0.0) if padded else rows", "(0, padded), 1.0) if padded else rows"),
-    "padding left in the result": (BASE, "if train.out_features == out else", "if True else"),
-    "ratio of the wrong size": (BASE, "floor(float(rank.value or 0) * elements)", "floor(float(rank.value or 0) * elements * 2)"),
-    "clamp not said": (BASE, 'rank.kind == "fixed" and ranks != asked', "False"),
-    "NaN let through": ("methods.weights", "if not isfinite(largest(w)):", "if False:"),
-    "bytes are parameters": (BASE, "parameters * size, macs", "parameters, macs"),
-    "dense cost of a contraction": (
-        BASE,
-        "site.in_features * site.out_features if dense else",
-        "site.in_features * site.out_features if True else",
+    "inputs in order, not in reverse": Mutant("vector_tensor_to_weight", "reversed(range(p))", "range(p)"),
+    "outputs in reverse": Mutant("vector_tensor_to_weight", "range(p, tensor.dim())", "reversed(range(p, tensor.dim()))"),
+    "scale dropped": Mutant("matmul_train", "ops.scaled(core, scale) if k == smallest and scale != 1 else core", "core"),
+    "scale on every core": Mutant("matmul_train", "k == smallest and scale != 1", "scale != 1"),
+    "scale divided by the rank": Mutant(
+        "TTLora.build",
+        "matmul_train(b, train, spec, rows, consts, site.out_features, spec.alpha)",
+        "matmul_train(b, train, spec, rows, consts, site.out_features, spec.alpha / (choice.rank or 1))",
     ),
-    "size not judged": (REWRITE, "judged = () if rule.force else", "judged = () if True else"),
+    "scale not merged": Mutant("TTLora.merge", "float(parts.get('scale', 1.0))", "1.0"),
+    "scale not in the factors": Mutant("two_factor_form", "(down, alpha * up)", "(down, up)"),
+    "first core zero": Mutant(
+        "_zero", "*cores, last = _direct(site, spec, choice, generator)", "last, *cores = _direct(site, spec, choice, generator)"
+    ),
+    "zero start is random": Mutant("_zero", "torch.zeros_like(last)", "last"),
+    "cores not normalised": Mutant("_direct", "core / (torch.linalg.vector_norm(core) + 1e-06)", "core"),
+    "Kaiming with a = sqrt(5)": Mutant("_uniform", "sqrt(2 / (1 + 8))", "sqrt(2 / (1 + 5))"),
+    "fan of the outputs": Mutant(
+        "_svd",
+        "_uniform((site.out_features, site.in_features), site.in_features, generator)",
+        "_uniform((site.out_features, site.in_features), site.out_features, generator)",
+    ),
+    "one stream for all sites": Mutant("TTLora.solve", "f'{seed} {site.path}'", "f'{seed}'"),
+    "padding forgotten": Mutant(
+        "matmul_train",
+        "b('aten.constant_pad_nd.default', rows, (0, padded), 0.0)",
+        "b('aten.constant_pad_nd.default', rows, (0, padded), 1.0)",
+    ),
+    "padding left in the result": Mutant("matmul_train", "train.out_features == out", "True"),
+    "ratio of the wrong size": Mutant("_rank_of_ratio", "float(rank.value or 0) * elements", "float(rank.value or 0) * elements * 2"),
+    "clamp not said": Mutant("chosen_ranks", "rank.kind == 'fixed' and ranks != asked", "False"),
+    "NaN let through": Mutant("readable", "not isfinite(largest(w))", "False"),
+    "bytes are parameters": Mutant("train_cost", "parameters * size", "parameters"),
+    "dense cost of a contraction": Mutant(
+        "train_cost",
+        "site.in_features * site.out_features if dense else last.flops // (2 * last.tokens)",
+        "site.in_features * site.out_features if True else last.flops // (2 * last.tokens)",
+    ),
+    "size not judged": Mutant("_too_large", "rule.force", "True"),
 }
 
 
-def treated(m: dict[str, ModuleType], text: str, use: Any, **more: Any) -> Any:
+def treated(m: Any, text: str, use: Any, **more: Any) -> Any:
     graph = graph_of(text)
     (site,) = find_sites(graph)
-    methods = {"tt": m[PLAIN].TT(), "tt_lora": m[LORA].TTLora()}
-    result, (outcome,) = m[REWRITE].rewrite(graph, [(site, rule_of(use, **{"force": True, **more}))], methods)
+    methods = {"tt": m.TT(), "tt_lora": m.TTLora()}
+    result, (outcome,) = m.rewrite(graph, [(site, rule_of(use, **{"force": True, **more}))], methods)
     return graph, result, outcome
 
 
-def check_replacing(m: dict[str, ModuleType]) -> None:
+def check_replacing(m: Any) -> None:
     bias = BIAS
     for use in (tt(5, modes=([2, 3, 3], [4, 3, 2])), tt(3, modes=([3, 6], [4, 6]), plan="contract"), tt(4, plan="rebuild")):
         _, result, outcome = treated(m, TEXT, use)
@@ -476,7 +473,7 @@ def check_replacing(m: dict[str, ModuleType]) -> None:
     assert treated(m, TEXT, tt(2, modes=([3, 6], [6, 4]), plan="contract"))[2].cost.macs == 6 * 6 * 4 + 3 * 8 * 6
 
 
-def check_padded(m: dict[str, ModuleType]) -> None:
+def check_padded(m: Any) -> None:
     text = TEXT.replace("24", "23").replace("18", "17")
     weights = weights_of(text)
     x = X[:, :23]
@@ -487,7 +484,7 @@ def check_padded(m: dict[str, ModuleType]) -> None:
         np.testing.assert_allclose(run(result, x)[0].numpy(), expected, rtol=0, atol=1e-11)
 
 
-def check_update(m: dict[str, ModuleType]) -> None:
+def check_update(m: Any) -> None:
     for form in FORMS:
         _, result, outcome = treated(m, TEXT, tt_lora(3, alpha=2.5, init="direct", **form))
         whole = W + update_of(outcome, 2.5)
@@ -495,14 +492,14 @@ def check_update(m: dict[str, ModuleType]) -> None:
         assert outcome.weight_error == pytest.approx(np.linalg.norm(whole - W) / np.linalg.norm(W), rel=1e-6)
         assert outcome.weight_error > 1e-3
         parts = {const.path.rpartition(".")[2]: const.load() for const in outcome.consts}
-        merged, _ = m[LORA].TTLora().merge({**parts, "base": torch.from_numpy(W), "scale": torch.tensor(2.5)})
+        merged, _ = m.TTLora().merge({**parts, "base": torch.from_numpy(W), "scale": torch.tensor(2.5)})
         np.testing.assert_allclose(merged.numpy(), whole, rtol=0, atol=1e-12)
         if "modes" not in form:
-            down, up = m[LORA].two_factor_form([const.load() for const in outcome.consts], 24, 2.5)
+            down, up = m.two_factor_form([const.load() for const in outcome.consts], 24, 2.5)
             np.testing.assert_allclose((down @ up).T.numpy(), whole - W, rtol=0, atol=1e-12)
 
 
-def check_starts(m: dict[str, ModuleType]) -> None:
+def check_starts(m: Any) -> None:
     zero, direct, drawn = (treated(m, TEXT, tt_lora(100, init=init))[2] for init in ("zero", "direct", "tt_svd"))
     assert not cores_of(zero.consts)[-1].any()
     assert cores_of(zero.consts)[0].any()
@@ -512,21 +509,21 @@ def check_starts(m: dict[str, ModuleType]) -> None:
     assert not np.array_equal(cores_of(other.consts)[0], cores_of(direct.consts)[0])
 
 
-def check_bad_weight(m: dict[str, ModuleType]) -> None:
+def check_bad_weight(m: Any) -> None:
     weights = weights_of(TEXT)
     weights["fc.weight"][2, 3] = float("nan")
     graph = graph_of(TEXT, weights)
     with pytest.raises(RewriteError, match=r"fc\.weight: 1 of 432"):
-        m[REWRITE].rewrite(graph, [(find_sites(graph)[0], rule_of(tt(2), force=True))], {"tt": m[PLAIN].TT()})
+        m.rewrite(graph, [(find_sites(graph)[0], rule_of(tt(2), force=True))], {"tt": m.TT()})
 
 
 CHECKS: tuple[Check, ...] = (check_update, check_starts, check_replacing, check_padded, check_bad_weight)
 
 
 def test_the_checks_pass_on_the_real_code() -> None:
-    assert killer(MODULES, CHECKS, *UNCHANGED) is None
+    assert killer(unmutated(MUTANTS.values()), CHECKS) is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed(name: str) -> None:
-    assert killer(MODULES, CHECKS, *MUTANTS[name]), "no check noticed"
+    assert killer(mutated(MUTANTS[name]), CHECKS), "no check noticed"
