@@ -1,4 +1,4 @@
-"""The public functions: load_spec, plan, compile, inspect_model, explain, trace.
+"""The public functions: plan, compile, inspect_model, explain, trace (load_spec: `matmorph.spec`).
 
 import matmorph as mm
 compiled = mm.compile(model, "low-rank-60", example_inputs, dynamic_shapes=..., calibration=batches)
@@ -7,11 +7,9 @@ compiled.save("out/")
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -22,56 +20,46 @@ from matmorph.folders.job import Job
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.ir.tracing.trace import read_examples, trace
+from matmorph.ir.tracing.call import read_examples
+from matmorph.ir.tracing.trace import trace
 from matmorph.models.resolve import Model
-from matmorph.passes.methods import all_methods, method_table
+from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
 from matmorph.passes.selection.explain import Explanation
 from matmorph.passes.selection.explain import explain as explain_site
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report
-from matmorph.specs.load import load_spec as read_spec
+from matmorph.spec import SpecSource, load_spec
 from matmorph.specs.schema import Spec
 
-__all__ = ["Compiled", "Model", "Report", "Spec", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
+__all__ = ["Compiled", "Model", "Report", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
 
-SpecSource: TypeAlias = "Spec | str | os.PathLike[str] | Mapping[str, Any]"
-
-
-def load_spec(source: SpecSource) -> Spec:
-    """A library name, a path or a dict as a checked Spec; a Spec is given back as it is. Raises SpecError with file:line:column."""
-    if isinstance(source, Spec):
-        return source
-    if isinstance(source, Mapping | str):
-        return read_spec(source, method_table())
-    if isinstance(source, os.PathLike):
-        return read_spec(Path(source), method_table())
-    raise InputError(f"a spec is a library name, a path or a dict, got {type(source).__name__}")
+Kwargs: TypeAlias = Mapping[str, Any] | None
 
 
 def _name(model: Any) -> str:
     return type(model).__name__
 
 
-def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Report:
+def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None) -> Report:
     """Every matmul site as it is: rows of status "unclaimed"."""
-    return inspect_graph(trace(model, example_inputs, dynamic_shapes), _name(model))
+    return inspect_graph(trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), _name(model))
 
 
-def plan(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None) -> Report:
+def plan(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None) -> Report:
     """What `compile` would do and what it would cost; needs no weights (a model on the meta device will do), calibration or labels.
 
     The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
     """
     loaded = load_spec(spec)
-    return plan_graph(trace(model, example_inputs, dynamic_shapes), loaded, all_methods(), _name(model))
+    return plan_graph(trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), loaded, all_methods(), _name(model))
 
 
-def explain(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str) -> Explanation:
+def explain(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str, *, kwargs: Kwargs = None) -> Explanation:
     """Why the site at `path` is or is not claimed: each rule of the first stage, condition by condition. Raises InputError for a path
     that is no site (with the nearest)."""
     loaded = load_spec(spec)
-    graph = trace(model, example_inputs, dynamic_shapes)
+    graph = trace(model, example_inputs, dynamic_shapes, kwargs=kwargs)
     return explain_site(loaded.stages[0], graph, find_sites(graph), path)
 
 
@@ -83,15 +71,17 @@ def compile(
     calibration: Iterable[Any] | None = None,
     seed: int | None = None,
     *,
+    kwargs: Kwargs = None,
     progress: Progress | None = None,
     onnx_lowerings: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Compiled:
     """Rewrites the model's matmuls by the spec.
 
-    model: nn.Module, fx.GraphModule or ExportedProgram. example_inputs: a dict = keyword arguments, a tuple = positional; dynamic_shapes
-    mirrors it with axis names ({"input_ids": {0: "batch", 1: "seq"}}), None = static. calibration: batches like the example inputs, for
-    methods that need data; where given, every claimed site's output error is measured. seed: None = the spec's. onnx_lowerings:
-    translations of your own operators for the export (torch operator -> onnxscript function).
+    model: nn.Module, fx.GraphModule or ExportedProgram. example_inputs: a dict = keyword arguments, a tuple = positional; kwargs: keyword
+    arguments beside positional ones. dynamic_shapes: names of axes by input ({"input_ids": {0: "batch", 1: "seq"}}) or in a tuple over all
+    inputs, None = static; an axis may be a `torch.export.Dim` too. calibration: batches like the example inputs (beside kwargs a pair of
+    args and kwargs, or all inputs by name), for methods that need data; where given, every claimed site's output error is measured. seed:
+    None = the spec's. onnx_lowerings: translations of your own operators for the export (torch operator -> onnxscript function).
 
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
@@ -100,11 +90,11 @@ def compile(
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
-    graph = trace(model, example_inputs, dynamic_shapes)
+    graph = trace(model, example_inputs, dynamic_shapes, kwargs=kwargs)
     show("tracing", 1, 1)
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
-    examples = _flat_examples(model, graph, example_inputs)
+    examples = _flat_examples(model, graph, example_inputs, kwargs)
     traced = time.perf_counter()
     done = compile_graph(graph, loaded, all_methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
@@ -127,12 +117,12 @@ def _seeded(spec: Spec, seed: int | None) -> Spec:
     return spec if seed is None else replace(spec, seed=seed, resolved={**spec.resolved, "seed": seed})
 
 
-def _flat_examples(model: Any, graph: Graph, example_inputs: Any) -> tuple[torch.Tensor, ...]:
+def _flat_examples(model: Any, graph: Graph, example_inputs: Any, beside: Kwargs) -> tuple[torch.Tensor, ...]:
     """The example's tensors in `graph.inputs` order; an ExportedProgram brings its own where none are given."""
-    if example_inputs is None and isinstance(model, torch.export.ExportedProgram):
+    if example_inputs is None and beside is None and isinstance(model, torch.export.ExportedProgram):
         if model.example_inputs is None:
             raise InputError("the exported program was saved without its example inputs: give example_inputs")
         args, kwargs = model.example_inputs
     else:
-        args, kwargs = read_examples(example_inputs, torch.device(graph.device))
+        args, kwargs = read_examples(example_inputs, torch.device(graph.device), beside)
     return tuple(bind(graph, args, kwargs))

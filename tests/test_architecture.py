@@ -36,6 +36,7 @@ LAYERS = (
     ("matmorph.report",),
     ("matmorph.models",),  # where models come from
     ("matmorph.folders",),
+    ("matmorph.spec",),
     ("matmorph.compiled",),
     ("matmorph.api",),
     ("matmorph.cli", "matmorph.__main__"),

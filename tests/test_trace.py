@@ -205,10 +205,12 @@ def test_untraceable_models(model: nn.Module, inputs: object, axes: object, mess
         ({}, None, "non-empty"),
         ((torch.ones(1, 4),), NAMED, "size 1 on the dynamic axis batch"),
         ((torch.ones(3, 4),), ({2: "batch"},), r"names axis 2, but its example has 2 axes \(0 to 1\)"),
-        ((torch.ones(3, 4),), ({0: 7},), "needs a name"),
+        ((torch.ones(3, 4),), ({0: 7.5},), "needs a name"),
+        ((torch.ones(3, 4),), ({0: 7},), "is given as 7, but its example has 3"),
         ((torch.ones(3, 4),), ({0: {"name": "b", "max": 1}},), "1 <= min < max"),
         ((torch.ones(3, 4),), ({0: "batch", 1: "batch"},), "disagree on batch: 3 at axis 0 of 0, 4 at axis 1 of 0"),
-        ((torch.ones(3, 4),), {"input": {0: "batch"}}, "must be a tuple of 1 dicts"),
+        ((torch.ones(3, 4),), {"inputs": {0: "batch"}}, r"no example input \(input\); did you mean input"),
+        ((torch.ones(3, 4),), (NAMED[0], NAMED[0]), "must be a tuple of 1 dicts"),
     ],
 )
 def test_inputs_that_do_not_fit(inputs: object, axes: object, message: str) -> None:

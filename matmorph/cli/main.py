@@ -81,7 +81,7 @@ def inspect_command(model: ModelName, every: Every = False, as_json: Json = Fals
     from matmorph.report.table import print_inspect
 
     found = _resolve(model)
-    report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes)
+    report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
     _show(report, as_json, every, print_inspect)
 
 
@@ -95,7 +95,7 @@ def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json =
 
     loaded = api.load_spec(spec)
     found = _resolve(model)
-    report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes)
+    report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
     _show(report, as_json, every, print_plan)
 
 
@@ -113,7 +113,7 @@ def explain(
 
     loaded = api.load_spec(spec)
     found = _resolve(model)
-    explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node)
+    explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node, kwargs=found.kwargs)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else "\n".join(explanation.lines()))
 
 
@@ -152,7 +152,8 @@ def compile_command(
     found = _resolve(model)
     batches = _calibration(found, calibration)
     with progress_bars(quiet=as_json) as show:
-        compiled = api.compile(found.module, loaded, found.example_inputs, found.dynamic_shapes, calibration=batches, progress=show)
+        inputs = (found.example_inputs, found.dynamic_shapes)
+        compiled = api.compile(found.module, loaded, *inputs, calibration=batches, kwargs=found.kwargs, progress=show)
         front = None if pareto is None else compiled.pareto(pareto)
         folder = compiled.save(out, force=force, train=train, pareto=front)
     _show(compiled.report, as_json, every, print_plan)

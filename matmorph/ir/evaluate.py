@@ -108,7 +108,8 @@ def _flatten_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     args_spec, kwargs_spec = graph.signature.in_spec.children()
     names = list(kwargs_spec.context or ())
     if len(args) != len(args_spec.children()):
-        how = f"keyword arguments {', '.join(names)}" if names else f"{len(args_spec.children())} positional arguments"
+        kinds = [f"{len(args_spec.children())} positional arguments"] if args_spec.children() or not names else []
+        how = " and ".join([*kinds, *([f"keyword arguments {', '.join(names)}"] if names else [])])
         raise InputError(f"{len(args)} positional arguments given, but the model was traced with {how}")
     unknown = [name for name in kwargs if name not in names]
     if unknown:

@@ -49,14 +49,16 @@ class Model:
     """A model and how to call it.
 
     `module`: an nn.Module, fx.GraphModule or ExportedProgram. `example_inputs`: a dict = keyword arguments, a tuple = positional ones.
-    `dynamic_shapes`: names of dynamic axes in the same structure ({"input_ids": {0: "batch", 1: "seq"}}), None = all static.
-    `calibration`: batches with the structure of `example_inputs`, used where a method asks for statistics and no file is given.
+    `dynamic_shapes`: names of dynamic axes by input ({"input_ids": {0: "batch", 1: "seq"}}), None = all static. `calibration`: batches
+    as `compile` takes them, used where a method asks for statistics and no file is given. `kwargs`: keyword arguments beside positional
+    ones.
     """
 
     module: Any
     example_inputs: Inputs
     dynamic_shapes: Any = None
-    calibration: Iterable[Inputs] | None = None
+    calibration: Iterable[Any] | None = None
+    kwargs: Mapping[str, Any] | None = None
 
 
 def resolve(name: str) -> Model:
@@ -205,6 +207,8 @@ def _checked(name: str, attribute: str, model: Any) -> Model:
     if not isinstance(model.example_inputs, Mapping | tuple):
         kind = type(model.example_inputs).__name__
         raise InputError(f"{name}: example_inputs is a {kind}; give a dict (keyword arguments) or a tuple (positional ones)")
+    if model.kwargs is not None and (isinstance(model.example_inputs, Mapping) or not isinstance(model.kwargs, Mapping)):
+        raise InputError(f"{name}: kwargs is a dict of keyword arguments beside a tuple of positional ones")
     return model
 
 
@@ -235,9 +239,9 @@ def _exported_program(path: Path) -> Model:
     if program.example_inputs is None:
         raise InputError(f"{path}: the program was saved without its example inputs", ["use a package.module:factory that gives them"])
     args, kwargs = program.example_inputs
-    if args and kwargs:
-        raise InputError(f"{path}: the program mixes positional and keyword inputs", ["export it with all inputs of one kind"])
-    return Model(module=program, example_inputs=dict(kwargs) if kwargs else tuple(args))
+    if kwargs and not args:
+        return Model(module=program, example_inputs=dict(kwargs))
+    return Model(module=program, example_inputs=tuple(args), kwargs=dict(kwargs) or None)
 
 
 # ---- --calibration FILE
@@ -246,9 +250,9 @@ def _exported_program(path: Path) -> Model:
 def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     """Batches of at most `batch` samples from an .npz or .safetensors file keyed by input name, first axis = samples.
 
-    The batches have the structure of `model.example_inputs`; where the file has `labels` too, for methods that read gradients of a loss,
-    they are mappings. Raises InputError on a file that is missing or of another kind, keys other than the inputs' and `labels`, inputs
-    of different lengths, or shapes and types that do not fit.
+    The batches have the structure of `model.example_inputs`; where the model has `kwargs`, or the file `labels` for methods that read
+    gradients of a loss, they are mappings. Raises InputError on a file that is missing or of another kind, keys other than the inputs'
+    and `labels`, inputs of different lengths, or shapes and types that do not fit.
     """
     from matmorph.ir.training.losses import LABELS
 
@@ -273,7 +277,8 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     if samples == 0:
         raise InputError(f"{path}: holds no samples")
     parts: list[dict[str, Any]] = [{name: t[start : start + batch] for name, t in tensors.items()} for start in range(0, samples, batch)]
-    return list(parts) if labelled or isinstance(model.example_inputs, Mapping) else [tuple(part.values()) for part in parts]
+    named = labelled or model.kwargs is not None or isinstance(model.example_inputs, Mapping)
+    return list(parts) if named else [tuple(part.values()) for part in parts]
 
 
 def _named_examples(model: Model) -> dict[str, Any]:
@@ -287,8 +292,10 @@ def _named_examples(model: Model) -> dict[str, Any]:
         named = dict(zip(inspect.signature(model.module.forward).parameters, inputs, strict=False))
     else:
         named = dict(zip(model.module.graph_signature.user_inputs, inputs, strict=False))
+    count = len(inputs) + len(model.kwargs or {})
+    named |= model.kwargs or {}
     odd = [name for name, value in named.items() if not isinstance(value, torch.Tensor)]
-    if odd or len(named) != len(inputs):
+    if odd or len(named) != count:
         raise InputError(f"--calibration needs tensor inputs with a name each; {', '.join(odd) or 'the inputs'} are not", [_IN_PYTHON])
     return named
 

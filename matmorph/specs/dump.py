@@ -28,11 +28,10 @@ def resolved_data(spec: Spec, tree: MapTree) -> dict[str, Any]:
     data: dict[str, Any] = {"version": spec.version, "name": spec.name}
     if "select" in tree.items:
         data["select"] = to_data(tree.items["select"])
-    stages = entries(tree, "stages")
-    if stages:
-        data["stages"] = [_stage(spec, stage, below) for stage, below in zip(spec.stages, stages, strict=True)]
+    if "stages" in tree.items:
+        data["stages"] = [_stage(spec, stage) for stage in spec.stages]
     else:
-        data["rules"] = _rules(spec.stages[0], tree)
+        data["rules"] = [plain_rule(rule) for rule in spec.stages[0].rules]
         if spec.stages[0].budget is not None:
             data["budget"] = to_plain(spec.stages[0].budget)
     if spec.tolerance is not None:
@@ -43,8 +42,8 @@ def resolved_data(spec: Spec, tree: MapTree) -> dict[str, Any]:
     return {**data, "seed": spec.seed, "strict": spec.strict}
 
 
-def _stage(spec: Spec, stage: Stage, tree: Tree) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": stage.name, "rules": _rules(stage, tree)}
+def _stage(spec: Spec, stage: Stage) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": stage.name, "rules": [plain_rule(rule) for rule in stage.rules]}
     if spec.tolerance is not None or stage.tolerance is not None:  # null: the spec has one that this stage takes away
         data["tolerance"] = to_plain(stage.tolerance)
     if stage.budget is not None:
@@ -52,18 +51,15 @@ def _stage(spec: Spec, stage: Stage, tree: Tree) -> dict[str, Any]:
     return {**data, "calibration": to_plain(stage.calibration)}
 
 
-def _rules(stage: Stage, tree: Tree) -> list[dict[str, Any]]:
-    return [_rule(rule, below) for rule, below in zip(stage.rules, entries(tree, "rules"), strict=True)]
-
-
-def _rule(rule: Rule, tree: Tree) -> dict[str, Any]:
-    """A rule with its name, without the keys that have their default."""
-    match = to_data(tree.items["match"]) if isinstance(tree, MapTree) else {}
+def plain_rule(rule: Rule) -> dict[str, Any]:
+    """A rule with its name, where it has one, without the keys that have their default."""
+    name = {"name": rule.name} if rule.name else {}
     flags = {key: True for key in ("force", "untie") if getattr(rule, key)}
     pays = {"pays": to_plain(rule.pays)} if rule.pays.time else {}
     expect = {} if rule.expect is None else {"expect": rule.expect}
     optional = {"optional": True} if rule.optional else {}
-    return {"name": rule.name, "match": match, **expect, **optional, "rewrite": plain_uses(rule.rewrite), **flags, **pays}
+    written = {"match": to_data(rule.match.written), **expect, **optional, "rewrite": plain_uses(rule.rewrite)}
+    return {**name, **written, **flags, **pays}
 
 
 def dump_resolved(spec: Spec) -> str:

@@ -7,13 +7,14 @@ unless the match names their key somewhere outside a `not`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from matmorph.errors import Position
 from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Clause, Condition, SelectionContext
 from matmorph.specs.conditions.nesting import GroupClause, MappingClause, NotClause
 from matmorph.specs.pattern_match import Occurrence
+from matmorph.specs.tree import MapTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Match:
-    """A parsed `match`. `at` and `keypath` are those of the mapping, `root` its conditions, `implied` those that hold unless named."""
+    """A parsed `match`. `at` and `keypath` are those of the mapping `written`, `root` its conditions, `implied` those that hold unless
+    named."""
 
     at: Position | None
     keypath: str
     root: MappingClause
     implied: tuple[Condition, ...]
+    written: MapTree = field(repr=False)
 
     def test(self, site: Site, context: SelectionContext) -> Verdict:
         """Whether the site matches, else everything that fails; weights are read only where nothing cheaper fails."""
@@ -81,5 +84,5 @@ def leaves(clause: Clause, positive: bool = True) -> Iterator[tuple[Condition, b
         yield clause, positive
 
 
-EVERYTHING = Match(None, "", MappingClause(None, "", "", ()), ())
+EVERYTHING = Match(None, "", MappingClause(None, "", "", ()), (), MapTree(None, "", {}, {}))
 """Of a rule that is made for a matmul which is chosen already."""

@@ -5,17 +5,18 @@ The loader reads through them and the JSON Schema is generated from them, so thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from matmorph.errors import Position, SpecError
+from matmorph.errors import Position, SpecError, did_you_mean
 from matmorph.optimizers import OPTIMIZERS, AdamW, AnyOptimizer, optimizer_name
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.match import Match
 from matmorph.specs.notations import Count, Rank, Size, Width
-from matmorph.specs.tree import Data, Tree, from_data
+from matmorph.specs.selectors import parse_match
+from matmorph.specs.tree import Data, MapTree, Tree, from_data
 from matmorph.specs.typed import ByName, Notation, read_dataclass, to_plain
 
 __all__ = [
@@ -211,6 +212,7 @@ class MethodUse:
     at: Position | None = field(default=None, compare=False, repr=False)
 
 
+_PAYS = Pays()
 ANY_OF = "any_of"
 
 
@@ -238,11 +240,39 @@ def is_open(use: MethodUse) -> bool:
     return use.method == ANY_OF or automatic or getattr(use.spec, "bits", None) == "auto"
 
 
-@dataclass(frozen=True, slots=True)
+def as_match(given: Any) -> Match:
+    """A match as it is, or read from a dict with the keys of a spec file. SpecError where it cannot be."""
+    if isinstance(given, Match):
+        return given
+    tree = from_data({"match": given}).items["match"]
+    if not isinstance(tree, MapTree):
+        raise tree.error(f"expected a dict of conditions, got {given!r:.60}")
+    return parse_match(tree, {})
+
+
+def as_rewrite(given: Any, keypath: str = "rewrite") -> tuple[MethodUse, ...]:
+    """A rewrite from objects: a method with its settings, a list of them, {"any_of": [...]} or "keep". SpecError for anything else."""
+    if isinstance(given, MethodUse):
+        return (given,)
+    if isinstance(given, str) and given == "keep":
+        return ()
+    if isinstance(given, Mapping) and list(given) == [ANY_OF] and isinstance(given[ANY_OF], list | tuple):
+        each = (as_rewrite(uses, f"{keypath}.{ANY_OF}[{number}]") for number, uses in enumerate(given[ANY_OF]))
+        return (MethodUse(ANY_OF, AnyOf(tuple(each))),)
+    if isinstance(given, list | tuple) and all(isinstance(use, MethodUse) for use in given):
+        return tuple(given)
+    near = did_you_mean(given, ["keep"]) if isinstance(given, str) else ""
+    hint = ["a method by its name: matmorph.method(NAME)(...); or the whole rule as a dict"] if isinstance(given, str | Mapping) else []
+    expected = 'a method with its settings, a list of them, {"any_of": [...]} or "keep"'
+    raise SpecError(f"expected {expected}, got {given!r:.60}{near}", keypath=keypath, details=hint)
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Rule:
     """Which matmuls, and what becomes of them; the first rule that matches one owns it.
 
-    `rewrite` () is `keep`; after loading, `name` is never empty.
+    `rewrite` () is `keep`; after loading, `name` is never empty. In Python `match` is a dict with the keys of a spec file, `rewrite` a
+    method with its settings, a list of them, {"any_of": [...]} or "keep"; SpecError where one of them cannot be.
     """
 
     match: Match = field(compare=False, metadata={"doc": "conditions that all hold for a site of this rule"})
@@ -251,9 +281,26 @@ class Rule:
     expect: int | None = field(default=None, metadata={"doc": "how many sites the rule owns; another count is an error", "minimum": 1})
     optional: bool = field(default=False, metadata={"doc": "no error when the rule matches nothing"})
     force: bool = field(default=False, metadata={"doc": "rewrite even where it takes more bytes than the dense matmul"})
-    pays: Pays = field(default=Pays(), metadata={"doc": "what else a rewrite must gain"})
+    pays: Pays = field(default=_PAYS, metadata={"doc": "what else a rewrite must gain"})
     untie: bool = field(default=False, metadata={"doc": "separate a head from the embedding table it shares"})
     at: Position | None = field(default=None, compare=False, repr=False)
+
+    def __init__(
+        self,
+        match: Match | Mapping[str, Any],
+        rewrite: MethodUse | Sequence[MethodUse] | Mapping[str, Any] | str,
+        name: str = "",
+        expect: int | None = None,
+        optional: bool = False,
+        force: bool = False,
+        pays: Pays | Mapping[str, Any] = _PAYS,
+        untie: bool = False,
+        at: Position | None = None,
+    ) -> None:
+        given = {"name": name, "expect": expect, "optional": optional, "force": force, "untie": untie, "at": at}
+        read = pays if isinstance(pays, Pays) else read_dataclass(Pays, from_data({"pays": pays}).items["pays"])
+        for key, value in {"match": as_match(match), "rewrite": as_rewrite(rewrite), "pays": read, **given}.items():
+            object.__setattr__(self, key, value)
 
     @property
     def is_open(self) -> bool:

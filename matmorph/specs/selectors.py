@@ -20,4 +20,4 @@ def parse_match(tree: MapTree, named: Mapping[str, MapTree]) -> Match:
     root = MappingClause.read(tree, {}, Language(CONDITIONS, named))
     keys = {leaf.key for leaf, positive in leaves(root) if positive}
     implied = (entry.implied(tree) for key, entry in CONDITIONS.items() if key not in keys)
-    return Match(tree.at, tree.keypath, root, tuple(condition for condition in implied if condition is not None))
+    return Match(tree.at, tree.keypath, root, tuple(condition for condition in implied if condition is not None), tree)

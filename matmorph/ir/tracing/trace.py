@@ -16,18 +16,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as fx_config
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from matmorph.errors import InputError, MatmorphError, TraceError
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import bind
 from matmorph.ir.to_torch import CompiledModule
+from matmorph.ir.tracing.call import call_names, check_call, flat_names, input_names, read_examples, without_stars
 from matmorph.ir.tracing.dynamic import DynamicAxes, demands, entry_key, read_dynamic_shapes, suggested_ranges
 from matmorph.ir.tracing.from_export import Names, constant, read_program
 from matmorph.ir.tracing.normal_form import is_functional
@@ -40,70 +41,62 @@ ADVICE: tuple[tuple[str, str], ...] = (
     (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
     ("Unsupported input type", "an input is of a type torch.export does not know: pass tensors, numbers, lists, tuples or dicts"),
     ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
+    ("Must provide a tree_name", "torch.export takes no dynamic axes where arguments go into **kwargs: name that argument in forward"),
     ("shape", "check the example inputs against what the model expects"),
 )
 """What to change, by a word of the reason; the first that fits is shown."""
 
 
-def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Graph:
+def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> Graph:
     """The Graph of an nn.Module, an fx.GraphModule or an ExportedProgram.
 
-    example_inputs: a dict (keyword arguments) or a tuple (positional); a lone tensor is a tuple of one. dynamic_shapes mirrors it:
-    a dict of `{axis: name}` for kwargs, a tuple of them for args, None = static. For an ExportedProgram, which is already traced, both may
-    be None; `dynamic_shapes` then only names its symbols. A CompiledModule is its graph with the weights that it holds now; its axes are
-    those of its first trace.
+    example_inputs: a dict (keyword arguments) or a tuple (positional); a lone tensor is a tuple of one. kwargs: keyword arguments beside
+    positional ones. dynamic_shapes: `{axis: name}` of each input, in a dict by input or a tuple over all of them, None = static; a name is
+    a text, `{name: seq, max: 512}` or a `torch.export.Dim`. For an ExportedProgram, which is already traced, all may be None;
+    `dynamic_shapes` then only names its symbols. A CompiledModule is its graph with the weights that it holds now; its axes are those of
+    its first trace.
 
     Raises InputError for inputs that do not fit and TraceError (source line, reason, what to change) for a model that cannot be traced.
     """
     if isinstance(model, ExportedProgram):
         return _trace_program(model, dynamic_shapes)
     if isinstance(model, CompiledModule):
-        return _traced_before(model, example_inputs, dynamic_shapes)
+        return _traced_before(model, example_inputs, dynamic_shapes, kwargs)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
     device = _device(model)
-    args, kwargs = read_examples(example_inputs, device)
-    _check_call(model, args, kwargs)
-    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
+    args, kwargs = read_examples(example_inputs, device, kwargs)
+    check_call(model, args, kwargs)
+    signature = inspect.signature(model.forward)
+    given = without_stars(signature, dynamic_shapes)
+    axes = read_dynamic_shapes(args, kwargs, given, call_names(signature, args, kwargs))
     with ExitStack() as stack:
         notes = stack.enter_context(_manners(model))
+        if axes.hints:
+            axes = axes.settled(_sizes(_export(model, args, kwargs, axes)[0], (args, kwargs), axes))
         program, axes, adopted = _export(model, args, kwargs, axes)
-        names = Names(_symbol_names(program, (args, kwargs), axes.shapes), _state(model), _input_names(model, args, kwargs))
+        names = Names(_symbol_names(program, (args, kwargs), axes), _state(model), input_names(model, args, kwargs))
         return read_program(_functional(program), names, str(device), (*notes, *adopted))
 
 
-def _traced_before(model: CompiledModule, example_inputs: Any, dynamic_shapes: Any) -> Graph:
+def _traced_before(model: CompiledModule, example_inputs: Any, dynamic_shapes: Any, kwargs: Mapping[str, Any] | None) -> Graph:
     """InputError where the examples do not fit, or where `dynamic_shapes` names an axis that is fixed or has another name."""
     graph = model.current_graph()
-    if example_inputs is None:
+    if example_inputs is None and kwargs is None:
         return graph
-    args, kwargs = read_examples(example_inputs, torch.device(graph.device))
+    args, kwargs = read_examples(example_inputs, torch.device(graph.device), kwargs)
     values = {id(tensor): value for tensor, value in zip(bind(graph, args, kwargs), graph.inputs, strict=True)}
-    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
-    for name, tensor, named in axes.leaves(kwargs or args):
+    names = tuple(entry.name.partition(".")[0] for entry in graph.signature.inputs)
+    axes = read_dynamic_shapes(args, kwargs, dynamic_shapes, tuple(dict.fromkeys(names)))
+    for name, tensor, named in axes.leaves((args, kwargs)):
         for axis, label in named.items():
-            known = format_dim(values[id(tensor)].tensor.shape[axis])
+            dim = values[id(tensor)].tensor.shape[axis]
+            known = format_dim(dim)
+            if label in axes.hints and (axes.may_be_fixed(label) or not isinstance(dim, int)):
+                continue  # nothing was asked of the name
             if known != label:
                 raise InputError(f"axis {axis} of {name} was {known} when this compiled model was traced; it cannot become {label}")
     return replace(graph, ranges=axes.within(graph.ranges))
-
-
-def read_examples(example_inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) on the model's device; the call mirrors the examples."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        if not example_inputs or not all(isinstance(key, str) for key in example_inputs):
-            raise InputError("example inputs given as a dict must be non-empty and keyed by argument name")
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, torch.Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, tuple | list):
-        args = tuple(example_inputs)
-    else:
-        raise InputError(f"example inputs must be a dict (keyword arguments) or a tuple (positional), got {type(example_inputs).__name__}")
-    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    return cast("tuple[tuple[Any, ...], dict[str, Any]]", moved)
 
 
 def _device(model: torch.nn.Module) -> torch.device:
@@ -114,14 +107,6 @@ def _device(model: torch.nn.Module) -> torch.device:
         where = [f"{name} is on {device}" for device, name in devices.items()]
         raise InputError(f"the model's parameters are on {len(devices)} devices; move them to one with model.to(...)", where)
     return next(iter(devices), torch.device("cpu"))
-
-
-def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        wanted = ", ".join(str(p) for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD)
-        raise InputError(f"the example inputs do not fit the model: {error}", [f"forward takes ({wanted})"]) from None
 
 
 @contextmanager
@@ -174,7 +159,7 @@ def _export(
 
 def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes) -> ExportedProgram:
     with quiet(), torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(), strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(inspect.signature(model.forward)), strict=False)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -247,44 +232,33 @@ def _state(model: torch.nn.Module) -> tuple[Const, ...]:
     return tuple(constant(tensor, tuple(names), kind, persistent) for tensor, names, kind, persistent in tensors.values())
 
 
-def _input_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """A name per flat input: the argument's, joined with keys and indices where an argument is a nest."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    parameters = inspect.signature(model.forward).parameters
-    positional: list[str] = []
-    for name, value in bound.arguments.items():
-        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-            positional += [f"{name}_{i}" for i in range(len(value))]
-        elif name not in kwargs:
-            positional.append(name)
-    return tuple(flat_names(dict(zip(positional, args, strict=False)) | kwargs))
-
-
-def flat_names(named: Mapping[str, Any]) -> list[str]:
-    """`{"x": tensor, "past": [a, b]}` -> ["x", "past.0", "past.1"], in flattening order."""
-    found = []
-    for name, value in named.items():
-        for path, _ in tree_flatten_with_path(value)[0]:
-            parts = [name, *(str(entry_key(key)) for key in path)]
-            found.append(".".join(parts))
-    return found
-
-
-def _symbol_names(program: ExportedProgram, examples: Any, shapes: Any) -> dict[str, str]:
+def _symbol_names(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> dict[str, str]:
     """The program's symbol for each named axis, read off the placeholders that carry it."""
-    axes = _flat_axes(examples, shapes)
-    user = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in set(_user_inputs(program))]
     names: dict[str, str] = {}
-    for node, entry in zip(user, axes, strict=True):
+    for node, axis, label, size in _placed(program, examples, axes):
+        if isinstance(size, int):
+            raise TraceError(
+                f"the model works only with {label} = {size}: it fixes that axis of {node.name}",
+                [f"leave axis {axis} of {node.name} out of dynamic_shapes, or change the model to accept any size"],
+            )
+        names[size] = label
+    return names
+
+
+def _sizes(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> dict[str, int | str]:
+    """By axis name, the size or the symbol that the program has there."""
+    return {label: size for _, _, label, size in _placed(program, examples, axes)}
+
+
+def _placed(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> Iterator[tuple[torch.fx.Node, int, str, int | str]]:
+    """(placeholder, axis, name, size or symbol) of every named axis."""
+    inputs = set(_user_inputs(program))
+    user = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    for node, entry in zip(user, _flat_axes(examples, axes.shapes), strict=True):
         for axis, label in (entry or {}).items():
             size = node.meta["val"].shape[axis]
-            if isinstance(size, int):
-                raise TraceError(
-                    f"the model works only with {label} = {size}: it fixes that axis of {node.name}",
-                    [f"leave axis {axis} of {node.name} out of dynamic_shapes, or change the model to accept any size"],
-                )
-            names[str(size.node.expr)] = label
-    return names
+            fixed = isinstance(size, int) or size.node.expr.is_number
+            yield node, axis, label, int(size) if fixed else str(size.node.expr)
 
 
 def _user_inputs(program: ExportedProgram) -> list[str]:
@@ -293,9 +267,8 @@ def _user_inputs(program: ExportedProgram) -> list[str]:
 
 def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
     """Axis names per flat leaf of (args, kwargs)."""
-    args, kwargs = examples
     found: list[Mapping[int, str] | None] = []
-    for path, _ in tree_flatten_with_path(kwargs or args)[0]:
+    for path, _ in tree_flatten_with_path(examples)[0]:
         axes = shapes
         for key in path:
             axes = axes[entry_key(key)] if axes is not None else None
@@ -308,12 +281,20 @@ def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
     args, kwargs = program.example_inputs if program.example_inputs is not None else ((), {})
     labels = {name: name for name in _program_symbols(program)}
     if dynamic_shapes is not None:
-        axes = read_dynamic_shapes(args, kwargs, dynamic_shapes)
-        labels.update(_symbol_names(program, (args, kwargs), axes.shapes))
+        axes = read_dynamic_shapes(args, kwargs, dynamic_shapes, (*_positional_names(program, args), *kwargs))
+        axes = axes.settled(_sizes(program, (args, kwargs), axes)) if axes.hints else axes
+        labels.update(_symbol_names(program, (args, kwargs), axes))
     state = _program_state(program)
     device = next((const.load().device for const in state), torch.device("cpu"))
-    inputs = tuple(flat_names(kwargs)) if kwargs and not args else tuple(_user_inputs(program))
+    flat = _user_inputs(program)
+    inputs = (*flat[: len(flat) - len(tree_leaves(kwargs))], *flat_names(kwargs))
     return read_program(_functional(program), Names(labels, state, inputs), str(device), ())
+
+
+def _positional_names(program: ExportedProgram, args: Sequence[Any]) -> list[str]:
+    """Of each positional argument, the name of its first tensor."""
+    flat = iter(_user_inputs(program))
+    return [next(iter([next(flat) for _ in tree_leaves(arg)]), f"input_{i}") for i, arg in enumerate(args)]
 
 
 def _program_symbols(program: ExportedProgram) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Value
@@ -63,7 +64,8 @@ def calibrate(
 ) -> Mapping[Site, SiteStats]:
     """The statistics of every site that needs one, from at most `samples` samples (first axis of the model's first input).
 
-    A batch is a mapping by input names, a tuple of positional inputs, or one tensor; tensors or numpy arrays like the example inputs.
+    A batch is a mapping by input names, a tuple of positional inputs, one tensor, or, for a model that takes both kinds of inputs, a pair
+    of args and kwargs; tensors or numpy arrays like the example inputs.
     No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
     disk; the files are gone as soon as the statistics are. `progress`: of the samples.
 
@@ -150,35 +152,40 @@ def _total(batches: Iterable[Any], samples: int) -> int | None:
     """How many samples there will be, where the batches are a list."""
     if not isinstance(batches, list | tuple):
         return None
-    shapes = [tuple(getattr(next(iter(_leaves(batch)), None), "shape", ())) for batch in batches]
+    shapes = [tuple(getattr(next(iter(tree_leaves(batch)), None), "shape", ())) for batch in batches]
     return min(samples, sum(int(shape[0]) if shape else 1 for shape in shapes))
-
-
-def _leaves(batch: Any) -> Iterable[Any]:
-    if isinstance(batch, Mapping):
-        return batch.values()
-    return batch if isinstance(batch, tuple | list) else (batch,)
 
 
 def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
     """The tensors of a batch in `graph.inputs` order, on the graph's device. Positional inputs may also come by their names."""
-    batch = _as_traced(graph, batch) if isinstance(batch, Mapping) else batch
-    args = () if isinstance(batch, Mapping) else tuple(_tensor(leaf, graph.device) for leaf in _leaves(batch))
-    kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in batch.items()} if isinstance(batch, Mapping) else {}
+    found, named = _as_traced(graph, batch)
+    args = tuple(_tensor(leaf, graph.device) for leaf in found)
+    kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in named.items()}
     try:
         return bind(graph, args, kwargs)
     except InputError as error:
         wanted = ", ".join(entry.name for entry in graph.signature.inputs)
-        given = ", ".join(kwargs) if kwargs else f"{len(args)} without names"
+        given = ", ".join([*([f"{len(args)} without names"] if args or not kwargs else []), *kwargs])
         details = [*error.details, f"the model's inputs: {wanted}", f"the batch has: {given}"]
         raise InputError(f"calibration batch {number + 1}: {error.message}", details) from error
 
 
-def _as_traced(graph: Graph, batch: Mapping[str, Any]) -> Any:
-    """A tuple where the model was traced with positional arguments alone and the mapping names them all."""
-    names = [entry.name for entry in graph.signature.inputs]
-    named = graph.signature.in_spec.children()[1].children()
-    return batch if named or set(batch) != set(names) else tuple(batch[name] for name in names)
+def _as_traced(graph: Graph, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """(args, kwargs) of a batch. A mapping that names all positional inputs stands for them; a model that takes both kinds of inputs also
+    takes a pair of args and kwargs."""
+    args, kwargs = graph.signature.in_spec.children()
+    if not isinstance(batch, Mapping):
+        leaves = batch if isinstance(batch, tuple | list) else (batch,)
+        both = args.num_leaves and kwargs.num_leaves and _is_pair(leaves)
+        return (leaves[0], leaves[1]) if both else (leaves, {})
+    names = [entry.name for entry in graph.signature.inputs][: args.num_leaves]
+    if not all(name in batch for name in names):
+        return (), batch
+    return [batch[name] for name in names], {name: leaf for name, leaf in batch.items() if name not in names}
+
+
+def _is_pair(batch: Sequence[Any]) -> bool:
+    return len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping)
 
 
 def _tensor(leaf: Any, device: str) -> Any:
