@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mutating import mutated
+from mutating import Mutant, mutated, unmutated
 
 from matmorph.errors import ExportError
 from matmorph.exporters.training import optimizers
@@ -42,7 +41,7 @@ TOLERANCE = 2e-6
 class Apply:
     """apply.onnx in ONNX Runtime, with the state that goes through it."""
 
-    def __init__(self, optimizer: AnyOptimizer, segments: Sequence[int] = SEGMENTS, module: ModuleType = optimizers) -> None:
+    def __init__(self, optimizer: AnyOptimizer, segments: Sequence[int] = SEGMENTS, module: Any = optimizers) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns about inputs with defaults
         model = module.optimizer_model(optimizer, segments)
@@ -114,7 +113,7 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
     return bool(np.array_equal(left.view(np.uint32), right.view(np.uint32)))
 
 
-def follow(optimizer: AnyOptimizer, module: ModuleType = optimizers, formula: AnyOptimizer | None = None, **how: Any) -> float:
+def follow(optimizer: AnyOptimizer, module: Any = optimizers, formula: AnyOptimizer | None = None, **how: Any) -> float:
     """20 steps beside the formula; the largest difference of theta and the states, relative to each vector's size."""
     apply = Apply(optimizer, module=module)
     apply.state["theta"] = start()
@@ -309,71 +308,65 @@ def test_operators_have_cuda_kernels(optimizer: AnyOptimizer) -> None:
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 21)}
 
 
-APPLY = "exporters.training.optimizers"
-RULE, ADAMW, SGD_FILE, ATAN2, LION = (f"optimizers.{name}" for name in ("rule", "adamw", "sgd", "adam_atan2", "lion"))
-MODULES = (RULE, ADAMW, SGD_FILE, ATAN2, LION, "optimizers", APPLY)
-"""In the order of their imports."""
-
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "eps dropped": (ADAMW, 'b("Add", b("Sqrt", made["v"]), eps)', 'b("Sqrt", made["v"])'),
-    "eps not corrected": (ADAMW, 'b("Mul", b.number(self.eps, double=True), root)', "b.number(self.eps, double=True)"),
-    "beta1 for both": (RULE, 'b("Mul", gradient, gradient), betas[1])', 'b("Mul", gradient, gradient), betas[0])'),
-    "betas exchanged": (RULE, '"m": mixed(b, "m", gradient, betas[0])', '"m": mixed(b, "m", gradient, betas[1])'),
-    "second correction not rooted": (RULE, 'return first, b("Sqrt", second)', "return first, second"),
-    "no first correction": (ADAMW, 'b("Div", root, first))', "b('Identity', root))"),
-    "clip upside down": (
-        APPLY,
-        'b("Not", finite, out="skipped")\n    clip = b("Min", b.number(1.0), b("Div", "max_norm", b("Add", norm, b.number(_CLIP_EPS))))',
-        'b("Not", finite, out="skipped")\n    clip = b("Min", b.number(1.0), b("Div", norm, "max_norm"))',
+MUTANTS = {
+    "eps dropped": Mutant("AdamW.rule", "b('Add', b('Sqrt', made['v']), eps)", "b('Sqrt', made['v'])"),
+    "eps not corrected": Mutant("AdamW.rule", "b('Mul', b.number(self.eps, double=True), root)", "b.number(self.eps, double=True)"),
+    "beta1 for both": Mutant("rule.moments", "betas[1]", "betas[0]"),
+    "betas exchanged": Mutant("rule.moments", "mixed(b, 'm', gradient, betas[0])", "mixed(b, 'm', gradient, betas[1])"),
+    "second correction not rooted": Mutant("rule.corrections", "b('Sqrt', second)", "second"),
+    "no first correction": Mutant("AdamW.rule", "b('Div', root, first)", "b('Identity', root)"),
+    "clip upside down": Mutant(
+        "optimizer_model", "b('Div', 'max_norm', b('Add', norm, b.number(_CLIP_EPS)))", "b('Div', norm, 'max_norm')"
     ),
-    "clip only upwards": (
-        APPLY,
-        'b("Not", finite, out="skipped")\n    clip = b("Min"',
-        'b("Not", finite, out="skipped")\n    clip = b("Max"',
+    "clip only upwards": Mutant("optimizer_model", "'Min'", "'Max'"),
+    "norm not scaled": Mutant(
+        "optimizer_model",
+        "b('Mul', b('Sqrt', _squares(b, everything, length)), 'grad_scale', out='grad_norm')",
+        "b('Mul', b('Sqrt', _squares(b, everything, length)), b.number(1.0), out='grad_norm')",
     ),
-    "norm not scaled": (APPLY, ', "grad_scale", out="grad_norm")', ', b.number(1.0), out="grad_norm")'),
-    "decay not scaled by lr": (APPLY, '"weight_decay"), rate)', '"weight_decay"), b.number(1.0))'),
-    "decay added": (APPLY, 'b("Sub", "theta", b("Add", step,', 'b("Sub", "theta", b("Sub", step,'),
-    "segments exchanged": (APPLY, "for which in (0, 1)]", "for which in (1, 0)]"),
-    "first segment for all": (APPLY, 'b("And", *alike)', 'b("Or", *alike)'),
-    "moments trained under a mask": (APPLY, 'kept("Where", trains, new, old) for', 'kept("Where", finite, new, old) for'),
-    "old value second": (
-        APPLY,
-        'kept("Where", trains, new, old)',
-        'kept("Where", kept("Xor", trains, kept.constant(np.ones((), bool))), old, new)',
+    "decay not scaled by lr": Mutant(
+        "optimizers._rates",
+        "b('Mul', b('Mul', 'segment_decay', 'weight_decay'), rate)",
+        "b('Mul', b('Mul', 'segment_decay', 'weight_decay'), b.number(1.0))",
     ),
-    "norm counts all": (APPLY, 'masked.number(0.0)), "grad", masked.number(0.0))', 'masked.number(-1.0)), "grad", masked.number(0.0))'),
-    "only NaN is not finite": (
-        APPLY,
-        'b("LessOrEqual", norm, b.number(float(np.finfo(np.float32).max)))',
-        'b("LessOrEqual", norm, b.number(float(np.inf)))',
+    "decay added": Mutant("_updated", "'Add'", "'Sub'"),
+    "segments exchanged": Mutant("optimizers._rates", "(0, 1)", "(1, 0)"),
+    "first segment for all": Mutant("optimizers._rates", "'And'", "'Or'"),
+    "moments trained under a mask": Mutant("optimizers._choose", "kept('Where', trains, new, old)", "kept('Where', finite, new, old)"),
+    "old value second": Mutant(
+        "optimizers._choose",
+        "kept('Where', trains, new, old)",
+        "kept('Where', kept('Xor', trains, kept.constant(np.ones((), bool))), old, new)",
     ),
-    "momentum of lion": (LION, 'mixed(b, "m", gradient, self.betas[1]), "step"', 'mixed(b, "m", gradient, self.betas[0]), "step"'),
-    "nesterov ignored": (SGD_FILE, "if self.nesterov else m", "if False else m"),
-    "rest of the rows forgotten": (APPLY, "if whole == length:", "if True:"),
-    "arc tangent once": (ATAN2, 'z = b("Mul", t, t)', 'z = b("Mul", b("Mul", t, t), b.number(0.0))'),
+    "norm counts all": Mutant(
+        "_squares", "masked('Greater', 'mask', masked.number(0.0))", "masked('Greater', 'mask', masked.number(-1.0))"
+    ),
+    "only NaN is not finite": Mutant("optimizer_model", "np.finfo(np.float32).max", "np.inf"),
+    "momentum of lion": Mutant("Lion.rule", "self.betas[1]", "self.betas[0]"),
+    "nesterov ignored": Mutant("SGD.rule", "self.nesterov", "False"),
+    "rest of the rows forgotten": Mutant("_sum_of_squares", "whole == length", "True"),
+    "arc tangent once": Mutant("AdamAtan2.rule", "z = b('Mul', t, t)", "z = b('Mul', b('Mul', t, t), b.number(0.0))"),
 }
 
 
-def digest(modules: dict[str, ModuleType]) -> bool:
-    """A short form of the tests above: whether the modules pass."""
-    module = modules[APPLY]
+def digest(m: Any) -> bool:
+    """A short form of the tests above: whether the code passes."""
 
     def passes(optimizer: AnyOptimizer, **how: Any) -> bool:
-        own = vars(modules["optimizers"])[type(optimizer).__name__](**asdict(optimizer))
-        return follow(own, module, optimizer, **how) <= TOLERANCE
+        own = m[type(optimizer).__name__](**asdict(optimizer))
+        return follow(own, m, optimizer, **how) <= TOLERANCE
 
     for optimizer in (ALL[0], ALL[3], ALL[5], ALL[7]):
         if not all(passes(optimizer, **how) for how in ({}, HOW["all at once"])):
             return False
     if not passes(ALL[0], sizes=(-9, -5)):  # sqrt(v) near eps
         return False
-    own = modules["optimizers"].AdamW(**asdict(ALL[0]))
-    apply = Apply(own, [5000, 2001], module)
+    own = m.AdamW(**asdict(ALL[0]))
+    apply = Apply(own, [5000, 2001], m)
     norm, _ = apply(np.full(7001, 0.5, np.float32))
     if abs(norm - 0.5 * math.sqrt(7001)) > 1e-3:
         return False
-    test = Apply(own, module=module)
+    test = Apply(own, module=m)
     test.state["theta"][:] = -0.0
     before, grad = test.state, gradients()[0].copy()
     grad[0] = math.inf
@@ -381,15 +374,15 @@ def digest(modules: dict[str, ModuleType]) -> bool:
 
 
 def test_the_digest_passes() -> None:
-    with mutated(MODULES, "", "", "", "matmorph") as modules:
-        assert digest(modules)
+    with unmutated(MUTANTS.values()) as m:
+        assert digest(m)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_noticed(name: str) -> None:
-    with mutated(MODULES, *MUTANTS[name], "matmorph") as modules:
+    with mutated(MUTANTS[name]) as m:
         try:
-            passed = digest(modules)
+            passed = digest(m)
         except (AssertionError, onnxruntime.capi.onnxruntime_pybind11_state.Fail):
             passed = False
     assert not passed
