@@ -62,16 +62,16 @@ class StandIn:
             )
         return f"loaded {source}"
 
-    def inspect_model(self, *given: Any) -> Any:
-        self.calls.append(("inspect_model", given, {}))
+    def inspect_model(self, *given: Any, **options: Any) -> Any:
+        self.calls.append(("inspect_model", given, options))
         return make_report(rewritten=False)
 
-    def plan(self, *given: Any) -> Any:
-        self.calls.append(("plan", given, {}))
+    def plan(self, *given: Any, **options: Any) -> Any:
+        self.calls.append(("plan", given, options))
         return make_report(is_plan=True)
 
-    def explain(self, *given: Any) -> Any:
-        self.calls.append(("explain", given, {}))
+    def explain(self, *given: Any, **options: Any) -> Any:
+        self.calls.append(("explain", given, options))
         return SimpleNamespace(lines=lambda: ("owned by rule blocks", "  yes role"), to_dict=lambda: {"owner": "blocks"})
 
     def compile(self, *given: Any, **options: Any) -> Any:
@@ -90,6 +90,7 @@ class StandIn:
 
 
 MODEL = Model("a module", {"x": torch.ones(2, 3)}, {"x": {0: "batch"}}, calibration=["own batch"])
+BOTH = Model("a module", (torch.ones(2, 3),), {"x": {0: "batch"}}, kwargs={"mask": torch.ones(2)})
 
 
 @pytest.fixture
@@ -142,11 +143,25 @@ def test_usage_errors_end_with_2(run: Run, arguments: list[str], expected: str) 
 # ---- what reaches the API
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan", "explain", "compile"])
+def test_keyword_arguments_beside_positional_ones_reach_the_api(
+    run: Run, api: StandIn, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name: BOTH)
+    more = {"inspect": [], "explain": ["--spec", "s", "--node", "n"], "plan": ["--spec", "s"]}
+    done = run(command, "minilm", *more.get(command, ["--spec", "s", "--out", str(tmp_path / "out")]))
+    assert done.code == 0
+    given, options = api.given("inspect_model" if command == "inspect" else command)
+    assert BOTH.example_inputs in given
+    assert options["kwargs"] is BOTH.kwargs
+
+
 def test_inspect(run: Run, api: StandIn) -> None:
     done = run("inspect", "minilm")
     assert (done.code, done.err) == (0, "")
     assert "attention.q" in done.out
     assert api.given("inspect_model")[0] == ("a module", MODEL.example_inputs, MODEL.dynamic_shapes)
+    assert api.given("inspect_model")[1] == {"kwargs": None}
     assert "encoder.layer.5.output.dense" in run("inspect", "minilm", "--all").out
 
 
