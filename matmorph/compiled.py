@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from matmorph.errors import InputError
-from matmorph.exporters.training.prepare_training import Axes, TrainRequest, of_spec
+from matmorph.exporters.training.prepare_training import LabelAxes, TrainRequest, of_spec
 from matmorph.folders.after_training import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
 from matmorph.folders.job import Job
 from matmorph.folders.save import save
@@ -166,7 +166,7 @@ class Compiled:
         trainable: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
-        label_shapes: Axes | None = None,
+        label_shapes: LabelAxes | None = None,
         keep_outputs: Sequence[str] = (),
         force: bool = False,
     ) -> Path:

@@ -16,7 +16,7 @@ from exporting import Mlp, randn, seeded
 
 import matmorph as mm
 from matmorph.cli import main as cli
-from matmorph.report.comparing import Side, matches
+from matmorph.report.comparing import ComparedModel, matches
 from matmorph.report.diff import difference, lines
 from matmorph.report.model import Report
 from matmorph.report.reading import read_folder
@@ -145,7 +145,7 @@ def test_compare_as_json_and_as_a_page(folders: tuple[Path, Path], tmp_path: Pat
 
 def test_a_matmul_that_one_model_lacks_is_listed(folders: tuple[Path, Path]) -> None:
     report, context = read_folder(folders[0])
-    less = Side("less", Report(report.name, "x", report.sites[:1], report.totals), context)
+    less = ComparedModel("less", Report(report.name, "x", report.sites[:1], report.totals), context)
     found = matches(less.report, report)
     assert [(match.path, match.left is None, match.differs) for match in found] == [("fc1", False, False), ("fc2", True, True)]
 

@@ -17,7 +17,7 @@ from matmorph.errors import InputError
 from matmorph.passes.linalg.contraction import (
     ALL_GROUPINGS,
     MAX_GROUPS,
-    Plan,
+    ContractionPlan,
     TrainShape,
     candidate_plans,
     contract,
@@ -34,7 +34,7 @@ def weight(train: TrainShape, cores: list[Array], boundary: int = 0) -> Array:
     return matrix_weight(cores) if train.form == "matrix" else vector_weight(cores, boundary)
 
 
-def run(plan: Plan, x: Array, cores: list[Array], leading: tuple[int, ...] = (-1,)) -> Array:
+def run(plan: ContractionPlan, x: Array, cores: list[Array], leading: tuple[int, ...] = (-1,)) -> Array:
     tensors = [torch.from_numpy(core) for core in cores]
     return np.asarray(contract(plan, torch.from_numpy(x), tensors, OPS, leading).numpy())
 

@@ -8,7 +8,7 @@ import opt_einsum
 import pytest
 
 from matmorph.errors import InputError
-from matmorph.passes.linalg.contraction import Plan, TrainShape, candidate_plans, matrix_train, vector_train
+from matmorph.passes.linalg.contraction import ContractionPlan, TrainShape, candidate_plans, matrix_train, vector_train
 from matmorph.passes.linalg.contraction_cost import MARGIN, SAME, choose, estimate, plan_contraction, planning_target
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.cpu import CPU_RATES
@@ -23,7 +23,7 @@ def square(modes: tuple[int, ...], rank: int) -> TrainShape:
     return matrix_train(modes, modes, (1, *(rank,) * (len(modes) - 1), 1))
 
 
-def plan_named(train: TrainShape, name: str) -> Plan:
+def plan_named(train: TrainShape, name: str) -> ContractionPlan:
     return next(plan for plan in candidate_plans(train) if plan.name == name)
 
 

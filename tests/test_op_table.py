@@ -37,7 +37,7 @@ from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.training import cleanup_rules, narrowing
-from matmorph.ir.training.adjoints.table import RULES as ADJOINTS
+from matmorph.ir.training.adjoints.table import ADJOINT_RULES as ADJOINTS
 from matmorph.ir.training.gradient_cleanup import simplify_gradient
 from matmorph.ir.training.narrowing import narrow
 from matmorph.ir.types import TensorType, dtype_name
@@ -257,8 +257,8 @@ FORMS_ONLY = {
 }
 DERIVED = {
     "narrowing": narrowing._RULES,
-    "axis rules": {**axis_rules.RULES, **axis_walk._SPECIAL},
-    "clean-up": cleanup_rules.RULES,
+    "axis rules": {**axis_rules.AXIS_RULES, **axis_walk._SPECIAL},
+    "clean-up": cleanup_rules.CLEANUP_RULES,
     "weight views": weight_view._LAYOUT,
     "matmul forms": matmul_forms._FORMS,
     "row views": row_view._FORMS,
@@ -284,8 +284,8 @@ def test_every_elementwise_operator_is_known_to_every_pass_or_left_out_for_a_rea
     several = {name for name in ELEMENTWISE if len(OPERATORS[name].operands) > 1}
     reasons = {"narrowing": {"prelu": slope, "rrelu": draws}, "axis rules": {"prelu": slope}, "clean-up": {"prelu": slope}}
     assert ELEMENTWISE - narrowing._RULES.keys() == reasons["narrowing"].keys()
-    assert ELEMENTWISE - axis_rules.RULES.keys() == reasons["axis rules"].keys()
-    assert several - cleanup_rules.RULES.keys() == reasons["clean-up"].keys()
+    assert ELEMENTWISE - axis_rules.AXIS_RULES.keys() == reasons["axis rules"].keys()
+    assert several - cleanup_rules.CLEANUP_RULES.keys() == reasons["clean-up"].keys()
 
 
 def test_every_layout_operator_is_known_to_every_pass_or_left_out_for_a_reason() -> None:

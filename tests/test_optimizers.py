@@ -15,7 +15,7 @@ import torch
 from mutating import Mutant, mutated, unmutated
 
 from matmorph.errors import ExportError
-from matmorph.exporters.training import optimizers
+from matmorph.exporters.training import apply_graph as optimizers
 from matmorph.optimizers import SGD, AdamAtan2, AdamW, AnyOptimizer, Lion, optimizer_name
 
 SEGMENTS = (7, 40, 3, 10)

@@ -15,7 +15,7 @@ from torch import nn
 import matmorph as mm
 from matmorph.errors import SpecError
 from matmorph.optimizers import OPTIMIZERS
-from matmorph.optimizers.rule import DECAY, LR, Ops, Rule, mixed
+from matmorph.optimizers.rule import DECAY, LR, UpdateOps, UpdateRule, mixed
 from matmorph.passes.methods import method_table
 from matmorph.runtime import Trainer
 from matmorph.specs.json_schema import json_schema
@@ -36,14 +36,14 @@ class RMSprop:
     eps: float = field(default=1e-8, metadata={"doc": "added to the root", "exclusive_minimum": 0})
     weight_decay: float = field(default=0.0, metadata=DECAY)
 
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         eps = b.number(self.eps)
 
-        def step(b: Ops, gradient: str) -> dict[str, str]:
+        def step(b: UpdateOps, gradient: str) -> dict[str, str]:
             square = mixed(b, "square", b("Mul", gradient, gradient), self.alpha)
             return {"square": square, "step": b("Div", gradient, b("Add", b("Sqrt", square), eps))}
 
-        return Rule(step)
+        return UpdateRule(step)
 
 
 @pytest.fixture

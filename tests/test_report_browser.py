@@ -12,7 +12,7 @@ import chromium
 import pytest
 from reports import HOSTILE, make_context, make_large_report, make_report
 
-from matmorph.report.comparing import Side, comparison_page
+from matmorph.report.comparing import ComparedModel, comparison_page
 from matmorph.report.html import html_page
 from matmorph.report.table import outcome
 
@@ -190,7 +190,7 @@ def test_hostile_names_stay_text(page: chromium.Tab) -> None:
 
 def test_the_comparison_sorts_and_filters_too(tab: chromium.Tab, tmp_path: Path) -> None:
     context = make_context()
-    left, right = Side("a/one", make_report(), context), Side("b/<two>", make_report(layers=5, rewritten=False), context)
+    left, right = ComparedModel("a/one", make_report(), context), ComparedModel("b/<two>", make_report(layers=5, rewritten=False), context)
     file = tmp_path / "compare.html"
     file.write_text(comparison_page(left, right), encoding="utf-8")
     tab.problems.clear()

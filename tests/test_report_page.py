@@ -18,7 +18,7 @@ from matmorph.ir.site import Bound, Spectrum
 from matmorph.report import charts, figures
 from matmorph.report.html import LINE, fitted, html_page
 from matmorph.report.model import PartRow, Report, SiteRow, Totals
-from matmorph.report.palette import KINDS, palette
+from matmorph.report.palette import COLOURS, palette
 from matmorph.report.reading import Context, read_folder, read_report
 from matmorph.report.table import outcome
 
@@ -230,7 +230,7 @@ def test_a_method_keeps_its_colour_and_no_two_share_one_while_there_are_enough()
 
     assert of("low_rank")["low_rank"] == of("quantize", "low_rank")["low_rank"]
     many = of("mine", "quantize + lora", "low_rank", "quantize", "loftq", "tt", "lora", "qlora", "tt_lora", "transact")
-    assert len(set(many.values())) == len(many) == KINDS
+    assert len(set(many.values())) == len(many) == COLOURS
     assert len(of(*(f"m{k}" for k in range(12)))) == 12
     assert palette([]).legend([]) == ()
 

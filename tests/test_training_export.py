@@ -166,7 +166,7 @@ def external(path: Path) -> dict[str, tuple[str, ...]]:
 def test_train_json(net: Compiled, folder: Path) -> None:
     found = described(folder)
     assert (found["format"], found["matmorph"], found["precision"], found["length"]) == (
-        1,
+        2,
         mm.__version__,
         "fp32",
         2 * (64 + 96) + 64 * 5 + 5,

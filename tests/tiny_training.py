@@ -15,7 +15,7 @@ import onnx
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 
-from matmorph.exporters.training.optimizers import optimizer_model
+from matmorph.exporters.training.apply_graph import optimizer_model
 from matmorph.optimizers import AdamW, AnyOptimizer, optimizer_name
 
 IN, OUT = 4, 3

@@ -11,7 +11,7 @@ import typer
 from matmorph.errors import InputError
 
 if TYPE_CHECKING:
-    from matmorph.report.comparing import Side
+    from matmorph.report.comparing import ComparedModel
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote.")]
 Open = Annotated[bool, typer.Option("--open", help="Show the page in the browser.")]
@@ -96,11 +96,11 @@ def diff_command(
 # ---- shared by the commands
 
 
-def _side(folder: Path) -> Side:
-    from matmorph.report.comparing import Side
+def _side(folder: Path) -> ComparedModel:
+    from matmorph.report.comparing import ComparedModel
     from matmorph.report.reading import read_folder
 
-    return Side(str(folder), *read_folder(folder))
+    return ComparedModel(str(folder), *read_folder(folder))
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from matmorph.ir.core import Node, Value
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import TensorType
 
-Kind = Literal[
+OpKind = Literal[
     "elementwise",  # each element from those at its own place in the operands, which broadcast
     "same",  # its operand, copied or converted
     "reshape",  # the elements of its operand in row-major order, in another shape
@@ -49,7 +49,7 @@ class Operator:
     in half precision, which an operator that stays in float32 does not.
     """
 
-    kind: Kind
+    kind: OpKind
     operands: tuple[int, ...] = (0,)
     axes: int | None = None
     activation: bool = False
@@ -113,7 +113,7 @@ _FAMILIES: Sequence[tuple[str, Operator]] = (
 OPERATORS: Mapping[str, Operator] = {name: operator for names, operator in _FAMILIES for name in names.split()}
 
 
-def of_kind(*kinds: Kind) -> frozenset[str]:
+def of_kind(*kinds: OpKind) -> frozenset[str]:
     """Base names of all operators of these kinds."""
     return frozenset(name for name, operator in OPERATORS.items() if operator.kind in kinds)
 

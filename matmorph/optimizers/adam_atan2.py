@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from matmorph.optimizers.rule import BETAS, DECAY, LR, Ops, Rule, corrections, moments
+from matmorph.optimizers.rule import BETAS, DECAY, LR, UpdateOps, UpdateRule, corrections, moments
 
 _ATAN = (0.9999999813, -0.3333278577, 0.1997408242, -0.1384849021, 0.07976291807)
 """atan(t) / t as a polynomial of t * t for |t| <= tan(pi / 8): Chebyshev nodes, relative error below 2e-8. ONNX Runtime's CUDA provider has
@@ -30,7 +30,7 @@ class AdamAtan2:
     b: float = field(default=1.0, metadata={"doc": "factor of the root of the second moment", "exclusive_minimum": 0})
     weight_decay: float = field(default=0.01, metadata=DECAY)
 
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         """a * atan2(m^, b * sqrt(v^)) = 4 a * atan(t'), with the half-angle formula applied twice:
         t = y / (x + hypot(x, y)) in [-1, 1], t' = t / (1 + sqrt(1 + t * t)) in [-tan(pi/8), tan(pi/8)].
         """
@@ -41,7 +41,7 @@ class AdamAtan2:
         low = b.number(-1.0)
         coefficients = [b.number(value) for value in reversed(_ATAN)]
 
-        def step(b: Ops, gradient: str) -> dict[str, str]:
+        def step(b: UpdateOps, gradient: str) -> dict[str, str]:
             made = moments(b, gradient, self.betas)
             x2 = b("Mul", made["v"], square)
             hypot = b("Sqrt", b("Add", b("Mul", made["m"], made["m"]), x2))
@@ -54,4 +54,4 @@ class AdamAtan2:
                 series = b("Add", b("Mul", series, z), coefficient)
             return {**made, "step": b("Mul", series, t)}
 
-        return Rule(step, b.number(4 * self.a))
+        return UpdateRule(step, b.number(4 * self.a))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from matmorph.optimizers.rule import BETAS, DECAY, LR, Ops, Rule, corrections, moments
+from matmorph.optimizers.rule import BETAS, DECAY, LR, UpdateOps, UpdateRule, corrections, moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,15 @@ class AdamW:
     eps: float = field(default=1e-8, metadata={"doc": "added to the root of the second moment", "exclusive_minimum": 0})
     weight_decay: float = field(default=0.01, metadata=DECAY)
 
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         """m^ / (sqrt(v^) + eps) = m / (sqrt(v) + eps * root) * (root / first)."""
         first, root = corrections(b, self.betas)
         eps = b.single(b("Mul", b.number(self.eps, double=True), root))
         factor = b.single(b("Div", root, first))
 
-        def step(b: Ops, gradient: str) -> dict[str, str]:
+        def step(b: UpdateOps, gradient: str) -> dict[str, str]:
             made = moments(b, gradient, self.betas)
             ratio = b("Div", made["m"], b("Add", b("Sqrt", made["v"]), eps))
             return {**made, "step": ratio}
 
-        return Rule(step, factor)
+        return UpdateRule(step, factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from matmorph.optimizers.rule import DECAY, LR, Ops, Rule, mixed
+from matmorph.optimizers.rule import DECAY, LR, UpdateOps, UpdateRule, mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class Lion:
     )
     weight_decay: float = field(default=0.0, metadata=DECAY)
 
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         """The sign of one mixture is the step, the other is the new moment."""
 
-        def step(b: Ops, gradient: str) -> dict[str, str]:
+        def step(b: UpdateOps, gradient: str) -> dict[str, str]:
             sign = b("Sign", mixed(b, "m", gradient, self.betas[0]))
             return {"m": mixed(b, "m", gradient, self.betas[1]), "step": sign}
 
-        return Rule(step)
+        return UpdateRule(step)

@@ -11,7 +11,7 @@ BETAS = {"doc": "decay of the first and second moment", "minimum": 0, "exclusive
 DECAY = {"doc": "decoupled weight decay, in units of the learning rate", "minimum": 0}
 
 
-class Ops(Protocol):
+class UpdateOps(Protocol):
     """Writes nodes of apply.onnx. Values go by their names: the states of the optimizer as it calls them, "theta" and "step" among them.
 
     Every ONNX operator used must have a CUDA kernel. On the CPU each elementwise node is one pass over memory, so what is [] goes first.
@@ -31,10 +31,10 @@ class Ops(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class UpdateRule:
     """`step(ops, scaled gradient)`: the new states, and "step": what theta loses before decay, over learning rate and `factor` []."""
 
-    step: Callable[[Ops, str], dict[str, str]]
+    step: Callable[[UpdateOps, str], dict[str, str]]
     factor: str | None = None
 
 
@@ -52,23 +52,23 @@ class AnyOptimizer(Protocol):
     def lr(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         """The update with these settings. Nodes on [] are written here, nodes on vectors by its `step`, in a branch of their own."""
 
 
-def mixed(b: Ops, old: str, new: str, beta: float) -> str:
+def mixed(b: UpdateOps, old: str, new: str, beta: float) -> str:
     """beta * old + (1 - beta) * new, from the nearer end as torch.lerp does: a float32 beta would be 1e-5 of 1 - beta off."""
     if beta >= 0.5:
         return b("Sub", old, b("Mul", b("Sub", old, new), b.number(1 - beta)))
     return b("Sub", new, b("Mul", b("Sub", new, old), b.number(beta)))
 
 
-def moments(b: Ops, gradient: str, betas: tuple[float, float]) -> dict[str, str]:
+def moments(b: UpdateOps, gradient: str, betas: tuple[float, float]) -> dict[str, str]:
     """m and v of the Adam family, without bias correction."""
     return {"m": mixed(b, "m", gradient, betas[0]), "v": mixed(b, "v", b("Mul", gradient, gradient), betas[1])}
 
 
-def corrections(b: Ops, betas: tuple[float, float]) -> tuple[str, str]:
+def corrections(b: UpdateOps, betas: tuple[float, float]) -> tuple[str, str]:
     """1 - beta1 ** step and sqrt(1 - beta2 ** step), float64 []."""
     step, one = b.double("step"), b.number(1.0, double=True)
     first, second = (b("Sub", one, b("Pow", b.number(beta, double=True), step)) for beta in betas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from matmorph.optimizers.rule import DECAY, LR, Ops, Rule
+from matmorph.optimizers.rule import DECAY, LR, UpdateOps, UpdateRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class SGD:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum > 0")
 
-    def rule(self, b: Ops) -> Rule:
+    def rule(self, b: UpdateOps) -> UpdateRule:
         """m = momentum * m + g."""
         momentum = b.number(self.momentum)
 
-        def step(b: Ops, gradient: str) -> dict[str, str]:
+        def step(b: UpdateOps, gradient: str) -> dict[str, str]:
             m = b("Add", b("Mul", "m", momentum), gradient)
             return {"m": m, "step": b("Add", gradient, b("Mul", m, momentum)) if self.nesterov else m}
 
-        return Rule(step)
+        return UpdateRule(step)

@@ -16,7 +16,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.site import Reject, Site, Statistic
 from matmorph.ir.verify import verify
 from matmorph.passes.budget.account import Decision, verdict
-from matmorph.passes.budget.decide import Open, closed_part, decision, is_open, planned_notes
+from matmorph.passes.budget.decide import OpenStage, closed_part, decision, is_open, planned_notes
 from matmorph.passes.budget.pays import refuse_slow
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods.protocol import Methods, SiteStats, site_method
@@ -252,8 +252,8 @@ def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) 
 # what is decided and built
 
 
-def _open(one: Selected, coded: int, run: Run) -> Open:
-    return Open(one.survey.graph, run.source, one.stage, one.selection, one.divided, coded)
+def _open(one: Selected, coded: int, run: Run) -> OpenStage:
+    return OpenStage(one.survey.graph, run.source, one.stage, one.selection, one.divided, coded)
 
 
 def _appraised(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> list[Outcome]:

@@ -17,7 +17,7 @@ from matmorph.report.table import LONG, Group, count, error_text, group, outcome
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ComparedModel:
     """One of the two: what it is called here, its report and what stands beside it."""
 
     name: str
@@ -26,7 +26,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class ComparedFigure:
     """One figure of both as text, `ratio` = right over left where that says something; `left` and `right` as numbers, None = not known."""
 
     name: str
@@ -42,11 +42,11 @@ class Figure:
         return f"{self.right / self.left:.2f} x" if self.left and self.right is not None else "-"
 
 
-def figures(left: Side, right: Side) -> list[Figure]:
+def figures(left: ComparedModel, right: ComparedModel) -> list[ComparedFigure]:
     """Totals after the rewrite, errors, parity and times."""
 
-    def of(name: str, read: Callable[[Side], float | None], unit: Callable[[float], str]) -> Figure:
-        return Figure(name, read(left), read(right), unit)
+    def of(name: str, read: Callable[[ComparedModel], float | None], unit: Callable[[float], str]) -> ComparedFigure:
+        return ComparedFigure(name, read(left), read(right), unit)
 
     return [
         of("size of weights", lambda side: side.report.totals.bytes[1], size),
@@ -70,13 +70,13 @@ def _worst(report: Report, metric: str) -> float | None:
     return max((float(value) for row in report.sites if (value := getattr(row, metric)) is not None), default=None)
 
 
-def _seconds(side: Side) -> float | None:
+def _seconds(side: ComparedModel) -> float | None:
     found = side.context.run.get("seconds")
     figures = [value for value in found.values() if isinstance(value, int | float)] if isinstance(found, Mapping) else []
     return float(sum(figures)) if figures else None
 
 
-def _batch(side: Side) -> float | None:
+def _batch(side: ComparedModel) -> float | None:
     demo = side.context.run.get("demo")
     value = demo.get("rewritten_s") if isinstance(demo, Mapping) else None
     return float(value) if isinstance(value, int | float) else None
@@ -86,7 +86,7 @@ def _batch(side: Side) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class RowPair:
     """A matmul by its path under both; None where one model does not have it."""
 
     path: str
@@ -112,13 +112,13 @@ def _done(row: SiteRow) -> tuple[object, ...]:
     return outcome(row), row.rank, row.parameters
 
 
-def matches(left: Report, right: Report) -> list[Match]:
+def matches(left: Report, right: Report) -> list[RowPair]:
     """Every path of either, in the order of the left one, what only the right one has behind it."""
     first, second = ({row.path: row for row in report.sites} for report in (left, right))
-    return [Match(path, first.get(path), second.get(path)) for path in dict.fromkeys((*first, *second))]
+    return [RowPair(path, first.get(path), second.get(path)) for path in dict.fromkeys((*first, *second))]
 
 
-def comparison(left: Side, right: Side) -> dict[str, Any]:
+def comparison(left: ComparedModel, right: ComparedModel) -> dict[str, Any]:
     """The comparison as plain data."""
 
     def of(row: SiteRow | None) -> dict[str, Any] | None:
@@ -141,7 +141,7 @@ def comparison(left: Side, right: Side) -> dict[str, Any]:
 # ---- terminal
 
 
-def print_comparison(console: Console, left: Side, right: Side, every: bool = False) -> None:
+def print_comparison(console: Console, left: ComparedModel, right: ComparedModel, every: bool = False) -> None:
     """Totals of both, then the matmuls that differ, or one line per role and pair of outcomes where there are many."""
     _print_figures(console, left, right)
     found = matches(left.report, right.report)
@@ -156,7 +156,7 @@ def print_comparison(console: Console, left: Side, right: Side, every: bool = Fa
     _print_matches(console, parts, summary=bool(hint))
 
 
-def _print_figures(console: Console, left: Side, right: Side) -> None:
+def _print_figures(console: Console, left: ComparedModel, right: ComparedModel) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
     table.add_column("")
     for name in (left.name, right.name, "ratio"):
@@ -168,14 +168,14 @@ def _print_figures(console: Console, left: Side, right: Side) -> None:
     console.print(table)
 
 
-def _grouped(found: Sequence[Match]) -> list[list[Match]]:
-    parts: dict[object, list[Match]] = {}
+def _grouped(found: Sequence[RowPair]) -> list[list[RowPair]]:
+    parts: dict[object, list[RowPair]] = {}
     for match in found:
         parts.setdefault((match.either.role, *(row and outcome(row) for row in (match.left, match.right))), []).append(match)
     return list(parts.values())
 
 
-def _print_matches(console: Console, parts: Sequence[Sequence[Match]], summary: bool) -> None:
+def _print_matches(console: Console, parts: Sequence[Sequence[RowPair]], summary: bool) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
     for name in ("role", "sites") if summary else ("path",):
         table.add_column(name, justify="right" if name == "sites" else "left", overflow="fold", no_wrap=name != "path")
@@ -188,7 +188,7 @@ def _print_matches(console: Console, parts: Sequence[Sequence[Match]], summary: 
     console.print(table)
 
 
-def _sides(part: Sequence[Match]) -> Iterator[list[SiteRow]]:
+def _sides(part: Sequence[RowPair]) -> Iterator[list[SiteRow]]:
     yield [match.left for match in part if match.left is not None]
     yield [match.right for match in part if match.right is not None]
 
@@ -205,7 +205,7 @@ _CELLS: tuple[Callable[[list[SiteRow]], str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class ComparedBar:
     """Bytes of one layer under both, as shares (percent) of the longest."""
 
     name: str
@@ -214,7 +214,7 @@ class Bar:
     words: str
 
 
-def comparison_page(left: Side, right: Side) -> str:
+def comparison_page(left: ComparedModel, right: ComparedModel) -> str:
     """Both as one self-contained page. Equal arguments give equal text."""
     found = matches(left.report, right.report)
     return render(
@@ -231,11 +231,11 @@ def comparison_page(left: Side, right: Side) -> str:
     )
 
 
-def _bars(left: Report, right: Report) -> list[Bar]:
+def _bars(left: Report, right: Report) -> list[ComparedBar]:
     sums: dict[str, list[int]] = {}
     for side, report in enumerate((left, right)):
         for part in group(report.sites, lambda row: row.role if row.layer is None else row.layer):
             name = part.first.role if part.first.layer is None else f"layer {part.first.layer}"
             sums.setdefault(name, [0, 0])[side] = part.total("bytes")[1]
     longest = max((max(pair) for pair in sums.values()), default=0) or 1
-    return [Bar(name, 100 * a / longest, 100 * b / longest, f"{size(a)} and {size(b)}") for name, (a, b) in sums.items()]
+    return [ComparedBar(name, 100 * a / longest, 100 * b / longest, f"{size(a)} and {size(b)}") for name, (a, b) in sums.items()]

@@ -16,7 +16,7 @@ from matmorph.runtime.format.artifact import GRAPH, SOURCE_GRAPH
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class DiffSide:
     """The nodes near the matmul in one of the graphs, in order; `changed`: those that the other graph does not have."""
 
     nodes: tuple[Node, ...]
@@ -35,8 +35,8 @@ class Difference:
     """Around the site `path`."""
 
     path: str
-    before: Side
-    after: Side
+    before: DiffSide
+    after: DiffSide
 
 
 def difference(source: Graph, graph: Graph, path: str, around: int = 1) -> Difference:
@@ -50,7 +50,7 @@ def difference(source: Graph, graph: Graph, path: str, around: int = 1) -> Diffe
     names = {value.name for node in start for value in node.outputs}
     grown = _grown(graph, [node for node in graph.nodes if any(value.name in names for value in node.outputs)], frozenset(new))
     before, after = _near(source, start, around), _near(graph, grown, around)
-    return Difference(path, Side(before, frozenset(gone) & frozenset(before)), Side(after, frozenset(new) & frozenset(after)))
+    return Difference(path, DiffSide(before, frozenset(gone) & frozenset(before)), DiffSide(after, frozenset(new) & frozenset(after)))
 
 
 def read_graphs(folder: Path) -> tuple[Graph, Graph]:
@@ -106,7 +106,7 @@ def lines(found: Difference) -> list[str]:
     return result
 
 
-def _listed(side: Side) -> list[str]:
+def _listed(side: DiffSide) -> list[str]:
     weights = [f"{weight.kind} {format_value(weight)}: {weight.type}" for weight in side.weights]
     return [*weights, *(_statement(node) for node in side.nodes)]
 
@@ -164,7 +164,7 @@ def _near(graph: Graph, start: Iterable[Node], around: int) -> tuple[Node, ...]:
     return tuple(node for node in graph.nodes if node in found)
 
 
-def outside(side: Side) -> tuple[Value, ...]:
+def outside(side: DiffSide) -> tuple[Value, ...]:
     """What the nodes read that none of them makes, weights left out."""
     made = {value for node in side.nodes for value in node.outputs}
     return tuple(

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from matmorph.ir.core import Const, Node, Value
 from matmorph.report.charts import hint, line, text
-from matmorph.report.diff import Difference, Side, outside, short
+from matmorph.report.diff import Difference, DiffSide, outside, short
 
 _CHAR, _LINE, _PAD = 6.7, 15, 9
 """Width of a character and height of a line of the 11 px monospace face, and the margin in a box."""
@@ -90,7 +90,7 @@ def _count(boxes: Sequence[_Box]) -> str:
 # ---- what is drawn
 
 
-def _boxes(side: Side, kind: str, path: str) -> list[_Box]:
+def _boxes(side: DiffSide, kind: str, path: str) -> list[_Box]:
     """A box per value from outside, then one per node, each below what it reads."""
     makers: dict[Value, _Box] = {value: _Box((_cut(f"%{value.name}"), _cut(str(value.type))), "in", value.name) for value in outside(side)}
     found = list(makers.values())

@@ -14,7 +14,7 @@ from matmorph.report.charts import TIMES
 from matmorph.report.model import SiteRow
 from matmorph.report.table import outcome
 
-KINDS = 10
+COLOURS = 10
 _KEPT = {"kept": ("kept", "·"), "rejected": ("refused", TIMES)}
 
 
@@ -52,7 +52,7 @@ def palette(rows: Iterable[SiteRow]) -> Palette:
     methods = method_table()
     colours = {name: method.colour for name, method in methods.items() if method.colour is not None}
     taken = {name: f"k{colours[name]}" for name in names if name in colours}
-    free = [f"k{number}" for number in range(KINDS) if f"k{number}" not in taken.values()] or ["k0"]
+    free = [f"k{number}" for number in range(COLOURS) if f"k{number}" not in taken.values()] or ["k0"]
     others = [name for name in names if name not in taken and name not in _KEPT]
     return Palette(
         {**{name: kind for name, (kind, _) in _KEPT.items()}, **taken, **{name: free[k % len(free)] for k, name in enumerate(others)}},

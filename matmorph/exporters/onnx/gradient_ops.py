@@ -24,7 +24,7 @@ from matmorph.errors import ExportError
 from matmorph.exporters.onnx import emit
 from matmorph.exporters.onnx.lowering import Lowerings
 
-Size: TypeAlias = "int | ir.Value"
+RowSize: TypeAlias = "int | ir.Value"
 """A number, or an int64 [] of the graph."""
 
 _INT = ir.DataType.INT64
@@ -86,7 +86,7 @@ def _threshold(dy: ir.Value, x: ir.Value, threshold: float) -> ir.Value:
     return emit.node("Where", [above, dy, _number(0, dy)], dy.dtype)
 
 
-def _slice(dy: ir.Value, input_sizes: Sequence[Size], dim: int, start: Size, end: Size, step: int) -> ir.Value:
+def _slice(dy: ir.Value, input_sizes: Sequence[RowSize], dim: int, start: RowSize, end: RowSize, step: int) -> ir.Value:
     """Zeros before and behind the slice. `end` is not looked at: dy tells where the slice ends."""
     if step != 1:
         raise ExportError(f"the gradient of a slice in steps of {step} has no ONNX form here")
@@ -95,7 +95,7 @@ def _slice(dy: ir.Value, input_sizes: Sequence[Size], dim: int, start: Size, end
     return _padded(dy, axis, _from_start(start, whole), whole, _size(dy, axis))
 
 
-def _select(dy: ir.Value, input_sizes: Sequence[Size], dim: int, index: Size) -> ir.Value:
+def _select(dy: ir.Value, input_sizes: Sequence[RowSize], dim: int, index: RowSize) -> ir.Value:
     rank = len(input_sizes)
     axis = dim % rank
     whole = input_sizes[axis]
@@ -103,14 +103,14 @@ def _select(dy: ir.Value, input_sizes: Sequence[Size], dim: int, index: Size) ->
     return _padded(line, axis, _from_start(index, whole), whole, 1)
 
 
-def _padded(value: ir.Value, axis: int, before: Size, whole: Size, length: Size) -> ir.Value:
+def _padded(value: ir.Value, axis: int, before: RowSize, whole: RowSize, length: RowSize) -> ir.Value:
     """`value`, of `length` along the axis, at `before` in zeros of size `whole`."""
     behind = _minus(_minus(whole, before), length)
     pads = _vector([before, behind])
     return emit.node("Pad", [value, pads, _number(0, value), emit.ints(axis)], value.dtype)
 
 
-def _from_start(place: Size, whole: Size) -> Size:
+def _from_start(place: RowSize, whole: RowSize) -> RowSize:
     """A place counted from the start, also where it was counted from the end."""
     if not isinstance(place, int) or (place >= 0 and not isinstance(whole, int)):
         return place
@@ -119,7 +119,7 @@ def _from_start(place: Size, whole: Size) -> Size:
     return emit.node("Add", [whole, emit.scalar(place)], _INT)
 
 
-def _minus(a: Size, b: Size) -> Size:
+def _minus(a: RowSize, b: RowSize) -> RowSize:
     if isinstance(b, int) and b == 0:
         return a
     if isinstance(a, int) and isinstance(b, int):
@@ -128,7 +128,7 @@ def _minus(a: Size, b: Size) -> Size:
     return emit.node("Sub", [left, right], _INT)
 
 
-def _vector(sizes: Sequence[Size]) -> ir.Value:
+def _vector(sizes: Sequence[RowSize]) -> ir.Value:
     """int64 [n]."""
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) == len(sizes):
@@ -141,7 +141,7 @@ def _line(size: ir.Value) -> ir.Value:
     return emit.node("Reshape", [size, emit.ints(-1)], _INT)
 
 
-def _size(value: ir.Value, axis: int) -> Size:
+def _size(value: ir.Value, axis: int) -> RowSize:
     """A size of a value of the traced graph: a number where it is known."""
     known = value.shape[axis] if value.shape is not None else None
     if isinstance(known, int):

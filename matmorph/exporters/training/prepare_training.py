@@ -22,7 +22,7 @@ from matmorph.passes.adapters.trainables import Trainable, resolve
 from matmorph.passes.methods.protocol import Methods, TrainingForm
 from matmorph.specs.schema import ParameterSelector, Train
 
-Axes: TypeAlias = Mapping[str, Mapping[int, str]]
+LabelAxes: TypeAlias = Mapping[str, Mapping[int, str]]
 """Names of the dynamic axes of labels: {"labels": {0: "batch"}}."""
 
 
@@ -41,7 +41,7 @@ class TrainRequest:
     trainable: Sequence[ParameterSelector] = (ParameterSelector("adapters"),)
     frozen: Sequence[ParameterSelector] = ()
     labels: Mapping[str, torch.Tensor] | None = None
-    label_shapes: Axes | None = None
+    label_shapes: LabelAxes | None = None
     keep: Sequence[str] = ()
     at: Position | None = None
 

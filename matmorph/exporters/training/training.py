@@ -28,7 +28,7 @@ from matmorph.exporters.data_file import DataFile, names_sha256, weights_sha256
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
 from matmorph.exporters.onnx.precision import computed_in
-from matmorph.exporters.training.optimizers import Kept, optimizer_model
+from matmorph.exporters.training.apply_graph import Kept, optimizer_model
 from matmorph.exporters.training.training_vectors import vectors_bytes
 from matmorph.ir.core import Graph
 from matmorph.ir.training.losses import Loss

@@ -19,7 +19,7 @@ from matmorph.ir.core import Node, Value
 from matmorph.ir.op_table import BARE_PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.site import Application, Form
-from matmorph.ir.sites.weight_view import Reading, WeightView, matrix
+from matmorph.ir.sites.weight_view import WeightReading, WeightView, matrix
 
 Views: TypeAlias = Mapping[Value, WeightView]
 
@@ -33,7 +33,7 @@ class Use:
     operand: Value
     form: Form
     application: Application
-    reading: Reading | None
+    reading: WeightReading | None
     problem: str | None = None
 
 
@@ -49,7 +49,7 @@ def gathered(node: Node, views: Views) -> WeightView | None:
         return None
     view = views[node.args[0]]
     reading = matrix(view, (), (0,), (1,)) if len(view.axes) == 2 and view.cast is None else "no table"
-    plain = isinstance(reading, Reading) and reading.layout == "oi" and reading.rows == (0, reading.total)
+    plain = isinstance(reading, WeightReading) and reading.layout == "oi" and reading.rows == (0, reading.total)
     return view if plain else None
 
 

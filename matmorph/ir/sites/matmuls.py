@@ -14,7 +14,7 @@ from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmul_forms import Use, find_use, gathered
 from matmorph.ir.sites.roles import infer_roles
-from matmorph.ir.sites.weight_view import Reading, WeightView, follow, whole
+from matmorph.ir.sites.weight_view import WeightReading, WeightView, follow, whole
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ def _sites(weight: _Weight) -> list[Site]:
     problem = _problem(weight)
     if problem is not None:
         return [_blocked(weight, problem)]
-    parts: dict[Reading, list[Use]] = {}
+    parts: dict[WeightReading, list[Use]] = {}
     for use in weight.uses:
         if use.reading is not None:
             parts.setdefault(use.reading, []).append(use)
@@ -134,7 +134,7 @@ def _path(const: Const) -> str:
     return const.path.removesuffix(".weight")
 
 
-def _site(weight: _Weight, reading: Reading, uses: Sequence[Use]) -> Site:
+def _site(weight: _Weight, reading: WeightReading, uses: Sequence[Use]) -> Site:
     start, stop = reading.rows
     entire = reading.rows == (0, reading.total)
     return Site(
@@ -158,7 +158,7 @@ def _blocked(weight: _Weight, problem: str) -> Site:
     const = weight.const
     known = next((replace(use.reading, rows=(0, use.reading.total)) for use in weight.uses if use.reading is not None), None)
     width = int(const.tensor.shape[-1])
-    reading = known or Reading("oi", width, const.numel // width, (0, const.numel // width))
+    reading = known or WeightReading("oi", width, const.numel // width, (0, const.numel // width))
     return replace(_site(weight, reading, weight.uses), blocked=problem)
 
 

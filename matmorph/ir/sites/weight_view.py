@@ -19,8 +19,8 @@ from matmorph.ir.ops import base_name
 from matmorph.ir.site import Layout
 from matmorph.ir.types import Dim, TensorType
 
-Atom: TypeAlias = tuple[Dim, int]
-Axis: TypeAlias = tuple[Atom, ...]
+ViewAtom: TypeAlias = tuple[Dim, int]
+ViewAxis: TypeAlias = tuple[ViewAtom, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,15 @@ class WeightView:
     (count, stride) is then `experts` and axis 0 of the view is what was picked. `cast`: the dtype it was converted to on the way."""
 
     const: Const
-    axes: tuple[Axis, ...]
+    axes: tuple[ViewAxis, ...]
     offset: int = 0
     select: Value | None = None
-    experts: Atom | None = None
+    experts: ViewAtom | None = None
     cast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class WeightReading:
     """How a matrix [rows, in] lies in the constant: `layout` "oi" = [total, in] or "io" = [in, total], `rows` = part of total; with
     `batch` that many such matrices, one after the other."""
 
@@ -58,7 +58,7 @@ class Reading:
 
 def whole(const: Const) -> WeightView:
     """The constant itself, row-major."""
-    axes: list[Axis] = []
+    axes: list[ViewAxis] = []
     stride = 1
     for size in reversed([int(d) for d in const.tensor.shape]):
         axes.append(((size, stride),))
@@ -75,7 +75,7 @@ def follow(view: WeightView, node: Node) -> tuple[WeightView | None, ...] | None
     return rule(view, node)
 
 
-def matrix(view: WeightView, batch: Sequence[int], out: Sequence[int], inner: Sequence[int]) -> Reading | str:
+def matrix(view: WeightView, batch: Sequence[int], out: Sequence[int], inner: Sequence[int]) -> WeightReading | str:
     """The view as matrices: `batch`, `out` and `inner` (contracted) name its axes. A string says why it is none."""
     stacks = _merged([view.axes[k] for k in batch if not (view.select is not None and k == 0)])
     stacks = [atom for atom in stacks if atom[1] != 0]
@@ -95,25 +95,25 @@ def matrix(view: WeightView, batch: Sequence[int], out: Sequence[int], inner: Se
     return _reading(n_out, s_out, n_in, s_in, block, view.offset, count)
 
 
-def _only(atoms: Sequence[Atom]) -> tuple[int, int | None]:
+def _only(atoms: Sequence[ViewAtom]) -> tuple[int, int | None]:
     """(size, stride) of an axis; the stride None where the size is 1, because any will do."""
     return (int(atoms[0][0]), atoms[0][1]) if atoms else (1, None)
 
 
-def _reading(n_out: int, s_out: int | None, n_in: int, s_in: int | None, block: int, offset: int, batch: int | None) -> Reading | str:
+def _reading(n_out: int, s_out: int | None, n_in: int, s_in: int | None, block: int, offset: int, batch: int | None) -> WeightReading | str:
     total = block // n_in
     if total * n_in == block:
         if s_in in (1, None) and s_out in (n_in, None) and offset % n_in == 0:
             start = offset // n_in
-            return Reading("oi", n_in, total, (start, start + n_out), batch)
+            return WeightReading("oi", n_in, total, (start, start + n_out), batch)
         if s_out in (1, None) and s_in in (total, None) and offset + n_out <= total:
-            return Reading("io", n_in, total, (offset, offset + n_out), batch)
+            return WeightReading("io", n_in, total, (offset, offset + n_out), batch)
     return "only a part of its in axis, or every n-th row, is read"
 
 
-def _merged(axes: Sequence[Axis]) -> list[Atom]:
+def _merged(axes: Sequence[ViewAxis]) -> list[ViewAtom]:
     """Atoms of several axes in order, neighbours that lie side by side joined, those of size 1 left out."""
-    found: list[Atom] = []
+    found: list[ViewAtom] = []
     for size, stride in (atom for axis in axes for atom in axis if atom[0] != 1):
         if found and found[-1][1] == size * stride and stride != 0:
             found[-1] = (found[-1][0] * size, stride)
@@ -124,7 +124,7 @@ def _merged(axes: Sequence[Axis]) -> list[Atom]:
 
 # ------------------------------------------------------------------------------------------------------------- layout operators
 
-Rule: TypeAlias = Callable[[WeightView, Node], "tuple[WeightView | None, ...]"]
+ViewRule: TypeAlias = Callable[[WeightView, Node], "tuple[WeightView | None, ...]"]
 
 
 def _shape(value: Value) -> tuple[Dim, ...]:
@@ -147,9 +147,9 @@ def _regroup(view: WeightView, node: Node) -> tuple[WeightView | None, ...]:
     if len(sizes) != len(shape) or view.select is not None or any(not isinstance(n, int) for axis in view.axes for n, _ in axis):
         return (None,)
     left = [(int(n), s) for axis in view.axes for n, s in axis if n != 1][::-1]
-    axes: list[Axis] = []
+    axes: list[ViewAxis] = []
     for size in sizes:
-        axis: list[Atom] = []
+        axis: list[ViewAtom] = []
         while size > 1:
             if not left:
                 return (None,)
@@ -274,7 +274,7 @@ def _index_select(view: WeightView, node: Node) -> tuple[WeightView | None, ...]
     return (_pick(view, node.args[2]) if node.args[1] == 0 else None,)
 
 
-_LAYOUT: Mapping[str, Rule] = {
+_LAYOUT: Mapping[str, ViewRule] = {
     **dict.fromkeys(of_kind("same"), _same),
     **dict.fromkeys(of_kind("reshape"), _regroup),
     "unsqueeze": _unsqueeze,  # which leaves the other axes as they are, so that it may be one of symbolic size

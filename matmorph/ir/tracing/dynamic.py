@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 from matmorph.errors import InputError, TraceError, did_you_mean
 from matmorph.ir.core import Range
 
-Axes = Mapping[int, str]
+NamedAxes = Mapping[int, str]
 _HINT = type(ExportDim.AUTO)  # what Dim.AUTO, Dim.DYNAMIC and Dim.STATIC are; torch has no public name for it
 
 
@@ -43,7 +43,7 @@ class DynamicAxes:
         both = tuple(_for_export(entry, dims) for entry in args), {name: _for_export(entry, dims) for name, entry in kwargs.items()}
         return signature.bind(*both[0], **both[1]).arguments
 
-    def leaves(self, examples: Any) -> Iterator[tuple[str, torch.Tensor, Axes]]:
+    def leaves(self, examples: Any) -> Iterator[tuple[str, torch.Tensor, NamedAxes]]:
         """(name, example, names by axis) of every tensor of the examples, (args, kwargs), that has a named axis."""
         for path, tensor in tree_flatten_with_path(examples)[0]:
             axes = self.shapes
@@ -166,7 +166,7 @@ class _Reader:
             return {key: self.entry(value, axes.get(key), f"{shown}.{key}", f"{name}_{key}") for key, value in example.items()}
         raise InputError(f"dynamic_shapes of {shown} do not fit its example, a {type(example).__name__}")
 
-    def axes(self, example: torch.Tensor, axes: Any, shown: str, name: str) -> Axes:
+    def axes(self, example: torch.Tensor, axes: Any, shown: str, name: str) -> NamedAxes:
         found: dict[int, str] = {}
         for axis, entry in _by_axis(example, axes, shown):
             if not isinstance(axis, int) or not 0 <= axis < example.dim():

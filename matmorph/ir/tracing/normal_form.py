@@ -38,7 +38,7 @@ class Op:
 
 
 Normal = Same | Op
-Rule = Callable[[torch.fx.Node], "Normal | None"]
+NormalRule = Callable[[torch.fx.Node], "Normal | None"]
 """None: this node cannot be brought into normal form here."""
 
 
@@ -106,7 +106,7 @@ def _chunk(node: torch.fx.Node) -> Normal | None:
     return Op("aten.split.Tensor", (source, size, axis)) if source is not None and isinstance(size, int) else None
 
 
-_RULES: Mapping[str, Rule] = {
+_RULES: Mapping[str, NormalRule] = {
     **dict.fromkeys(("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"), _reshape),
     **dict.fromkeys(("aten.clone.default", "aten.contiguous.default", "aten.lift_fresh_copy.default"), _same),
     **dict.fromkeys(

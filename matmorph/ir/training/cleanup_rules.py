@@ -17,7 +17,7 @@ from matmorph.ir.types import Dim, TensorType
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class CleanupWalk:
     """`readers`: how often a value of the graph was read before the walk. `made`: producer of each value so far."""
 
     b: Builder
@@ -34,7 +34,7 @@ class Walk:
         return self.readers.get(value, 0) == 1
 
 
-Rule = Callable[[Walk, Node], Value | None]
+CleanupRule = Callable[[CleanupWalk, Node], Value | None]
 
 
 def _shape(value: Value) -> tuple[Dim, ...]:
@@ -52,17 +52,17 @@ def _is_tensor(arg: Arg) -> bool:
 # copies and layout
 
 
-def _itself(walk: Walk, node: Node) -> Value | None:
+def _itself(walk: CleanupWalk, node: Node) -> Value | None:
     """A copy: to the type that it has, to its own shape, of all of it."""
     source = node.args[0]
     return source if isinstance(source, Value) else None
 
 
-def _same_cast(walk: Walk, node: Node) -> Value | None:
+def _same_cast(walk: CleanupWalk, node: Node) -> Value | None:
     return node.args[0] if set(node.attrs) <= {"dtype"} else None
 
 
-def _turned_twice(walk: Walk, node: Node) -> Value | None:
+def _turned_twice(walk: CleanupWalk, node: Node) -> Value | None:
     """Orders after one another are one, or none. An inner one that others read stays, and so does what is behind it."""
     inner = walk.maker(node.args[0], *_ORDERS)
     if inner is None:
@@ -73,7 +73,7 @@ def _turned_twice(walk: Walk, node: Node) -> Value | None:
     return walk.b("aten.permute.default", inner.args[0], order) if walk.once(node.args[0]) else None
 
 
-def _reshaped_twice(walk: Walk, node: Node) -> Value | None:
+def _reshaped_twice(walk: CleanupWalk, node: Node) -> Value | None:
     """Only the last shape counts; a shape that is there already needs nothing."""
     inner = walk.maker(node.args[0], *_RESHAPES)
     source = node.args[0] if inner is None else inner.args[0]
@@ -82,31 +82,31 @@ def _reshaped_twice(walk: Walk, node: Node) -> Value | None:
     return None if inner is None else walk.b("aten.reshape.default", source, node.args[1])
 
 
-def _unbroken(position: int) -> Rule:
+def _unbroken(position: int) -> CleanupRule:
     """A slice, or its gradient, of the type of its operand leaves nothing out, unless it has steps. `position`: of the step."""
 
-    def rule(walk: Walk, node: Node) -> Value | None:
+    def rule(walk: CleanupWalk, node: Node) -> Value | None:
         step = node.args[position] if len(node.args) > position else 1
         return _itself(walk, node) if step == 1 else None
 
     return rule
 
 
-def _picked(walk: Walk, node: Node) -> Value | None:
+def _picked(walk: CleanupWalk, node: Node) -> Value | None:
     """One of one: the axis goes."""
     source, axis, index = node.args
     single = isinstance(axis, int) and _shape(source)[axis] == 1 and index in (0, -1)
     return walk.b("aten.squeeze.dim", source, axis) if single else None
 
 
-def _put_back(walk: Walk, node: Node) -> Value | None:
+def _put_back(walk: CleanupWalk, node: Node) -> Value | None:
     """The gradient of one of one: the axis comes back."""
     gradient, _, axis, index = node.args
     single = isinstance(axis, int) and _shape(node.output)[axis] == 1 and index in (0, -1)
     return walk.b("aten.unsqueeze.default", gradient, axis % len(_shape(node.output))) if single else None
 
 
-def _summed_one(walk: Walk, node: Node) -> Value | None:
+def _summed_one(walk: CleanupWalk, node: Node) -> Value | None:
     """A sum or a mean over axes of size 1."""
     axes = node.args[1] if len(node.args) > 1 else None
     if not axes or node.attrs or any(_shape(node.args[0])[axis] != 1 for axis in axes):
@@ -118,7 +118,7 @@ def _summed_one(walk: Walk, node: Node) -> Value | None:
 # arithmetic
 
 
-def _unexpanded(walk: Walk, node: Node) -> Value | None:
+def _unexpanded(walk: CleanupWalk, node: Node) -> Value | None:
     """A pointwise operator broadcasts by itself: what was expanded for it is read as it was, where the result keeps its shape."""
     sources = [walk.maker(arg, *_EXPANSIONS) for arg in node.args]
     if not any(sources):
@@ -136,10 +136,10 @@ def _covers(shapes: Sequence[tuple[Dim, ...]], wanted: tuple[Dim, ...]) -> bool:
     )
 
 
-def _neutral(number: float) -> Rule:
+def _neutral(number: float) -> CleanupRule:
     """x + 0, x - 0, x * 1, x / 1. An eps is no 0, however small."""
 
-    def rule(walk: Walk, node: Node) -> Value | None:
+    def rule(walk: CleanupWalk, node: Node) -> Value | None:
         a, b = node.args[:2]
         if _number(b) and b == number and "rounding_mode" not in node.attrs:
             return a if isinstance(a, Value) else None
@@ -148,7 +148,7 @@ def _neutral(number: float) -> Rule:
     return rule
 
 
-def _filled(walk: Walk, node: Node) -> Value | None:
+def _filled(walk: CleanupWalk, node: Node) -> Value | None:
     """A tensor that is one number everywhere is read as that number, where the other operand gives the shape."""
     a, b, *rest = node.args
     swap = base_name(node.op) in ("mul", "add")
@@ -159,7 +159,7 @@ def _filled(walk: Walk, node: Node) -> Value | None:
     return None
 
 
-def _fill(walk: Walk, arg: Arg) -> float | None:
+def _fill(walk: CleanupWalk, arg: Arg) -> float | None:
     """The number that a tensor holds everywhere."""
     node = walk.maker(arg, *_FILLS)
     if node is None:
@@ -171,7 +171,7 @@ def _fill(walk: Walk, arg: Arg) -> float | None:
     return float(value) if _number(value) else None
 
 
-def _nested_factor(walk: Walk, node: Node) -> Value | None:
+def _nested_factor(walk: CleanupWalk, node: Node) -> Value | None:
     """(x * a) * b = x * (a b)."""
     inner = walk.maker(node.args[0], "mul")
     if inner is None or not _number(inner.args[1]) or not _number(node.args[1]) or not walk.once(node.args[0]):
@@ -179,7 +179,7 @@ def _nested_factor(walk: Walk, node: Node) -> Value | None:
     return walk.b("aten.mul.Tensor", inner.args[0], inner.args[1] * node.args[1])
 
 
-def _negated(walk: Walk, node: Node) -> Value | None:
+def _negated(walk: CleanupWalk, node: Node) -> Value | None:
     """x + (-y) = x - y, (-y) + x = x - y, x - (-y) = x + y."""
     if node.attrs:
         return None
@@ -194,7 +194,7 @@ def _negated(walk: Walk, node: Node) -> Value | None:
     return None
 
 
-def _twice_negated(walk: Walk, node: Node) -> Value | None:
+def _twice_negated(walk: CleanupWalk, node: Node) -> Value | None:
     inner = walk.maker(node.args[0], "neg")
     return None if inner is None else _itself(walk, inner)
 
@@ -205,7 +205,7 @@ _EXPANSIONS = of_kind("expand")
 _FILLS = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor")
 _SEVERAL = BROADCASTING - having(BROADCASTING, operands=(0,))
 
-RULES: Mapping[str, tuple[Rule, ...]] = {
+CLEANUP_RULES: Mapping[str, tuple[CleanupRule, ...]] = {
     **dict.fromkeys(having(of_kind("same"), casts=False) | _EXPANSIONS, (_itself,)),
     **dict.fromkeys(_ORDERS, (_turned_twice,)),
     **dict.fromkeys(_RESHAPES, (_reshaped_twice,)),

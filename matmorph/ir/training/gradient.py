@@ -19,7 +19,7 @@ from matmorph.ir.build import Builder, unique_name
 from matmorph.ir.core import Const, Graph, Input, Node, Origin, Signature, Value
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import needed, rewired
-from matmorph.ir.training.adjoints.table import RULES
+from matmorph.ir.training.adjoints.table import ADJOINT_RULES
 from matmorph.ir.training.adjoints.tape import Tape, is_float
 from matmorph.ir.training.gradient_cleanup import simplify_gradient
 from matmorph.ir.training.losses import Loss, Written, judged, label_inputs, tensor_outputs, write_loss
@@ -105,7 +105,7 @@ class _Draft:
             raise InputError(f"the loss does not depend on anything that trains ({names})")
         b = Builder(self.graph, self.taken, inference=self.inference)
         env = self._cut_out(b)
-        tape = Tape(b, self.inference, RULES, _sizes(b, self.entries), torch.device(self.graph.device))
+        tape = Tape(b, self.inference, ADJOINT_RULES, _sizes(b, self.entries), torch.device(self.graph.device))
         tape.wanted.update(env[const] for const in self.trainables)
         tape.run(needed(self.nodes, [self.written.loss, self.written.count, *kept.values()]), wanted, env)
         loss, count = (env.get(value, value) for value in (self.written.loss, self.written.count))

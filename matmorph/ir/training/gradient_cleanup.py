@@ -18,7 +18,7 @@ from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.rewiring import needed, rewired, rewired_outputs
-from matmorph.ir.training.cleanup_rules import RULES, Walk
+from matmorph.ir.training.cleanup_rules import CLEANUP_RULES, CleanupWalk
 
 
 def simplify_gradient(graph: Graph) -> Graph:
@@ -37,7 +37,7 @@ def _alike(a: Node, b: Node) -> bool:
 def _walked(graph: Graph) -> Graph:
     named = (*graph.inputs, *graph.state, *(value for node in graph.nodes for value in node.outputs))
     b = Builder(graph.ranges, [value.name for value in named], inference=Inference(graph.ranges, graph.device))
-    walk = Walk(b, _readers(graph.nodes, graph.outputs), {})
+    walk = CleanupWalk(b, _readers(graph.nodes, graph.outputs), {})
     env: dict[Value, Value] = {}
     seen: dict[Any, Node] = {}
     for original in graph.nodes:
@@ -59,11 +59,11 @@ def _walked(graph: Graph) -> Graph:
     return replace(graph, nodes=needed(b.nodes, outputs), outputs=outputs)
 
 
-def _simplified(walk: Walk, node: Node) -> Value | None:
+def _simplified(walk: CleanupWalk, node: Node) -> Value | None:
     """What stands for the result of a node, of the same type; None where no rule knows better."""
     if len(node.outputs) != 1:
         return None
-    for rule in RULES.get(base_name(node.op), ()):
+    for rule in CLEANUP_RULES.get(base_name(node.op), ()):
         found = rule(walk, node)
         if found is not None and found.type == node.output.type:
             return found

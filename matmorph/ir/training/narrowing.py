@@ -1,6 +1,6 @@
 """Computes one row where only one row is read: a classifier that looks at the first token needs the last layer for that token alone.
 
-Going backwards, each value collects what its readers want of it: all, or one index of one axis (`Cut`). A value of which everybody wants
+Going backwards, each value collects what its readers want of it: all, or one index of one axis (`RowCut`). A value of which everybody wants
 the same cut is computed for that index only, as long as its operator works on the axis row by row; what it is made of is cut in turn,
 where that has other readers by a slice. Results are the same numbers; the axis stays, with size 1.
 """
@@ -22,7 +22,7 @@ _END = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RowCut:
     """One index of one axis, counted from the end where it is negative. The axis is not."""
 
     axis: int
@@ -33,13 +33,13 @@ class Cut:
         return b("aten.slice.Tensor", value, self.axis, self.index, stop, name=f"{value.name}_row")
 
 
-Wish = Cut | None
+Wish = RowCut | None
 """What is wanted of a value; None = all of it."""
 
-Plan = tuple[dict[int, Cut], tuple[Arg, ...]]
+Narrowing = tuple[dict[int, RowCut], tuple[Arg, ...]]
 """How a node is computed for a cut of its result: the cuts of its arguments by position, and the arguments with new literals."""
 
-Rule = Callable[[Node, Cut], Plan | None]
+NarrowingRule = Callable[[Node, RowCut], Narrowing | None]
 
 
 def narrow(graph: Graph, keep: Collection[str]) -> Graph:
@@ -52,9 +52,9 @@ def narrow(graph: Graph, keep: Collection[str]) -> Graph:
     named = (*graph.inputs, *graph.state)
     b = Builder(graph.ranges, [*fixed, *(value.name for value in named)], inference=Inference(graph.ranges, graph.device))
     env: dict[Value, Value] = {}
-    sliced: dict[tuple[Value, Cut], Value] = {}
+    sliced: dict[tuple[Value, RowCut], Value] = {}
 
-    def cut_of(value: Value, cut: Cut) -> Value:
+    def cut_of(value: Value, cut: RowCut) -> Value:
         if value in env:
             return env[value]
         if (value, cut) not in sliced:
@@ -74,10 +74,10 @@ def narrow(graph: Graph, keep: Collection[str]) -> Graph:
     return replace(graph, nodes=needed(b.nodes, outputs), outputs=outputs)
 
 
-def _plans(nodes: Sequence[Node], outputs: tuple[Arg, ...]) -> dict[Node, Plan]:
+def _plans(nodes: Sequence[Node], outputs: tuple[Arg, ...]) -> dict[Node, Narrowing]:
     """The nodes that are computed for one index."""
     wishes: dict[Value, set[Wish]] = {value: {None} for value in values_in(outputs)}
-    plans: dict[Node, Plan] = {}
+    plans: dict[Node, Narrowing] = {}
     for node in reversed(nodes):
         plan = _plan(node, wishes)
         if plan is not None:
@@ -90,7 +90,7 @@ def _plans(nodes: Sequence[Node], outputs: tuple[Arg, ...]) -> dict[Node, Plan]:
     return plans
 
 
-def _plan(node: Node, wishes: Mapping[Value, set[Wish]]) -> Plan | None:
+def _plan(node: Node, wishes: Mapping[Value, set[Wish]]) -> Narrowing | None:
     rule = _RULES.get(base_name(node.op))
     if rule is None or len(node.outputs) != 1:
         return None
@@ -99,11 +99,11 @@ def _plan(node: Node, wishes: Mapping[Value, set[Wish]]) -> Plan | None:
     return None if cut is None else rule(node, cut)
 
 
-def _chosen(node: Node) -> Cut | None:
+def _chosen(node: Node) -> RowCut | None:
     """What a node picks of its argument."""
     if node.op != "aten.select.int" or not all(isinstance(number, int) for number in node.args[1:]):
         return None
-    return Cut(node.args[1] % len(_shape(node.args[0])), node.args[2])
+    return RowCut(node.args[1] % len(_shape(node.args[0])), node.args[2])
 
 
 def _shape(value: Value) -> tuple[Dim, ...]:
@@ -113,30 +113,30 @@ def _shape(value: Value) -> tuple[Dim, ...]:
 # rules
 
 
-def _pointwise(node: Node, cut: Cut) -> Plan | None:
+def _pointwise(node: Node, cut: RowCut) -> Narrowing | None:
     """Operands are aligned at their last axes; one that is repeated along the axis stays as it is."""
     if any(isinstance(value.type, TensorType) for value in values_in(tuple(node.attrs.values()))):
         return None
     rank = len(_shape(node.output))
-    cuts: dict[int, Cut] = {}
+    cuts: dict[int, RowCut] = {}
     for position, arg in operands_of(node).items():
         axis = cut.axis - (rank - len(_shape(arg)))
         if axis >= 0 and _shape(arg)[axis] != 1:
-            cuts[position] = Cut(axis, cut.index)
+            cuts[position] = RowCut(axis, cut.index)
     return cuts, node.args
 
 
-def _rows(node: Node, cut: Cut) -> Plan | None:
+def _rows(node: Node, cut: RowCut) -> Narrowing | None:
     """y [.., out] of x [.., in], row by row."""
     return ({0: cut}, node.args) if cut.axis < len(_shape(node.output)) - 1 else None
 
 
-def _along(node: Node, cut: Cut) -> Plan | None:
+def _along(node: Node, cut: RowCut) -> Narrowing | None:
     """A softmax or a norm: over other axes."""
     return ({0: cut}, node.args) if cut.axis not in axes_over(node) else None
 
 
-def _slice(node: Node, cut: Cut) -> Plan | None:
+def _slice(node: Node, cut: RowCut) -> Narrowing | None:
     """A slice of all, or one along another axis."""
     defaults: tuple[Arg, ...] = (None, 0, None, None, 1)
     _, axis, start, end, step = (*node.args, *defaults[len(node.args) :])
@@ -144,11 +144,11 @@ def _slice(node: Node, cut: Cut) -> Plan | None:
     return ({0: cut}, node.args) if whole or axis % len(_shape(node.output)) != cut.axis else None
 
 
-def _permute(node: Node, cut: Cut) -> Plan | None:
-    return {0: Cut(permutation(node)[cut.axis], cut.index)}, node.args
+def _permute(node: Node, cut: RowCut) -> Narrowing | None:
+    return {0: RowCut(permutation(node)[cut.axis], cut.index)}, node.args
 
 
-def _reshape(node: Node, cut: Cut) -> Plan | None:
+def _reshape(node: Node, cut: RowCut) -> Narrowing | None:
     """The axis is the same one before: as many elements in front of it, and as long."""
     x, sizes = node.args
     if _shape(x)[: cut.axis + 1] != _shape(node.output)[: cut.axis + 1]:
@@ -156,7 +156,7 @@ def _reshape(node: Node, cut: Cut) -> Plan | None:
     return {0: cut}, (x, tuple(1 if k == cut.axis else size for k, size in enumerate(sizes)))
 
 
-def _matmul(node: Node, cut: Cut) -> Plan | None:
+def _matmul(node: Node, cut: RowCut) -> Narrowing | None:
     """a [.., m, k] b [.., k, n]: a row of a; of more than a matrix b nothing else is cut."""
     a, b = node.args
     rank = len(_shape(node.output))
@@ -166,7 +166,7 @@ def _matmul(node: Node, cut: Cut) -> Plan | None:
     return ({0: cut}, node.args) if rows else None
 
 
-def _attention(node: Node, cut: Cut) -> Plan | None:
+def _attention(node: Node, cut: RowCut) -> Narrowing | None:
     """A row of queries, and of the mask where that differs by row. Which row it is matters to a causal mask."""
     rank = len(_shape(node.output))
     causal = node.args[5] if len(node.args) > 5 else node.attrs.get("is_causal", False)
@@ -175,7 +175,7 @@ def _attention(node: Node, cut: Cut) -> Plan | None:
     cuts = {0: cut}
     mask = node.args[3] if len(node.args) > 3 else None
     if mask is not None and len(_shape(mask)) > 1 and _shape(mask)[-2] != 1:
-        cuts[3] = Cut(len(_shape(mask)) - 2, cut.index)
+        cuts[3] = RowCut(len(_shape(mask)) - 2, cut.index)
     return cuts, node.args
 
 
@@ -183,7 +183,7 @@ def _attention(node: Node, cut: Cut) -> Plan | None:
 _POINTWISE = having(BROADCASTING | of_kind("same"), random=False)
 _NORMALISED = having(of_kind("softmax", "log_softmax", "norm"), axes=1)
 
-_RULES: Mapping[str, Rule] = {
+_RULES: Mapping[str, NarrowingRule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(("linear", "matmul_nbits", "matmul_codebook"), _rows),
     **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),

@@ -16,7 +16,7 @@ from matmorph.ir.core import Graph
 from matmorph.ir.site import Cost, Reject, Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.budget.knapsack import RESOURCES, Allocation, Candidate, Resource, Unreachable, allocate
-from matmorph.passes.budget.offers import Offer, Option, Scale, Sizes, describe, sizes_of, summed
+from matmorph.passes.budget.offers import ErrorScale, Offer, Option, Sizes, describe, sizes_of, summed
 from matmorph.passes.methods.protocol import Methods, SiteStats
 from matmorph.passes.reporting import dense_rows, weights_of
 from matmorph.passes.rewriting.block_pass import of_block
@@ -62,7 +62,7 @@ class Decision:
     chosen: tuple[Option, ...]
     allocation: Allocation
     candidates: tuple[tuple[Candidate, ...], ...]
-    scales: tuple[Scale, ...]
+    scales: tuple[ErrorScale, ...]
 
     @property
     def refused(self) -> tuple[Outcome, ...]:
@@ -142,7 +142,7 @@ def _amount(amount: Amount, base: int) -> int:
 
 
 def decide(
-    offers: tuple[Offer, ...], held: Account, selection: Selection, stats: Mapping[Site, SiteStats], scales: Sequence[Scale]
+    offers: tuple[Offer, ...], held: Account, selection: Selection, stats: Mapping[Site, SiteStats], scales: Sequence[ErrorScale]
 ) -> Decision:
     """The choice for every open site, exactly optimal. `offers` are measured, `scales` go with them. SpecError at the budget where it
     cannot be met."""

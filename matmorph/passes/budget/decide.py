@@ -24,7 +24,7 @@ from matmorph.specs.schema import Export, Spec, Stage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Open:
+class OpenStage:
     """A stage with open rules: the graph it works on, the model that percentages are of, what is selected, and parameters that earlier
     stages have put into codes."""
 
@@ -65,12 +65,12 @@ def closed_part(divided: Divided) -> Divided:
     return replace(divided, claims=claims, jobs=tuple(job for job in divided.jobs if not job.rule.is_open))
 
 
-def planned_notes(job: Open, methods: Methods, export: Export) -> tuple[str, ...]:
+def planned_notes(job: OpenStage, methods: Methods, export: Export) -> tuple[str, ...]:
     return plan_notes(job.account(methods, export), job.offers(methods, export))
 
 
 def decision(
-    job: Open, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], felt: Sensitivity | None, progress: Progress
+    job: OpenStage, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], felt: Sensitivity | None, progress: Progress
 ) -> Decision:
     """One concrete choice for every open site and block. Raises SpecError for a budget that cannot be met, and without data."""
     held, offers = job.account(methods, spec.export), job.offers(methods, spec.export)
@@ -81,7 +81,7 @@ def decision(
 
 
 def appraised(
-    job: Open, offers: Sequence[Offer], methods: Methods, stats: Mapping[Site, SiteStats], progress: Progress
+    job: OpenStage, offers: Sequence[Offer], methods: Methods, stats: Mapping[Site, SiteStats], progress: Progress
 ) -> tuple[Offer, ...]:
     """The offers with the errors of their options."""
     jobs = job.open_jobs

@@ -72,10 +72,10 @@ class Unreachable:
     limiting: tuple[Resource, ...]
 
 
-Offer = Sequence[Candidate]
+Bid = Sequence[Candidate]
 
 
-def allocate(offers: Sequence[Offer], limits: Mapping[Resource, int], together: Sequence[Sequence[int]] = ()) -> Allocation | Unreachable:
+def allocate(offers: Sequence[Bid], limits: Mapping[Resource, int], together: Sequence[Sequence[int]] = ()) -> Allocation | Unreachable:
     """One candidate of each offer. `together`: sets of offers that must take candidates of one label (those of every other are left out).
 
     Deterministic; of candidates that differ in nothing that counts, the first. Raises ValueError for an empty offer, an error that is
@@ -102,12 +102,12 @@ def allocate(offers: Sequence[Offer], limits: Mapping[Resource, int], together: 
     return Allocation(chosen, objective, found.gap, {name: sum(one.takes(name) for one in taken) for name in RESOURCES}, binding)
 
 
-def smallest(offers: Sequence[Offer], resource: Resource) -> int:
+def smallest(offers: Sequence[Bid], resource: Resource) -> int:
     """The least of a resource that any choice takes."""
     return sum(min(one.takes(resource) for one in offer) for offer in offers)
 
 
-def _check(index: int, offer: Offer) -> None:
+def _check(index: int, offer: Bid) -> None:
     if not offer:
         raise ValueError(f"offer {index} has no candidates")
     if len({one.label for one in offer}) < len(offer):
@@ -124,7 +124,7 @@ def _groups(count: int, together: Sequence[Sequence[int]]) -> list[tuple[int, ..
     return [*(tuple(group) for group in together if group), *((index,) for index in range(count) if index not in set(bound))]
 
 
-def _merged(offers: Sequence[Offer]) -> list[Candidate]:
+def _merged(offers: Sequence[Bid]) -> list[Candidate]:
     """What several offers add up to under each label that all of them have."""
     if len(offers) == 1:
         return list(offers[0])
@@ -140,13 +140,13 @@ def _merged(offers: Sequence[Offer]) -> list[Candidate]:
     return [total(label) for label in common]
 
 
-def _too_small(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> Unreachable | None:
+def _too_small(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> Unreachable | None:
     least = {name: smallest(offers, name) for name in limits}
     limiting = tuple(name for name in limits if least[name] > limits[name])
     return Unreachable(least, limiting) if limiting else None
 
 
-def _undominated(offer: Offer, resources: Sequence[Resource]) -> list[int]:
+def _undominated(offer: Bid, resources: Sequence[Resource]) -> list[int]:
     """Candidates that no other one beats or equals in everything that counts; of equals the first."""
     keys = [(one.error, *(one.takes(name) for name in resources)) for one in offer]
     order = sorted(range(len(offer)), key=lambda index: (keys[index], index))
@@ -177,7 +177,7 @@ class _Relaxed:
     priced: tuple[Resource, ...]
 
 
-def _solve(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved | None:
+def _solve(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> _Solved | None:
     """None where nothing holds the limits.
 
     A core of candidates first, those that the relaxation says add little; whatever better answer exists has only candidates whose extra is
@@ -195,18 +195,18 @@ def _solve(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved |
     return None if exact is None else replace(exact, priced=relaxed.priced)
 
 
-def _objective(offers: Sequence[Offer], chosen: Sequence[int]) -> float:
+def _objective(offers: Sequence[Bid], chosen: Sequence[int]) -> float:
     return sum(offer[index].error for offer, index in zip(offers, chosen, strict=True))
 
 
-def _core(offers: Sequence[Offer], limits: Mapping[Resource, int], relaxed: _Relaxed, reach: float) -> _Solved | None:
+def _core(offers: Sequence[Bid], limits: Mapping[Resource, int], relaxed: _Relaxed, reach: float) -> _Solved | None:
     """The best answer of candidates whose extra is at most `reach` (a little more, for rounding)."""
     kept = [[int(index) for index in np.flatnonzero(extra <= reach * (1 + 1e-6) + 1e-12 * relaxed.bound)] for extra in relaxed.extra]
     found = _exact([[offer[index] for index in few] for offer, few in zip(offers, kept, strict=True)], limits)
     return None if found is None else replace(found, chosen=tuple(few[index] for few, index in zip(kept, found.chosen, strict=True)))
 
 
-def _exact(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Solved | None:
+def _exact(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> _Solved | None:
     """A solution is integral only up to the solver's tolerance, and so are its limits: one that lies above a limit once rounded is solved
     again with that much less, and its gap is still that to the first, looser program."""
     bound: float | None = None
@@ -230,7 +230,7 @@ def _gap(objective: float, bound: float) -> float:
     return share if share > 1e-9 else 0.0
 
 
-def _excess(offers: Sequence[Offer], chosen: Sequence[int], limits: Mapping[Resource, int]) -> dict[Resource, int] | None:
+def _excess(offers: Sequence[Bid], chosen: Sequence[int], limits: Mapping[Resource, int]) -> dict[Resource, int] | None:
     """By how much each limit is exceeded, None where all hold."""
     taken = [offer[index] for offer, index in zip(offers, chosen, strict=True)]
     over = {name: sum(one.takes(name) for one in taken) - limit for name, limit in limits.items()}
@@ -254,7 +254,7 @@ class _Program:
         return csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
 
 
-def _program(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Program:
+def _program(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> _Program:
     """What a candidate takes beyond the least of its offer, and what the limit leaves beyond the least of all, in multiples of the greatest
     common divisor: the smaller the numbers, the less the solver's tolerance is worth."""
     errors = np.array([one.error for offer in offers for one in offer])
@@ -273,7 +273,7 @@ def _program(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Progra
     return _Program(errors * scale, scale, ends, use, np.array(left, dtype=np.float64), tuple(names))
 
 
-def _relaxed(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Relaxed | None:
+def _relaxed(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> _Relaxed | None:
     """By Lagrangian duality: at the prices p >= 0 that the linear program ends with, no answer is below
     sum_s min_k (e + p r)[s, k] - p . limit, and one that takes k at s not below that plus (e + p r)[s, k] less that minimum. So the bounds
     hold whatever the solver's tolerances."""
@@ -291,7 +291,7 @@ def _relaxed(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> _Relaxe
     return _Relaxed(bound, tuple(part - part.min() for part in parts), priced)
 
 
-def _highs(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> tuple[tuple[int, ...], float] | None:
+def _highs(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> tuple[tuple[int, ...], float] | None:
     """(choice, proven lower bound of the objective), None where the program has no solution."""
     program = _program(offers, limits)
     rows = [LinearConstraint(program.use, -np.inf, program.left)] if len(program.left) else []
@@ -333,7 +333,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _nearest(offers: Sequence[Offer], limits: Mapping[Resource, int]) -> dict[Resource, int]:
+def _nearest(offers: Sequence[Bid], limits: Mapping[Resource, int]) -> dict[Resource, int]:
     """What the choice takes whose largest (total / limit) is smallest: the program of least t with total_r <= t limit_r."""
     count = sum(len(offer) for offer in offers)
     ends = np.cumsum([0, *(len(offer) for offer in offers)])

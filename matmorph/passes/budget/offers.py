@@ -215,7 +215,7 @@ def energy(site: Site, stats: SiteStats | None, weighting: Tensor | None = None)
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class ErrorScale:
     """What relative errors of one site count. `felt`: of a squared `felt_error`, None where there are none; `other`: of a squared output or
     weight error. 1 without sensitivities: then errors of all sites count alike."""
 
@@ -232,10 +232,10 @@ class Scale:
         return self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2
 
 
-def scale_of(site: Site, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> Scale:
+def scale_of(site: Site, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> ErrorScale:
     """`slopes`: of `passes.sensitivity`, None where none were gathered."""
     if slopes is None:
-        return Scale(None, 1.0)
+        return ErrorScale(None, 1.0)
     weighting = weighting_of(site, stats)
     felt = None if weighting is None else energy(site, stats, weighting)
-    return Scale(felt, slopes[site] * energy(site, stats))
+    return ErrorScale(felt, slopes[site] * energy(site, stats))

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from matmorph.errors import InputError
 
 V = TypeVar("V")
-Group = tuple[int, int]
+CoreGroup = tuple[int, int]
 """Cores a .. b - 1, merged into one."""
 
 MAX_GROUPS = 4
@@ -83,7 +83,7 @@ def vector_train(shape: Sequence[int], boundary: int, ranks: Sequence[int]) -> T
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ContractionStep:
     """One operation on earlier values. `operands`: 0 is x, 1 .. d are the cores, d + 1 .. the results of the steps. `sizes`: of a reshape
     (-1: whatever is left), or the axes of a permute."""
 
@@ -93,7 +93,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ContractionPlan:
     """One way to contract. `name` is unique among the plans of one train; `groups` are merged at load, before any row is seen.
 
     `order` of a TT-matrix: which end goes first, and whether the rows stay in front or go behind (`columns`: two transpositions, of x and
@@ -102,16 +102,16 @@ class Plan:
     """
 
     name: str
-    groups: tuple[Group, ...]
+    groups: tuple[CoreGroup, ...]
     order: str
-    steps: tuple[Step, ...]
+    steps: tuple[ContractionStep, ...]
 
     @property
     def is_dense(self) -> bool:
         return len(self.groups) == 1
 
 
-class Ops(Protocol[V]):
+class ArrayOps(Protocol[V]):
     """What a plan runs on. Semantics of torch: `matmul` broadcasts, `reshape` is row-major and takes one -1."""
 
     def reshape(self, value: V, sizes: Sequence[Any], /) -> V: ...
@@ -121,7 +121,7 @@ class Ops(Protocol[V]):
     def matmul(self, left: V, right: V, /) -> V: ...
 
 
-def contract(plan: Plan, x: V, cores: Sequence[V], ops: Ops[V], leading: Sequence[Any] = (-1,)) -> V:
+def contract(plan: ContractionPlan, x: V, cores: Sequence[V], ops: ArrayOps[V], leading: Sequence[Any] = (-1,)) -> V:
     """y [.., out] of x [.., in]. `cores` in canonical layout. `leading`: the sizes that y has before `out` where x is not [rows, in], at
     most one of them -1, in whatever form `ops.reshape` takes a size."""
     values = [x, *cores]
@@ -130,7 +130,7 @@ def contract(plan: Plan, x: V, cores: Sequence[V], ops: Ops[V], leading: Sequenc
     return values[-1]
 
 
-def _run(step: Step, values: Sequence[V], ops: Ops[V], leading: Sequence[Any] | None) -> V:
+def _run(step: ContractionStep, values: Sequence[V], ops: ArrayOps[V], leading: Sequence[Any] | None) -> V:
     operand = values[step.operands[0]]
     if step.op == "matmul":
         return ops.matmul(operand, values[step.operands[1]])
@@ -139,7 +139,7 @@ def _run(step: Step, values: Sequence[V], ops: Ops[V], leading: Sequence[Any] | 
     return ops.reshape(operand, step.sizes if leading is None else (*leading, step.sizes[-1]))
 
 
-def candidate_plans(train: TrainShape) -> tuple[Plan, ...]:
+def candidate_plans(train: TrainShape) -> tuple[ContractionPlan, ...]:
     """All plans that are worth a look, the unmerged chain first, dense last.
 
     A grouping is left out where a merged core would hold as many numbers as the dense matrix: dense does less with the same memory.
@@ -149,7 +149,7 @@ def candidate_plans(train: TrainShape) -> tuple[Plan, ...]:
     return (*plans, _dense(train))
 
 
-def _groupings(train: TrainShape) -> Iterator[tuple[Group, ...]]:
+def _groupings(train: TrainShape) -> Iterator[tuple[CoreGroup, ...]]:
     """From the finest to the coarsest; not the single group, which is dense."""
     cores = len(train.outputs)
     dense = train.in_features * train.out_features
@@ -162,12 +162,12 @@ def _groupings(train: TrainShape) -> Iterator[tuple[Group, ...]]:
                 yield groups
 
 
-def _elements(train: TrainShape, group: Group) -> int:
+def _elements(train: TrainShape, group: CoreGroup) -> int:
     low, high = group
     return train.ranks[low] * prod(train.outputs[low:high]) * prod(train.inputs[low:high]) * train.ranks[high]
 
 
-def _name(train: TrainShape, groups: Sequence[Group]) -> str:
+def _name(train: TrainShape, groups: Sequence[CoreGroup]) -> str:
     """chain, two_factor, or merged_1-2_3: cores 1 and 2 are merged, core 3 stands alone."""
     if len(groups) == len(train.outputs):
         return "chain"
@@ -183,23 +183,23 @@ class _Writer:
 
     def __init__(self, train: TrainShape) -> None:
         self.train = train
-        self.steps: list[Step] = []
+        self.steps: list[ContractionStep] = []
         self.x = 0
 
     def reshape(self, value: int, *sizes: int) -> int:
-        return self._add(Step("reshape", (value,), sizes))
+        return self._add(ContractionStep("reshape", (value,), sizes))
 
     def permute(self, value: int, *axes: int) -> int:
-        return value if axes == tuple(range(len(axes))) else self._add(Step("permute", (value,), axes))
+        return value if axes == tuple(range(len(axes))) else self._add(ContractionStep("permute", (value,), axes))
 
     def matmul(self, left: int, right: int) -> int:
-        return self._add(Step("matmul", (left, right)))
+        return self._add(ContractionStep("matmul", (left, right)))
 
-    def _add(self, step: Step) -> int:
+    def _add(self, step: ContractionStep) -> int:
         self.steps.append(step)
         return len(self.train.outputs) + len(self.steps)
 
-    def merged(self, group: Group) -> _Merged:
+    def merged(self, group: CoreGroup) -> _Merged:
         """The cores of a group as one, with its axes as they come: r, then out and in of every core in turn, r'."""
         low, high = group
         ranks, sizes = self.train.ranks, [o * i for o, i in zip(self.train.outputs, self.train.inputs, strict=True)]
@@ -216,7 +216,7 @@ class _Merged:
 
     writer: _Writer
     value: int
-    group: Group
+    group: CoreGroup
 
     def matrix(self, rows: str, columns: str) -> int:
         """As a matrix; each side names axes in the order wanted: `r` and `s` for the ranks before and behind, `o` for all outputs in order,
@@ -246,15 +246,15 @@ class _Merged:
         return self.writer.reshape(value, height, prod(sizes) // height)
 
 
-def _dense(train: TrainShape) -> Plan:
+def _dense(train: TrainShape) -> ContractionPlan:
     """W^T [in, out], rebuilt when the file is loaded; then one product."""
     writer = _Writer(train)
     whole = (0, len(train.outputs))
     writer.matmul(writer.x, writer.merged(whole).matrix("ri" if train.form == "matrix" else "jr", "os"))
-    return Plan("dense", (whole,), "rows", tuple(writer.steps))
+    return ContractionPlan("dense", (whole,), "rows", tuple(writer.steps))
 
 
-def _from_left(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
+def _from_left(train: TrainShape, groups: tuple[CoreGroup, ...]) -> ContractionPlan:
     """x [rows, I_1, rest]: every group but the last stands left of the activations, so that what it leaves lies where the next one reads
     it; the last one stands right of them, in one large product. No transposition."""
     writer = _Writer(train)
@@ -266,10 +266,10 @@ def _from_left(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
     value = writer.reshape(value, -1, _left_width(train, last))
     value = writer.matmul(value, writer.merged(last).matrix("ri", "os"))
     writer.reshape(value, -1, train.out_features)
-    return Plan(_name(train, groups), groups, "left", tuple(writer.steps))
+    return ContractionPlan(_name(train, groups), groups, "left", tuple(writer.steps))
 
 
-def _from_right(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
+def _from_right(train: TrainShape, groups: tuple[CoreGroup, ...]) -> ContractionPlan:
     """The mirror image: the last group first, right of the activations; the others left of them."""
     writer = _Writer(train)
     last = groups[-1]
@@ -279,34 +279,34 @@ def _from_right(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
         value = writer.reshape(value, -1, _right_width(train, group), prod(train.outputs[group[1] :]))
         value = writer.matmul(writer.merged(group).matrix("ro", "is"), value)
     writer.reshape(value, -1, train.out_features)
-    return Plan(f"{_name(train, groups)}_right", groups, "right", tuple(writer.steps))
+    return ContractionPlan(f"{_name(train, groups)}_right", groups, "right", tuple(writer.steps))
 
 
-def _columns_from_left(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
+def _columns_from_left(train: TrainShape, groups: tuple[CoreGroup, ...]) -> ContractionPlan:
     """x^T [in, rows]: all groups left of the activations, whose products are as wide as there are rows; two transpositions."""
     writer = _Writer(train)
     value = _columns(writer)
     for group in groups:
         value = _wide(writer, value, prod(train.outputs[: group[0]]), _left_width(train, group))
         value = writer.matmul(writer.merged(group).matrix("os", "ri"), value)
-    return _back(writer, value, Plan(f"{_name(train, groups)}_columns", groups, "left columns", ()))
+    return _back(writer, value, ContractionPlan(f"{_name(train, groups)}_columns", groups, "left columns", ()))
 
 
-def _columns_from_right(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
+def _columns_from_right(train: TrainShape, groups: tuple[CoreGroup, ...]) -> ContractionPlan:
     writer = _Writer(train)
     value = _columns(writer)
     for group in reversed(groups):
         value = _wide(writer, value, prod(train.inputs[: group[0]]), _right_width(train, group))
         value = writer.matmul(writer.merged(group).matrix("ro", "is"), value)
-    return _back(writer, value, Plan(f"{_name(train, groups)}_right_columns", groups, "right columns", ()))
+    return _back(writer, value, ContractionPlan(f"{_name(train, groups)}_right_columns", groups, "right columns", ()))
 
 
-def _left_width(train: TrainShape, group: Group) -> int:
+def _left_width(train: TrainShape, group: CoreGroup) -> int:
     """What a group reads when those before it are done: its first rank and its inputs."""
     return train.ranks[group[0]] * prod(train.inputs[group[0] : group[1]])
 
 
-def _right_width(train: TrainShape, group: Group) -> int:
+def _right_width(train: TrainShape, group: CoreGroup) -> int:
     """What a group reads when those behind it are done: its inputs and its last rank."""
     return prod(train.inputs[group[0] : group[1]]) * train.ranks[group[1]]
 
@@ -319,13 +319,13 @@ def _wide(writer: _Writer, value: int, batch: int, width: int) -> int:
     return writer.reshape(value, width, -1) if batch == 1 else writer.reshape(value, batch, width, -1)
 
 
-def _back(writer: _Writer, value: int, plan: Plan) -> Plan:
+def _back(writer: _Writer, value: int, plan: ContractionPlan) -> ContractionPlan:
     value = writer.permute(writer.reshape(value, writer.train.out_features, -1), 1, 0)
     writer.reshape(value, -1, writer.train.out_features)
     return replace(plan, steps=tuple(writer.steps))
 
 
-def _along(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
+def _along(train: TrainShape, groups: tuple[CoreGroup, ...]) -> ContractionPlan:
     """A TT-vector: every group stands right of the activations [rows .. m_2 m_1], eats the last inputs and the rank, and leaves outputs and
     the next rank behind. One group on either side of the boundary is the exact two-factor form."""
     writer = _Writer(train)
@@ -338,7 +338,7 @@ def _along(train: TrainShape, groups: tuple[Group, ...]) -> Plan:
         last = prod(train.outputs[slice(*group)]) * train.ranks[group[1]]
     if folded or last != train.out_features:
         writer.reshape(value, -1, train.out_features)
-    return Plan(_name(train, groups), groups, "rows", tuple(writer.steps))
+    return ContractionPlan(_name(train, groups), groups, "rows", tuple(writer.steps))
 
 
 _MATRIX = (_from_left, _from_right, _columns_from_left, _columns_from_right)

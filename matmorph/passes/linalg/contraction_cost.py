@@ -14,7 +14,7 @@ from math import prod
 from opt_einsum.helpers import flop_count
 
 from matmorph.errors import InputError
-from matmorph.passes.linalg.contraction import Plan, TrainShape, candidate_plans, contract
+from matmorph.passes.linalg.contraction import ContractionPlan, TrainShape, candidate_plans, contract
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.rates import Product, Rates
 
@@ -39,10 +39,10 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PlanCandidate:
     """A plan and its estimates, one per token count."""
 
-    plan: Plan
+    plan: ContractionPlan
     estimates: tuple[Estimate, ...]
 
 
@@ -50,13 +50,13 @@ class Candidate:
 class Planned:
     """The choice. `plan` = `chosen.plan`; `candidates`: all, dense last; `explanation`: for plan and report."""
 
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]
+    chosen: PlanCandidate
+    candidates: tuple[PlanCandidate, ...]
     target: str
     explanation: str
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ContractionPlan:
         return self.chosen.plan
 
     @property
@@ -102,12 +102,14 @@ def plan_contraction(train: TrainShape, tokens: tuple[int, ...], target: str = "
     if not tokens or min(tokens) < 0:
         raise InputError(f"a contraction is planned for numbers of rows, 0 or more; these are {tokens}")
     _, rates = _planned_for((target,))
-    candidates = tuple(Candidate(plan, tuple(estimate(plan, train, count, rates) for count in tokens)) for plan in candidate_plans(train))
+    candidates = tuple(
+        PlanCandidate(plan, tuple(estimate(plan, train, count, rates) for count in tokens)) for plan in candidate_plans(train)
+    )
     chosen = choose(candidates, force)
     return Planned(chosen, candidates, target, _explanation(chosen, candidates, target, rates))
 
 
-def choose(candidates: Sequence[Candidate], force: bool = False) -> Candidate:
+def choose(candidates: Sequence[PlanCandidate], force: bool = False) -> PlanCandidate:
     """The one to take, of candidates with dense as the last; see `plan_contraction`."""
     dense = candidates[-1]
     allowed = [item for item in candidates[:-1] if force or max(_over(item, dense)) <= MARGIN] or [dense]
@@ -118,7 +120,7 @@ def choose(candidates: Sequence[Candidate], force: bool = False) -> Candidate:
     return min(near, key=lambda item: (sum(each.traffic for each in item.estimates), len(item.plan.groups), item.estimates[-1].seconds))
 
 
-def estimate(plan: Plan, train: TrainShape, tokens: int, rates: Rates) -> Estimate:
+def estimate(plan: ContractionPlan, train: TrainShape, tokens: int, rates: Rates) -> Estimate:
     """Time, FLOPs and bytes of one run of the plan with `tokens` rows; what is computed at load costs nothing."""
     meter = _measured(plan, train, tokens)
     tensors = [size for item in meter.products for size in (item.constant, item.operand, item.result)]
@@ -128,12 +130,12 @@ def estimate(plan: Plan, train: TrainShape, tokens: int, rates: Rates) -> Estima
     return Estimate(tokens, seconds, meter.flops, 4 * sum(tensors), 4 * outside)
 
 
-def products(plan: Plan, train: TrainShape, tokens: int) -> tuple[Product, ...]:
+def products(plan: ContractionPlan, train: TrainShape, tokens: int) -> tuple[Product, ...]:
     """The products that are left when everything of cores alone is folded, in order."""
     return tuple(_measured(plan, train, tokens).products)
 
 
-def _measured(plan: Plan, train: TrainShape, tokens: int) -> _Meter:
+def _measured(plan: ContractionPlan, train: TrainShape, tokens: int) -> _Meter:
     meter = _Meter()
     contract(plan, Sized((tokens, train.in_features)), [Sized(shape, constant=True) for shape in train.core_shapes], meter, (tokens,))
     return meter
@@ -181,11 +183,11 @@ class _Meter:
         self.products.append(product)
 
 
-def _over(item: Candidate, reference: Candidate) -> tuple[float, ...]:
+def _over(item: PlanCandidate, reference: PlanCandidate) -> tuple[float, ...]:
     return tuple(mine.seconds / other.seconds for mine, other in zip(item.estimates, reference.estimates, strict=True))
 
 
-def _explanation(chosen: Candidate, candidates: Sequence[Candidate], target: str, rates: Rates) -> str:
+def _explanation(chosen: PlanCandidate, candidates: Sequence[PlanCandidate], target: str, rates: Rates) -> str:
     dense = candidates[-1]
     counts = ", ".join(str(each.tokens) for each in dense.estimates)
     basis = "predicted" if rates.measured else "estimated, not measured,"

@@ -35,8 +35,8 @@ from torch.nn.functional import pad
 from matmorph.passes.linalg.codebook import CODEBOOK_BITS, nearest, normal_float
 from matmorph.passes.linalg.scales import SCALE_TYPES, level_indices, uniform_scales
 
-Name = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
-NAMES: tuple[Name, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
+QuantizerName = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
+NAMES: tuple[QuantizerName, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
 UNIFORM_BITS = (2, 4, 8)
 
 _CHUNK = 1 << 17
@@ -54,7 +54,7 @@ class Quantizer:
     codes are chosen before that, as in the paper. It is a storage format: kernels get the expanded scales.
     """
 
-    name: Name
+    name: QuantizerName
     bits: int | None = None
     block_size: int = 64
     zero_point: bool = False

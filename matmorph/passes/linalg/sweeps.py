@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from matmorph.passes.linalg.svd import one_thread
-from matmorph.passes.linalg.unfolding import ChooseRank, Step, frobenius
+from matmorph.passes.linalg.unfolding import ChooseRank, UnfoldingStep, frobenius
 
 Sweep = Literal["forward", "backward"]
-Cut = Callable[[Tensor, int | ChooseRank], Step]
-Swept = tuple[list[Tensor], list[Step]]
+EdgeCut = Callable[[Tensor, int | ChooseRank], UnfoldingStep]
+Swept = tuple[list[Tensor], list[UnfoldingStep]]
 """Cores in their order, steps in the order of the edges."""
 
 _MUCH_CHEAPER = 2.0
@@ -27,7 +27,7 @@ _MUCH_CHEAPER = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class ErrorBudget:
     """`squared`: largest sum of squared tails, or None where the ranks are given; `limits`: those ranks, or the upper limits."""
 
     norm: float
@@ -36,13 +36,13 @@ class Budget:
     multiple_of: int
 
     @classmethod
-    def of(cls, tensor: Tensor, target: float, limits: tuple[int, ...], multiple_of: int) -> Budget:
+    def of(cls, tensor: Tensor, target: float, limits: tuple[int, ...], multiple_of: int) -> ErrorBudget:
         if multiple_of < 1:
             raise ValueError(f"multiple_of is at least 1, not {multiple_of}")
         norm = frobenius(tensor)
         return cls(norm, (target * norm) ** 2 if target >= 0 else None, limits, multiple_of)
 
-    def rank(self, edge: int, c: Tensor, done: Sequence[Step]) -> int | ChooseRank:
+    def rank(self, edge: int, c: Tensor, done: Sequence[UnfoldingStep]) -> int | ChooseRank:
         """For the unfolding `c` of `edge` after the steps `done`: each step may leave over an equal share of what is left of the budget."""
         limit = min(self.limits[edge], c.shape[0], c.shape[1])
         if self.squared is None:
@@ -57,10 +57,10 @@ class Budget:
         return choose
 
 
-def forward(tensor: Tensor, budget: Budget, cut: Cut) -> Swept:
+def forward(tensor: Tensor, budget: ErrorBudget, cut: EdgeCut) -> Swept:
     """Cores from the first; each step is one edge."""
     cores: list[Tensor] = []
-    steps: list[Step] = []
+    steps: list[UnfoldingStep] = []
     rest, rank = tensor, 1
     for edge, mode in enumerate(tensor.shape[:-1]):
         c = rest.reshape(rank * mode, -1)
@@ -70,10 +70,10 @@ def forward(tensor: Tensor, budget: Budget, cut: Cut) -> Swept:
     return [*cores, rest.reshape(rank, -1, 1)], steps
 
 
-def backward(tensor: Tensor, budget: Budget, cut: Cut) -> Swept:
+def backward(tensor: Tensor, budget: ErrorBudget, cut: EdgeCut) -> Swept:
     """Cores from the last: the same steps on transposed unfoldings. Steps in the order of the edges."""
     cores: list[Tensor] = []
-    steps: list[Step] = []
+    steps: list[UnfoldingStep] = []
     rest, rank = tensor, 1
     for edge in reversed(range(tensor.dim() - 1)):
         mode = tensor.shape[edge + 1]
@@ -98,10 +98,10 @@ def left_orthogonal(cores: Sequence[Tensor]) -> list[Tensor]:
     return done
 
 
-def truncated(cores: Sequence[Tensor], budget: Budget, cut: Cut) -> Swept:
+def truncated(cores: Sequence[Tensor], budget: ErrorBudget, cut: EdgeCut) -> Swept:
     """From the last core to the first; all cores but the last are orthonormal, so a step's error is that of the tensor."""
     done: list[Tensor] = []
-    steps: list[Step] = []
+    steps: list[UnfoldingStep] = []
     current = cores[-1]
     for edge in reversed(range(len(cores) - 1)):
         mode, rank = current.shape[1:]
@@ -127,4 +127,4 @@ def _cost(modes: Sequence[int], ranks: Sequence[int]) -> float:
     return total
 
 
-SWEEPS: Mapping[Sweep, Callable[[Tensor, Budget, Cut], Swept]] = {"forward": forward, "backward": backward}
+SWEEPS: Mapping[Sweep, Callable[[Tensor, ErrorBudget, EdgeCut], Swept]] = {"forward": forward, "backward": backward}

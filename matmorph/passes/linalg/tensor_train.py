@@ -27,8 +27,8 @@ from torch import Tensor
 
 from matmorph.passes.linalg.modes import Modes, boundary
 from matmorph.passes.linalg.svd import Solver, largest
-from matmorph.passes.linalg.sweeps import SWEEPS, Budget, Sweep, cheaper_sweep, left_orthogonal, truncated
-from matmorph.passes.linalg.unfolding import ROUNDING, Step, left_step
+from matmorph.passes.linalg.sweeps import SWEEPS, ErrorBudget, Sweep, cheaper_sweep, left_orthogonal, truncated
+from matmorph.passes.linalg.unfolding import ROUNDING, UnfoldingStep, left_step
 
 Ranks = int | Sequence[int]
 """One rank for all edges, or the d - 1 inner ranks."""
@@ -172,7 +172,7 @@ def tt_svd(
     work = tensor.to(torch.float64 if double else torch.float32).contiguous()
     scale = peak if peak > 0 and not 1e-6 < peak < 1e6 else 1.0  # squares must not leave the range of the type
     work = work if scale == 1.0 else work / scale
-    budget = Budget.of(work, target, limits, multiple_of)
+    budget = ErrorBudget.of(work, target, limits, multiple_of)
     end = cheaper_sweep(modes, limits) if sweep == "auto" else sweep
     cores, steps = SWEEPS[end](work, budget, lambda c, rank: left_step(c, rank, solver=solver, seed=seed))
     heavy = -1 if end == "forward" else 0
@@ -206,7 +206,7 @@ def round_tt(
     limits = clamp_ranks(train.modes, train.ranks if ranks is None else ranks)
     limits = tuple(map(min, limits, clamp_ranks(train.modes, train.ranks)))
     cores = left_orthogonal(plain)
-    budget = Budget.of(cores[-1], target, limits, multiple_of)
+    budget = ErrorBudget.of(cores[-1], target, limits, multiple_of)
     done, steps = truncated(cores, budget, lambda c, rank: left_step(c, rank, solver=solver, seed=seed))
     rounded = TensorTrain(tuple(core.to(train.cores[0].dtype).contiguous() for core in done))
     modes = train.matrix_modes
@@ -288,7 +288,13 @@ def two_factors(train: TensorTrain, in_features: int) -> tuple[Tensor, Tensor]:
 
 
 def _info(
-    train: TensorTrain, steps: Sequence[Step], limits: tuple[int, ...], asked: Ranks | None, norm: float, sweep: Sweep, scale: float = 1.0
+    train: TensorTrain,
+    steps: Sequence[UnfoldingStep],
+    limits: tuple[int, ...],
+    asked: Ranks | None,
+    norm: float,
+    sweep: Sweep,
+    scale: float = 1.0,
 ) -> Info:
     """`norm` and the steps are those of the tensor divided by `scale`."""
     wanted = limits if asked is None else (asked,) * len(limits) if isinstance(asked, int) else tuple(asked)

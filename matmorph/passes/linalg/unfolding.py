@@ -45,7 +45,7 @@ ChooseRank = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class UnfoldingStep:
     """C [m, n] ~ u @ rest with orthonormal columns `u` [m, r] and `rest` = u^T C [r, n].
 
     `error` = |C - u rest|_F up to rounding; `optimum`: proven lower bound on the error of every rank-r matrix."""
@@ -57,7 +57,7 @@ class Step:
     solver: Solver
 
 
-def left_step(c: Tensor, rank: int | ChooseRank, *, solver: Solver = "auto", seed: int = 0) -> Step:
+def left_step(c: Tensor, rank: int | ChooseRank, *, solver: Solver = "auto", seed: int = 0) -> UnfoldingStep:
     """The leading left singular vectors of `c` [m, n], float32 or float64, for a fixed rank or one that the squared tails decide.
 
     A zero matrix gives some orthonormal `u`. Raises ValueError for an unknown solver or a rank outside 1..min(m, n)."""
@@ -81,13 +81,13 @@ def _randomized_pays(c: Tensor, rank: int, solver: Solver) -> bool:
     return solver == "randomized"
 
 
-def _randomized(c: Tensor, rank: int, seed: int) -> Step:
+def _randomized(c: Tensor, rank: int, seed: int) -> UnfoldingStep:
     found = truncated_svd(c, rank, solver="randomized", seed=seed)
     rest = found.u.T @ c
-    return Step(found.u, rest, _error(c, found.u, rest, 0.0), found.optimum, found.solver)
+    return UnfoldingStep(found.u, rest, _error(c, found.u, rest, 0.0), found.optimum, found.solver)
 
 
-def _gram(c: Tensor, wanted: int | ChooseRank, dtype: torch.dtype) -> Step | None:
+def _gram(c: Tensor, wanted: int | ChooseRank, dtype: torch.dtype) -> UnfoldingStep | None:
     """None where rounding of the Gram matrix, multiplied in `dtype`, could hide more than the guard allows.
 
     Its rounding E has |E|_F <= sqrt(columns of a block) * eps * |C|_F^2 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019), and r eigenvalues
@@ -109,11 +109,11 @@ def _gram(c: Tensor, wanted: int | ChooseRank, dtype: torch.dtype) -> Step | Non
     optimum = sqrt(max(0.0, tail - slack))
     error = _error(c, u, rest, tail / total if total > 0 else 0.0)
     if error <= ROUNDING * torch.finfo(c.dtype).eps * sqrt(total):
-        return Step(u, rest, error, 0.0, "gram")
-    return Step(u, rest, error, min(optimum, error), "gram") if error <= GUARD * optimum else None
+        return UnfoldingStep(u, rest, error, 0.0, "gram")
+    return UnfoldingStep(u, rest, error, min(optimum, error), "gram") if error <= GUARD * optimum else None
 
 
-def _exact(c: Tensor, wanted: int | ChooseRank) -> Step:
+def _exact(c: Tensor, wanted: int | ChooseRank) -> UnfoldingStep:
     """In float64. The triangular factor of the long side has the singular values of `c` and its vectors on the short side."""
     wide = c.shape[0] <= c.shape[1]
     a = c.double()
@@ -130,7 +130,7 @@ def _exact(c: Tensor, wanted: int | ChooseRank) -> Step:
     u = vectors[:, :rank].to(c).contiguous()
     error = float(tails[rank].sqrt())
     floor = ROUNDING * torch.finfo(torch.float64).eps * float(tails[0].sqrt())
-    return Step(u, u.T @ c, error, max(0.0, error - floor), "exact")
+    return UnfoldingStep(u, u.T @ c, error, max(0.0, error - floor), "exact")
 
 
 def frobenius(a: Tensor) -> float:

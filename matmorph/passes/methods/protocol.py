@@ -26,7 +26,7 @@ from matmorph.passes.pruning.patch import Patch
 from matmorph.runtime.format.training import SearchSpace
 from matmorph.specs import schema
 
-Kind = Literal["replace", "update", "block"]
+MethodKind = Literal["replace", "update", "block"]
 """replace: takes the place of the dense matmul; update: is added to what stays, or to what took its place; block: prunes a whole block."""
 
 Trains = Literal["adapters", "factors"]
@@ -176,7 +176,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Kind]
+    kind: ClassVar[MethodKind]
     Spec: ClassVar[type]
     automatic: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[Trains | None] = None
@@ -285,21 +285,21 @@ class SiteMethod(Method):
 class ReplaceMethod(SiteMethod):
     """Takes the place of the dense matmul; its trainable weights are factors of the weight."""
 
-    kind: ClassVar[Kind] = "replace"
+    kind: ClassVar[MethodKind] = "replace"
     trains: ClassVar[Trains | None] = "factors"
 
 
 class UpdateMethod(SiteMethod):
     """Is added to what stays, or to what took its place; its trainable weights are adapters."""
 
-    kind: ClassVar[Kind] = "update"
+    kind: ClassVar[MethodKind] = "update"
     trains: ClassVar[Trains | None] = "adapters"
 
 
 class BlockMethod(Method):
     """One way to prune a whole block. `choices[k].rank` is the width of the block that the choice leaves."""
 
-    kind: ClassVar[Kind] = "block"
+    kind: ClassVar[MethodKind] = "block"
 
     @abstractmethod
     def reads(self, block: Block, spec: Any) -> tuple[Site, ...]:

@@ -22,7 +22,7 @@ from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.ir.types import element_size
 from matmorph.passes.linalg.codebook import CODEBOOK_BITS
 from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
-from matmorph.passes.linalg.quantize import UNIFORM_BITS, Name, Quantized, Quantizer, stored_width
+from matmorph.passes.linalg.quantize import UNIFORM_BITS, Quantized, Quantizer, QuantizerName, stored_width
 from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.weights import FLOATS
 from matmorph.specs.schema import Rank
@@ -35,7 +35,7 @@ Array = tuple[str, str, tuple[int, ...]]
 class QuantizedSpec:
     """A base of integer codes and scales. The definitions of the quantizers are those of `matmorph.passes.linalg.quantize`."""
 
-    quantizer: Name = field(
+    quantizer: QuantizerName = field(
         metadata={
             "doc": "nf4, nf3, nf2: NormalFloat tables; uniform: steps of a scale per block; uniform_clipped: per tensor, mean +- 2 std"
         }

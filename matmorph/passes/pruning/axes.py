@@ -31,7 +31,7 @@ class Atom:
     unit: str | None = None
 
 
-Product: TypeAlias = tuple[Atom, ...]
+AxisProduct: TypeAlias = tuple[Atom, ...]
 """Row-major, major first; () is an axis of size 1."""
 
 
@@ -39,15 +39,15 @@ Product: TypeAlias = tuple[Atom, ...]
 class Concat:
     """Products one after the other on one axis."""
 
-    parts: tuple[Product, ...]
+    parts: tuple[AxisProduct, ...]
 
 
-Axis: TypeAlias = "Product | Concat"
+Axis: TypeAlias = "AxisProduct | Concat"
 Axes: TypeAlias = tuple[Axis, ...]
 """Of a value, one per dimension."""
 Counts: TypeAlias = Mapping[str, int]
 """How many of each unit stay; units that are not named stay whole."""
-Kept: TypeAlias = Mapping[str, Tensor]
+KeptUnits: TypeAlias = Mapping[str, Tensor]
 """Which of each unit stay, ascending: indices [n], or [heads, n] where each key/value head has its own."""
 
 
@@ -56,7 +56,7 @@ def plain(shape: Iterable[Dim]) -> Axes:
     return tuple(() if size == 1 else (Atom(size),) for size in shape)
 
 
-def product(*atoms: Atom) -> Product:
+def product(*atoms: Atom) -> AxisProduct:
     """The normal form: nothing of size 1, plain numbers that lie side by side as one."""
     found: list[Atom] = []
     for atom in atoms:
@@ -91,7 +91,7 @@ def size_of(axis: Axis) -> Dim:
     return resized(axis, {})
 
 
-def positions(axis: Axis, kept: Kept) -> Tensor:
+def positions(axis: Axis, kept: KeptUnits) -> Tensor:
     """Positions of an axis that stay, in order: int64 [new size]. The axis must have a fixed size."""
     if isinstance(axis, Concat):
         found, start = [], 0
@@ -166,7 +166,7 @@ def divided(size: Dim, by: Dim) -> Dim | None:
     return as_dim(quotient) if whole else None
 
 
-def totals(axis: Product, values: Tensor, *units: str) -> Tensor:
+def totals(axis: AxisProduct, values: Tensor, *units: str) -> Tensor:
     """Sums of one number per position of the axis over all but the given units, which must be among its own, in that order."""
     table = values.reshape([int(atom.size) for atom in axis])
     names = [atom.unit for atom in axis]

@@ -12,8 +12,8 @@ from typing import Any
 from matmorph.ir.core import Node, Value
 from matmorph.ir.op_table import BARE_PRODUCTS, BROADCASTING, axes_over, having, of_kind, operands_of, permutation
 from matmorph.ir.ops import base_name
-from matmorph.passes.pruning.axes import HEADS, PART, QK, Atom, Axes, Axis, Concat, Product, plain, product, size_of, units_of
-from matmorph.passes.pruning.axis_walk import Place, Read, Rule, Walk, stuck
+from matmorph.passes.pruning.axes import HEADS, PART, QK, Atom, Axes, Axis, AxisProduct, Concat, plain, product, size_of, units_of
+from matmorph.passes.pruning.axis_walk import AxisRule, AxisWalk, Place, Read, stuck
 
 _END = 1 << 62
 """Ends of slices above this mean "to the end"."""
@@ -22,13 +22,13 @@ _END = 1 << 62
 # ------------------------------------------------------------------------------------------------------------- position by position
 
 
-def _pointwise(walk: Walk, node: Node) -> list[Axes]:
+def _pointwise(walk: AxisWalk, node: Node) -> list[Axes]:
     """Operators that treat every element alone, broadcasting their tensors."""
     operands: list[tuple[Place, Value]] = [((k,), arg) for k, arg in operands_of(node).items()]
     return [_aligned(walk, node, operands, len(node.output.tensor.shape))]
 
 
-def _aligned(walk: Walk, node: Node, operands: Sequence[tuple[Place, Value]], rank: int) -> Axes:
+def _aligned(walk: AxisWalk, node: Node, operands: Sequence[tuple[Place, Value]], rank: int) -> Axes:
     """The axes of a broadcast: where one operand carries units, the others must carry the same, have size 1, or come from outside."""
     rows = [(place, value, walk.axes(value)) for place, value in operands]
     found: list[Axis] = []
@@ -45,7 +45,7 @@ def _aligned(walk: Walk, node: Node, operands: Sequence[tuple[Place, Value]], ra
     return tuple(found)
 
 
-def _meet(walk: Walk, node: Node, one: Read, carrying: Axis) -> None:
+def _meet(walk: AxisWalk, node: Node, one: Read, carrying: Axis) -> None:
     if walk.carries(one.value):
         raise stuck(node, "brings together axes of the block that run differently", one.axis, carrying)
     if units_of(carrying):
@@ -59,17 +59,17 @@ def _labelled(axis: Axis) -> bool:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-def _same(walk: Walk, node: Node) -> list[Axes]:
+def _same(walk: AxisWalk, node: Node) -> list[Axes]:
     """The first operand, copied, converted, or with some of its elements dropped; in training with the mask of these."""
     return [walk.axes(node.args[0])] * len(node.outputs)
 
 
-def _permute(walk: Walk, node: Node) -> list[Axes]:
+def _permute(walk: AxisWalk, node: Node) -> list[Axes]:
     axes = walk.axes(node.args[0])
     return [tuple(axes[dim] for dim in permutation(node))]
 
 
-def _expand(walk: Walk, node: Node) -> list[Axes]:
+def _expand(walk: AxisWalk, node: Node) -> list[Axes]:
     """Axes of size 1 are repeated; the sizes of the others may be written out."""
     axes, shape, sizes = walk.axes(node.args[0]), node.output.tensor.shape, node.args[1]
     added = len(shape) - len(axes)
@@ -83,7 +83,7 @@ def _expand(walk: Walk, node: Node) -> list[Axes]:
     return [tuple(found)]
 
 
-def _repeat_interleave(walk: Walk, node: Node) -> list[Axes]:
+def _repeat_interleave(walk: AxisWalk, node: Node) -> list[Axes]:
     axes = list(walk.axes(node.args[0]))
     dim = node.args[2] if len(node.args) > 2 else None
     if dim is None or not isinstance(node.args[1], int) or node.attrs.get("output_size") is not None:
@@ -98,7 +98,7 @@ def _repeat_interleave(walk: Walk, node: Node) -> list[Axes]:
 # ------------------------------------------------------------------------------------------------------------- parts of an axis
 
 
-def _slice(walk: Walk, node: Node) -> list[Axes]:
+def _slice(walk: AxisWalk, node: Node) -> list[Axes]:
     axes, shape = list(walk.axes(node.args[0])), node.args[0].tensor.shape
     given: tuple[Any, ...] = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
     dim, start, end, step = given
@@ -146,20 +146,20 @@ def _cut(node: Node, axis: Axis, low: int, high: int) -> tuple[tuple[Axis, ...],
     return parts[:first], _joined(parts[first:last])
 
 
-def _pieces(axis: Product) -> tuple[Product, ...]:
+def _pieces(axis: AxisProduct) -> tuple[AxisProduct, ...]:
     """An axis whose major atom counts nothing: that many pieces, one after the other."""
     if len(axis) < 2 or axis[0].unit is not None or not isinstance(axis[0].size, int):
         return (axis,)
     return (axis[1:],) * axis[0].size
 
 
-def _joined(parts: Sequence[Product]) -> Axis:
+def _joined(parts: Sequence[AxisProduct]) -> Axis:
     if len(parts) == 1:
         return parts[0]
     return product(Atom(len(parts)), *parts[0]) if len(set(parts)) == 1 else Concat(tuple(parts))
 
 
-def _strided(walk: Walk, node: Node, axis: Axis, low: int, high: int, step: int) -> Axis:
+def _strided(walk: AxisWalk, node: Node, axis: Axis, low: int, high: int, step: int) -> Axis:
     """Every `step`-th position where `step` neighbours belong together (interleaved rotary pairs)."""
     inner = axis[-1] if isinstance(axis, tuple) and len(axis) > 1 else None
     if inner is None or inner.unit is not None or inner.size != step or low >= step or high != size_of(axis):
@@ -169,7 +169,7 @@ def _strided(walk: Walk, node: Node, axis: Axis, low: int, high: int, step: int)
     return product(*axis[:-1])  # type: ignore[index]
 
 
-def _split(walk: Walk, node: Node) -> list[Axes]:
+def _split(walk: AxisWalk, node: Node) -> list[Axes]:
     """split, split_with_sizes and chunk."""
     value, sizes = node.args[:2]
     dim = (node.args[2] if len(node.args) > 2 else 0) % len(value.tensor.shape)
@@ -193,7 +193,7 @@ def _split(walk: Walk, node: Node) -> list[Axes]:
     return found
 
 
-def _glu(walk: Walk, node: Node) -> list[Axes]:
+def _glu(walk: AxisWalk, node: Node) -> list[Axes]:
     axes = list(walk.axes(node.args[0]))
     dim = (node.args[1] if len(node.args) > 1 else -1) % len(axes)
     axis = axes[dim]
@@ -208,7 +208,7 @@ def _glu(walk: Walk, node: Node) -> list[Axes]:
     return [tuple(axes)]
 
 
-def _cat(walk: Walk, node: Node) -> list[Axes]:
+def _cat(walk: AxisWalk, node: Node) -> list[Axes]:
     values, dim = node.args[0], (node.args[1] if len(node.args) > 1 else 0)
     rank = len(node.output.tensor.shape)
     dim %= rank
@@ -229,7 +229,7 @@ def _cat(walk: Walk, node: Node) -> list[Axes]:
 class _Without:
     """The walk as seen by values of which one axis is left out."""
 
-    def __init__(self, walk: Walk, dim: int) -> None:
+    def __init__(self, walk: AxisWalk, dim: int) -> None:
         self._walk = walk
         self._dim = dim
         self.carries = walk.carries
@@ -242,7 +242,7 @@ class _Without:
         self._walk.side(node, place, value, dim + (dim >= self._dim), axis)
 
 
-def _stack(walk: Walk, node: Node) -> list[Axes]:
+def _stack(walk: AxisWalk, node: Node) -> list[Axes]:
     values, dim = node.args[0], (node.args[1] if len(node.args) > 1 else 0)
     rank = len(node.output.tensor.shape)
     dim %= rank
@@ -253,14 +253,14 @@ def _stack(walk: Walk, node: Node) -> list[Axes]:
 # ------------------------------------------------------------------------------------------------------------- across an axis
 
 
-def _along(walk: Walk, node: Node) -> list[Axes]:
+def _along(walk: AxisWalk, node: Node) -> list[Axes]:
     """softmax and norms: over axes that carry nothing. What a norm gives beside its result has size 1 there."""
     axes, dims = walk.axes(node.args[0]), axes_over(node)
     _refuse_mixing(node, [axes[dim] for dim in dims])
     return [axes] + [tuple(() if dim in dims else axis for dim, axis in enumerate(axes))] * (len(node.outputs) - 1)
 
 
-def _reduced(walk: Walk, node: Node) -> list[Axes]:
+def _reduced(walk: AxisWalk, node: Node) -> list[Axes]:
     """sum, mean, amax ... over axes that carry nothing."""
     axes, dims = walk.axes(node.args[0]), axes_over(node)
     keep = len(node.output.tensor.shape) == len(axes)
@@ -276,11 +276,11 @@ def _refuse_mixing(node: Node, axes: Sequence[Axis]) -> None:
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-def _matmul(walk: Walk, node: Node) -> list[Axes]:
+def _matmul(walk: AxisWalk, node: Node) -> list[Axes]:
     return [_multiplied(walk, node, (0,), (1,))]
 
 
-def _baddbmm(walk: Walk, node: Node) -> list[Axes]:
+def _baddbmm(walk: AxisWalk, node: Node) -> list[Axes]:
     found = _multiplied(walk, node, (1,), (2,))
     added = walk.axes(node.args[0])
     for back, axis in enumerate(reversed(found), 1):
@@ -289,7 +289,7 @@ def _baddbmm(walk: Walk, node: Node) -> list[Axes]:
     return [found]
 
 
-def _multiplied(walk: Walk, node: Node, left_at: Place, right_at: Place) -> Axes:
+def _multiplied(walk: AxisWalk, node: Node, left_at: Place, right_at: Place) -> Axes:
     left, right = node.args[int(left_at[0])], node.args[int(right_at[0])]
     one, other = walk.axes(left), walk.axes(right)
     if min(len(one), len(other)) < 2:
@@ -302,7 +302,7 @@ def _multiplied(walk: Walk, node: Node, left_at: Place, right_at: Place) -> Axes
 class _Leading:
     """The walk as seen by the leading axes of a product's operands."""
 
-    def __init__(self, walk: Walk, last: int) -> None:
+    def __init__(self, walk: AxisWalk, last: int) -> None:
         self._walk = walk
         self._last = last
         self.carries, self.side = walk.carries, walk.side
@@ -311,7 +311,7 @@ class _Leading:
         return self._walk.axes(value)[: -self._last]
 
 
-def _contracted(walk: Walk, node: Node, one: Read, other: Read) -> None:
+def _contracted(walk: AxisWalk, node: Node, one: Read, other: Read) -> None:
     """The axes that a product sums over: only the dimensions of a head may vanish in it."""
     axes = (one.axis, other.axis)
     wrong = [axis for axis in axes if units_of(axis) - {QK}]
@@ -324,7 +324,7 @@ def _contracted(walk: Walk, node: Node, one: Read, other: Read) -> None:
             _meet(walk, node, read, carrying)
 
 
-def _attention(walk: Walk, node: Node) -> list[Axes]:
+def _attention(walk: AxisWalk, node: Node) -> list[Axes]:
     """scaled_dot_product_attention(q [.., L, E], k [.., S, E], v [.., S, Ev], mask): the default scale is 1 / sqrt(E)."""
     q, k, v = (walk.axes(value) for value in node.args[:3])
     _contracted(walk, node, Read((0,), node.args[0], len(q) - 1, q[-1]), Read((1,), node.args[1], len(k) - 1, k[-1]))
@@ -349,7 +349,7 @@ def _attention(walk: Walk, node: Node) -> list[Axes]:
     return [found, *(plain(value.tensor.shape) for value in node.outputs[1:])]
 
 
-def _of_heads(axis: Axis) -> Product:
+def _of_heads(axis: Axis) -> AxisProduct:
     """Of the query heads, the key/value heads that they read."""
     return tuple(atom for atom in axis if atom.unit == HEADS) if isinstance(axis, tuple) else ()
 
@@ -357,7 +357,7 @@ def _of_heads(axis: Axis) -> Product:
 # Not `like`: a shape that another tensor gives is no literal that could be edited. A group norm names no axes.
 _EXPANSIONS = having(of_kind("expand"), like=False)
 _NORMALISED = having(of_kind("softmax", "log_softmax", "norm"), axes=1)
-RULES: Mapping[str, Rule] = {
+AXIS_RULES: Mapping[str, AxisRule] = {
     **dict.fromkeys(BROADCASTING, _pointwise),
     **dict.fromkeys(of_kind("same", "dropout"), _same),
     **dict.fromkeys(of_kind("permute"), _permute),

@@ -22,8 +22,8 @@ from matmorph.passes.pruning.axes import (
     Atom,
     Axes,
     Axis,
+    AxisProduct,
     Concat,
-    Product,
     V,
     plain,
     regrouped,
@@ -59,7 +59,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class OutsideValue:
     """A value from outside that meets a carrying axis position by position (a bias, RoPE's cosines): its `dim` keeps the same positions."""
 
     node: Node
@@ -70,7 +70,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class SoftmaxScale:
     """A softmax scale that the operator takes from the head dimension: it must be written out as it is before that shrinks."""
 
     node: Node
@@ -89,20 +89,20 @@ class Stuck(Exception):  # noqa: N818  (not an error: an answer)
 _PROBES: tuple[Mapping[str, int], ...] = ({HEADS: 1}, {WIDTH: 1})
 
 
-class Walk:
+class AxisWalk:
     """`starts`: axes of the producers' results. After `run`: `literals`, `sides`, `scales`, and `axes(value)` of every value between.
 
     A value may have alternatives, one per part of a fused projection that a reshape has put on an axis of its own; the part that is picked
     from that axis has one again.
     """
 
-    def __init__(self, starts: Mapping[Value, Axes], rules: Mapping[str, Rule]) -> None:
+    def __init__(self, starts: Mapping[Value, Axes], rules: Mapping[str, AxisRule]) -> None:
         self._known: dict[Value, tuple[Axes, ...]] = {value: (axes,) for value, axes in starts.items()}
         self._rules = rules
         self._alternative = 0
         self.literals: dict[tuple[Node, Place], Literal] = {}
-        self.sides: dict[tuple[Node, Place], Side] = {}
-        self.scales: dict[Node, Scale] = {}
+        self.sides: dict[tuple[Node, Place], OutsideValue] = {}
+        self.scales: dict[Node, SoftmaxScale] = {}
 
     def run(self, region: Sequence[Node]) -> None:
         for node in region:
@@ -132,13 +132,13 @@ class Walk:
 
     def side(self, node: Node, place: Place, value: Value, dim: int, axis: Axis) -> None:
         """Notes that `dim` of a value from outside runs along a carrying axis."""
-        old = self.sides.setdefault((node, place), Side(node, place, value, dim, axis))
+        old = self.sides.setdefault((node, place), OutsideValue(node, place, value, dim, axis))
         if old.axis != axis or old.dim != dim:
             raise stuck(node, "meets a value from outside along several axes of the block", axis, old.axis)
 
     def scale(self, node: Node, value: float) -> None:
         """Notes a softmax scale that is left to the operator."""
-        self.scales[node] = Scale(node, value)
+        self.scales[node] = SoftmaxScale(node, value)
 
     # the walk
 
@@ -226,14 +226,14 @@ class Walk:
             self._known[output] = tuple((*axes[:dim], *axes[dim + 1 :]) for axes in chosen)
 
 
-Rule: TypeAlias = Callable[[Walk, Node], "list[Axes]"]
+AxisRule: TypeAlias = Callable[[AxisWalk, Node], "list[Axes]"]
 """Axes of each result of a node; notes its literals in passing."""
 
 # Not `like`: the other tensor would keep the old sizes.
 _RESHAPES = having(of_kind("reshape"), like=False)
-_SPECIAL: Mapping[str, Callable[[Walk, Node], None]] = {
-    **dict.fromkeys(_RESHAPES, Walk.reshape),
-    **dict.fromkeys(("select", "unbind"), Walk.pick),
+_SPECIAL: Mapping[str, Callable[[AxisWalk, Node], None]] = {
+    **dict.fromkeys(_RESHAPES, AxisWalk.reshape),
+    **dict.fromkeys(("select", "unbind"), AxisWalk.pick),
 }
 
 
@@ -252,7 +252,7 @@ def _agree(one: Literal, other: Literal) -> bool:
     return one.fill == other.fill and all(_sum(one, counts) == _sum(other, counts) for counts in ({}, halves, *_PROBES))
 
 
-def _products(axis: Axis) -> tuple[Product, ...]:
+def _products(axis: Axis) -> tuple[AxisProduct, ...]:
     return axis.parts if isinstance(axis, Concat) else (axis,)
 
 
@@ -264,7 +264,7 @@ def _parted(axes: Axes) -> tuple[Axes, ...]:
     """One alternative per part of the first concatenation whose parts are equally long: an axis over the parts, then the part's own."""
     for k, axis in enumerate(axes):
         if isinstance(axis, Concat) and len({size_of(part) for part in axis.parts}) == 1:
-            over: Product = (Atom(len(axis.parts), PART),)
+            over: AxisProduct = (Atom(len(axis.parts), PART),)
             return tuple((*axes[:k], over, part, *axes[k + 1 :]) for part in axis.parts)
     return (axes,)
 

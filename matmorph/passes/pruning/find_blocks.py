@@ -17,13 +17,13 @@ from matmorph.ir.ops import base_name
 from matmorph.ir.site import Reject, Site
 from matmorph.ir.sites.roles import FUSED
 from matmorph.ir.types import TensorType
-from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Atom, Axis, Concat, Product, V, plain, product, size_of, units_of
-from matmorph.passes.pruning.axis_rules import RULES
-from matmorph.passes.pruning.axis_walk import Literal, Scale, Side, Stuck, Walk
+from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Atom, Axis, AxisProduct, Concat, V, plain, product, size_of, units_of
+from matmorph.passes.pruning.axis_rules import AXIS_RULES
+from matmorph.passes.pruning.axis_walk import AxisWalk, Literal, OutsideValue, SoftmaxScale, Stuck
 
-Kind = OneOf["attention", "mlp"]
-KINDS: tuple[Kind, ...] = ("attention", "mlp")
-_FAMILIES: Mapping[str, Kind] = {"attention": "attention", "cross_attention": "attention", "mlp": "mlp"}
+BlockKind = OneOf["attention", "mlp"]
+BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
+_FAMILIES: Mapping[str, BlockKind] = {"attention": "attention", "cross_attention": "attention", "mlp": "mlp"}
 _CONSUMERS = ("o", "down", "fc2")
 _LAYOUTS = having(of_kind("permute", "same"), casts=False)
 """Operators between a stored weight and its matmul that no width is written in; a converted weight is not the one that is stored."""
@@ -54,16 +54,16 @@ class Block:
     """`axis`: the consumer's input features by unit. `literals`, `sides`, `scales`: all that a change of width must change in the `region`
     between producers and consumer. `blocked`: units that cannot be removed, and the node that is why. `reject`: why none can."""
 
-    kind: Kind
+    kind: BlockKind
     layer: int | None
     producers: tuple[Producer, ...]
     consumer: Site
-    axis: Product = ()
+    axis: AxisProduct = ()
     heads: Heads | None = None
     region: tuple[Node, ...] = ()
     literals: tuple[Literal, ...] = ()
-    sides: tuple[Side, ...] = ()
-    scales: tuple[Scale, ...] = ()
+    sides: tuple[OutsideValue, ...] = ()
+    scales: tuple[SoftmaxScale, ...] = ()
     blocked: Mapping[str, str] = field(default_factory=dict)
     reject: Reject | None = None
 
@@ -128,7 +128,7 @@ class _Search:
         self._outputs = set(values_in(graph.outputs))
         self._sites = {application.node: site for site in sites for application in site.applications}
 
-    def block(self, consumer: Site, kind: Kind) -> Block:
+    def block(self, consumer: Site, kind: BlockKind) -> Block:
         regions = [self._region(application.x, kind) for application in consumer.applications]
         producers = tuple(dict.fromkeys(site for region in regions for _, site in region.producers))
         bare = Block(kind, consumer.layer, tuple(Producer(site, ()) for site in producers), consumer)
@@ -139,7 +139,7 @@ class _Search:
 
     # regions
 
-    def _region(self, x: Value, kind: Kind) -> _Region:
+    def _region(self, x: Value, kind: BlockKind) -> _Region:
         """Backwards from the consumer's input to the block's own matmuls; then only what depends on them."""
         seen: set[Node] = set()
         ends: dict[Node, Site] = {}
@@ -300,7 +300,7 @@ def _walked(block: Block, regions: Sequence[_Region], heads: Heads | None) -> Bl
         try:
             axes = _axes(block, heads, live)
             for region, application in zip(regions, block.consumer.applications, strict=True):
-                walk = Walk({node.outputs[0]: _produced(node, axes[site]) for node, site in region.producers}, RULES)
+                walk = AxisWalk({node.outputs[0]: _produced(node, axes[site]) for node, site in region.producers}, AXIS_RULES)
                 walk.run(region.nodes)
                 _arrives(walk, application.x, axes[block.consumer])
                 walks.append(walk)
@@ -326,7 +326,7 @@ def _produced(node: Node, axis: Axis) -> tuple[Axis, ...]:
     return (*plain(node.outputs[0].tensor.shape[:-1]), axis)
 
 
-def _arrives(walk: Walk, x: Value, expected: Axis) -> None:
+def _arrives(walk: AxisWalk, x: Value, expected: Axis) -> None:
     """The consumer's input must have the block's axis last, and nothing of it elsewhere."""
     *others, last = walk.axes(x)
     if last != expected or any(units_of(axis) for axis in others):
@@ -356,7 +356,7 @@ def _axes(block: Block, heads: Heads | None, live: set[str]) -> dict[Site, Axis]
     return {**axes, block.consumer: product(group, queries, values)}
 
 
-def _fused(site: Site, width: Product) -> Axis:
+def _fused(site: Site, width: AxisProduct) -> Axis:
     """One matmul may give gate and up after each other."""
     times, rest = divmod(site.out_features, int(size_of(width)))
     if rest or times > 2:

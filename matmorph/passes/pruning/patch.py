@@ -12,7 +12,7 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Node, Value
 from matmorph.ir.site import Choice, Site
 from matmorph.ir.types import TensorType, dtype_name
-from matmorph.passes.pruning.axes import QK, Counts, Kept, positions, resized
+from matmorph.passes.pruning.axes import QK, Counts, KeptUnits, positions, resized
 from matmorph.passes.pruning.axis_walk import Literal, Place, replaced
 from matmorph.passes.pruning.find_blocks import Block
 
@@ -33,12 +33,12 @@ class Patch:
     notes: tuple[str, ...] = ()
 
 
-def counts_of(kept: Kept) -> Counts:
+def counts_of(kept: KeptUnits) -> Counts:
     """How many of each unit stay."""
     return {unit: int(index.shape[-1]) for unit, index in kept.items()}
 
 
-def make_patch(block: Block, kept: Kept, weight: Tensor, label: str, b: Builder, choice: Choice, notes: tuple[str, ...] = ()) -> Patch:
+def make_patch(block: Block, kept: KeptUnits, weight: Tensor, label: str, b: Builder, choice: Choice, notes: tuple[str, ...] = ()) -> Patch:
     """The patch that keeps these units. `weight` [out, new in]: the consumer's matrix in its stored type. `label` names the method in the
     storage keys of what it cut and in the names of index constants; `b` writes over the graph that the block was found in."""
     marker = len(b.consts)
@@ -54,7 +54,7 @@ def make_patch(block: Block, kept: Kept, weight: Tensor, label: str, b: Builder,
 class _Shop:
     """The patch while it is made."""
 
-    def __init__(self, block: Block, kept: Kept, label: str, b: Builder) -> None:
+    def __init__(self, block: Block, kept: KeptUnits, label: str, b: Builder) -> None:
         self.consts: dict[Const, Const] = {}
         self._block = block
         self._kept = kept

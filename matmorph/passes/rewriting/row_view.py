@@ -15,12 +15,12 @@ from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.site import Application, Reject, Site
 from matmorph.ir.sites.matmul_forms import weight_first
 
-Step: TypeAlias = "tuple[str, tuple[Any, ...]] | tuple[str, tuple[Any, ...], torch.memory_format]"
+RowStep: TypeAlias = "tuple[str, tuple[Any, ...]] | tuple[str, tuple[Any, ...], torch.memory_format]"
 """An operator of one tensor, its further arguments (hashable), and the memory format it is asked for, if any."""
 
 # A permuted result is laid out in memory as the node's own is: later views of it rely on that.
-_CONTIGUOUS: Step = ("aten.clone.default", (), torch.contiguous_format)
-_SWAP: Step = ("aten.transpose.int", (-1, -2))
+_CONTIGUOUS: RowStep = ("aten.clone.default", (), torch.contiguous_format)
+_SWAP: RowStep = ("aten.transpose.int", (-1, -2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class RowView:
     """`enter`: from the operand to rows [.., in] (for an expert stack [.., E, rows, in]); `leave`: from rows [.., out] to the node's own
     result. `bias_on_rows`: whether its bias is added before `leave` (a channel axis) or after (as the node broadcasts it)."""
 
-    enter: tuple[Step, ...] = ()
-    leave: tuple[Step, ...] = ()
+    enter: tuple[RowStep, ...] = ()
+    leave: tuple[RowStep, ...] = ()
     bias_on_rows: bool = False
 
 
@@ -51,7 +51,7 @@ def unreadable(site: Site) -> Reject | None:
     return None
 
 
-def emit(b: Builder, steps: Sequence[Step], x: Value) -> Value:
+def emit(b: Builder, steps: Sequence[RowStep], x: Value) -> Value:
     """The steps as nodes."""
     for op, args, *layout in steps:
         attrs: dict[str, Any] = {"memory_format": layout[0]} if layout else {}
@@ -59,14 +59,14 @@ def emit(b: Builder, steps: Sequence[Step], x: Value) -> Value:
     return x
 
 
-def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
+def apply(steps: Sequence[RowStep], x: torch.Tensor) -> torch.Tensor:
     """The steps on a tensor."""
     for op, args, *_ in steps:
         x = resolve(op)(x, *args)
     return x
 
 
-def undo(steps: Sequence[Step], y: torch.Tensor) -> torch.Tensor:
+def undo(steps: Sequence[RowStep], y: torch.Tensor) -> torch.Tensor:
     """What the steps of `RowView.leave` made, back to rows [.., out]: they only rearrange."""
     for op, args, *_ in reversed(steps):
         y = _UNDO[op](y, *args)
@@ -99,7 +99,7 @@ def _convolution(site: Site, application: Application) -> RowView:
     axes = len(application.x.tensor.shape)
     last = (0, *range(2, axes), 1)
     back = (0, axes - 1, *range(1, axes - 1))
-    enter: Step = ("aten.permute.default", (last,))
+    enter: RowStep = ("aten.permute.default", (last,))
     return RowView((enter,), (("aten.permute.default", (back,)), _CONTIGUOUS), bias_on_rows=True)
 
 
@@ -111,8 +111,8 @@ def _einsum(site: Site, application: Application) -> RowView:
     if site.batch is not None and rows > 1:
         raise ValueError("einsum with several row axes beside an expert stack")
     alone = site.batch is not None and rows == 0
-    enter: tuple[Step, ...] = (("aten.unsqueeze.default", (-2,)),) if alone else ()
-    leave: tuple[Step, ...] = (("aten.squeeze.dim", (-2,)),) if alone else ()
+    enter: tuple[RowStep, ...] = (("aten.unsqueeze.default", (-2,)),) if alone else ()
+    leave: tuple[RowStep, ...] = (("aten.squeeze.dim", (-2,)),) if alone else ()
     if not outer:
         return RowView(enter, (*leave, ("aten.squeeze.dim", (-1,))))
     return RowView(enter, leave if len(outer) == 1 else (*leave, ("aten.unflatten.int", (-1, outer))))

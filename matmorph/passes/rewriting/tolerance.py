@@ -10,7 +10,7 @@ from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import Tolerance
 
-KINDS = ("weight_error", "output_error")
+ERROR_KINDS = ("weight_error", "output_error")
 
 
 def refuse_unmeasured(tolerance: Tolerance | None) -> None:
@@ -56,7 +56,7 @@ def _rolled_back(outcome: Outcome, excess: Mapping[Outcome, tuple[float, str]], 
 def _excess(outcome: Outcome, tolerance: Tolerance) -> tuple[float, str] | None:
     """(how many times the limit, in words) of the error that exceeds its limit most, None where all hold."""
     found = []
-    for kind in KINDS:
+    for kind in ERROR_KINDS:
         limit, error = getattr(tolerance, kind), getattr(outcome, kind)
         if limit is None or (error is None and not outcome.site.applications):  # what a table looks up is no output of a matmul
             continue

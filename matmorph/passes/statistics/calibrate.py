@@ -26,7 +26,7 @@ from matmorph.ir.evaluate import bind, evaluate
 from matmorph.ir.site import Application, Site, Statistic
 from matmorph.ir.types import as_dim
 from matmorph.passes.methods.protocol import SiteStats
-from matmorph.passes.rewriting.row_view import Step, apply, row_view
+from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
 from matmorph.progress import StepProgress
 
 MASK_INPUT = "attention_mask"
@@ -39,7 +39,7 @@ class _Source:
     """Rows of one application: a value, how it is read as rows, which matrix each row goes to, and which rows count."""
 
     x: Value
-    enter: tuple[Step, ...]
+    enter: tuple[RowStep, ...]
     select: Value | None
     experts: int | None
     mask: Value | None

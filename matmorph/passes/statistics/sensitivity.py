@@ -29,7 +29,7 @@ from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Site
 from matmorph.ir.training.losses import tensor_outputs
 from matmorph.passes.methods.protocol import SiteStats
-from matmorph.passes.rewriting.row_view import Step, row_view, undo
+from matmorph.passes.rewriting.row_view import RowStep, row_view, undo
 from matmorph.passes.statistics.calibrate import MASK_INPUT, SPILL_ABOVE, accumulator, bound_batch, cut_batch
 from matmorph.passes.statistics.loss_gradients import Slopes, differentiated, loss_gradients
 from matmorph.progress import StepProgress
@@ -142,7 +142,7 @@ class _Sums:
         spill = sum(8 * width**2 for width in wide.values()) > SPILL_ABOVE
         self._moments = {site: accumulator((width, width), spill) for site, width in wide.items()}
         self._squares = dict.fromkeys(sites, 0.0)
-        self._readers: dict[Value, list[tuple[Site, tuple[Step, ...]]]] = {}
+        self._readers: dict[Value, list[tuple[Site, tuple[RowStep, ...]]]] = {}
         for site in sites:
             for value, leave in _outputs(site):
                 self._readers.setdefault(value, []).append((site, leave))
@@ -174,7 +174,7 @@ class _Sums:
         return Sensitivity(moments, {site: total / count for site, total in self._squares.items()})
 
 
-def _outputs(site: Site) -> Iterator[tuple[Value, tuple[Step, ...]]]:
+def _outputs(site: Site) -> Iterator[tuple[Value, tuple[RowStep, ...]]]:
     """What the site puts out, and how its rows [.., out] were rearranged for that."""
     yield from ((application.output, row_view(site, application).leave) for application in site.applications)
     yield from ((node.outputs[0], ()) for node in site.gathers)

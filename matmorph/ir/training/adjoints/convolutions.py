@@ -15,7 +15,7 @@ from typing import Any
 
 from matmorph.errors import ExportError
 from matmorph.ir.core import Node, Value
-from matmorph.ir.training.adjoints.tape import Cotangents, Rule, Step, Tape, argument
+from matmorph.ir.training.adjoints.tape import AdjointRule, Cotangents, Tape, TapeStep, argument
 from matmorph.ir.training.adjoints.traced import traced
 from matmorph.ir.types import Dim
 
@@ -34,7 +34,7 @@ class _Geometry:
         return len(self.stride)
 
 
-def _convolution(t: Tape, node: Node) -> Step:
+def _convolution(t: Tape, node: Node) -> TapeStep:
     """y [n, o, ...] of x [n, i, ...] and weight [o, i / groups, kernel]."""
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
@@ -52,7 +52,7 @@ def _convolution(t: Tape, node: Node) -> Step:
         if t.wants(weight):
             t.give(weight, _weight_gradient(t, dy, x, weight, shape))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
 def _geometry(node: Node, weight: Value) -> _Geometry:
@@ -174,7 +174,7 @@ def _by_group(t: Tape, value: Value, batch: Any, groups: int, channels: int, ran
     return t.b("aten.reshape.default", turned, [groups, channels, -1])
 
 
-def _average_pool(t: Tape, node: Node) -> Step:
+def _average_pool(t: Tape, node: Node) -> TapeStep:
     """A convolution of every channel with a constant kernel, where each window is whole; other windows ask torch."""
     x, kernel = node.args[:2]
     window = _each(kernel, 2)
@@ -192,14 +192,14 @@ def _average_pool(t: Tape, node: Node) -> Step:
             part = t.b("aten.full.default", [channels, 1, *window], 1.0 / math.prod(window), dtype=dtype, device=t.device)
             t.give(x, _input_gradient(t, dy, x, part, shape))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
 _POOLING = ((3, "padding", 0), (4, "ceil_mode", False), (5, "count_include_pad", True), (6, "divisor_override", None))
 
 _NAMES = ("conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding", "conv2d.padding", "conv3d.padding", "convolution.default")
 
-CONVOLUTIONS: Mapping[str, Rule] = {
+CONVOLUTIONS: Mapping[str, AdjointRule] = {
     **{f"aten.{name}": _convolution for name in _NAMES},
     "aten.avg_pool2d.default": _average_pool,
 }

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matmorph.ir.core import Node, Value
-from matmorph.ir.training.adjoints.tape import Cotangents, Rule, Step, Tape, argument, axis_of
+from matmorph.ir.training.adjoints.tape import AdjointRule, Cotangents, Tape, TapeStep, argument, axis_of
 
 _END = 2**63 - 1
 
 
-def _moved(back: Any) -> Rule:
+def _moved(back: Any) -> AdjointRule:
     """A rule for one operand and one result: `back(tape, cotangent, node)` is the operand's cotangent."""
 
-    def rule(t: Tape, node: Node) -> Step:
+    def rule(t: Tape, node: Node) -> TapeStep:
         def pull(found: Cotangents) -> None:
             (dy,) = found
             if dy is not None and t.wants(node.args[0]):
                 t.give(node.args[0], back(t, dy, node))
 
-        return Step(t.keep(node), pull)
+        return TapeStep(t.keep(node), pull)
 
     return rule
 
@@ -116,12 +116,12 @@ def _totalled(t: Tape, dy: Value, node: Node) -> Value:
     return dy
 
 
-def _squeeze(t: Tape, node: Node) -> Step:
+def _squeeze(t: Tape, node: Node) -> TapeStep:
     """`squeeze` in its forms: the shape tells what went."""
     return _moved(_reshaped)(t, node)
 
 
-def _joined(t: Tape, node: Node) -> Step:
+def _joined(t: Tape, node: Node) -> TapeStep:
     """`cat`: each operand gets its part."""
     parts, dim = node.args[0], argument(node, 1, "dim", 0)
 
@@ -142,10 +142,10 @@ def _joined(t: Tape, node: Node) -> Step:
         for part, piece in zip(parts, pieces, strict=True):
             t.give(part, piece)
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
-def _stacked(t: Tape, node: Node) -> Step:
+def _stacked(t: Tape, node: Node) -> TapeStep:
     parts, dim = node.args[0], argument(node, 1, "dim", 0)
 
     def pull(found: Cotangents) -> None:
@@ -154,10 +154,10 @@ def _stacked(t: Tape, node: Node) -> Step:
             if dy is not None and t.wants(part):
                 t.give(part, t.b("aten.select.int", dy, dim, index))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
-def _split(t: Tape, node: Node) -> Step:
+def _split(t: Tape, node: Node) -> TapeStep:
     """`split`, `chunk` and `unbind`: the parts join again, with zeros for those that nothing read."""
     x, unbound = node.args[0], node.op.startswith("aten.unbind")
     dim = argument(node, 1 if unbound else 2, "dim", 0)
@@ -168,15 +168,15 @@ def _split(t: Tape, node: Node) -> Step:
             whole = [t.b("aten.zeros_like.default", y) if dy is None else dy for dy, y in zip(found, outputs, strict=True)]
             t.give(x, t.b("aten.stack.default" if unbound else "aten.cat.default", whole, dim))
 
-    return Step(outputs, pull)
+    return TapeStep(outputs, pull)
 
 
-def _blank(t: Tape, node: Node) -> Step:
+def _blank(t: Tape, node: Node) -> TapeStep:
     """A constant of the operand's type: no gradient."""
-    return Step(t.keep(node), lambda found: None)
+    return TapeStep(t.keep(node), lambda found: None)
 
 
-def _looked_up(t: Tape, node: Node) -> Step:
+def _looked_up(t: Tape, node: Node) -> TapeStep:
     """`embedding`: rows of the table get the sum over their uses."""
     weight, indices = node.args[:2]
     padding = argument(node, 2, "padding_idx", -1)
@@ -187,10 +187,10 @@ def _looked_up(t: Tape, node: Node) -> Step:
             count = weight.tensor.shape[0]
             t.give(weight, t.b("aten.embedding_dense_backward.default", t.wide(dy), indices, count, padding, False))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
-LAYOUT: Mapping[str, Rule] = {
+LAYOUT: Mapping[str, AdjointRule] = {
     **dict.fromkeys(("aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int"), _moved(_reshaped)),
     **dict.fromkeys(("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default"), _squeeze),
     "aten.permute.default": _moved(_permuted),

@@ -10,7 +10,7 @@ import torch
 from matmorph.errors import ExportError
 from matmorph.ir.core import Node, Value
 from matmorph.ir.training.adjoints.products import product, scaled, turned
-from matmorph.ir.training.adjoints.tape import Cotangents, Rule, Step, Tape, argument, composite, in_float32
+from matmorph.ir.training.adjoints.tape import AdjointRule, Cotangents, Tape, TapeStep, argument, composite, in_float32
 
 
 def _mul(t: Tape, a: Value, b: Value | float) -> Value:
@@ -21,7 +21,7 @@ def _total(t: Tape, value: Value, axes: list[int]) -> Value:
     return t.b("aten.sum.dim_IntList", value, axes, True)
 
 
-def _softmax(t: Tape, node: Node) -> Step:
+def _softmax(t: Tape, node: Node) -> TapeStep:
     """y = softmax(x); dx = y (dy - sum(dy y))."""
     x, axis = node.args[:2]
     (y,) = t.keep(node)
@@ -31,10 +31,10 @@ def _softmax(t: Tape, node: Node) -> Step:
         if dy is not None:
             t.give(x, t.b("aten._softmax_backward_data.default", dy, y, axis, y.tensor.torch_dtype))
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _log_softmax(t: Tape, node: Node) -> Step:
+def _log_softmax(t: Tape, node: Node) -> TapeStep:
     """y = log softmax(x); dx = dy - exp(y) sum(dy)."""
     x, axis = node.args[:2]
     (y,) = t.keep(node)
@@ -44,10 +44,10 @@ def _log_softmax(t: Tape, node: Node) -> Step:
         if dy is not None:
             t.give(x, t.b("aten._log_softmax_backward_data.default", dy, y, axis, y.tensor.torch_dtype))
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _layer_norm(t: Tape, node: Node) -> Step:
+def _layer_norm(t: Tape, node: Node) -> TapeStep:
     """y = n w + b with n = (x - mean) r, r = 1 / sqrt(variance + eps);
     dx = r (g - mean(g) - n mean(g n)) with g = dy w (Ba, Kiros and Hinton, 2016)."""
     x, shape = node.args[:2]
@@ -73,10 +73,10 @@ def _layer_norm(t: Tape, node: Node) -> Step:
             along = _mul(t, n, t.b("aten.mean.dim", _mul(t, g, n), axes, True))
             t.give(x, _mul(t, t.b("aten.sub.Tensor", centred, along), r))
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _batch_norm(t: Tape, node: Node) -> Step:
+def _batch_norm(t: Tape, node: Node) -> TapeStep:
     """In eval mode: y = (x - mean) r w + b with r = 1 / sqrt(variance + eps), all per channel, mean and variance constants."""
     x, weight, bias, mean, variance = node.args[:5]
     eps = node.args[6]
@@ -97,10 +97,10 @@ def _batch_norm(t: Tape, node: Node) -> Step:
         if t.wants(x):
             t.give(x, _mul(t, dy, _column(t, r if weight is None else _mul(t, r, weight), column)))
 
-    return Step(outputs, pull)
+    return TapeStep(outputs, pull)
 
 
-def _group_norm(t: Tape, node: Node) -> Step:
+def _group_norm(t: Tape, node: Node) -> TapeStep:
     """Each group of channels of an example gets mean 0 and variance 1, then weight and bias per channel."""
     x, groups = node.args[:2]
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
@@ -121,7 +121,7 @@ def _column(t: Tape, channels: Value, column: list[int]) -> Value:
     return t.b("aten.reshape.default", channels, column)
 
 
-def _attention(t: Tape, node: Node) -> Step:
+def _attention(t: Tape, node: Node) -> TapeStep:
     """o = p v with p = softmax(s q k' + mask), scaled once, on q.
 
     ds = p (dp - d) with d = sum(dp p) = sum(do o) over a row (Dao et al., 2022, FlashAttention, appendix B.2): the second form is a sum
@@ -173,7 +173,7 @@ def _attention(t: Tape, node: Node) -> Step:
         if t.wants(k):
             t.give(k, product(t, turned(t, ds), scores_of))
 
-    return Step((o,), pull)
+    return TapeStep((o,), pull)
 
 
 _ATTENTION = ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False))
@@ -206,7 +206,7 @@ def _triangle(t: Tape, q: Value, k: Value) -> Value:
     return t.once(("triangle", rows, columns), make)
 
 
-def _grouped(t: Tape, node: Node) -> Step:
+def _grouped(t: Tape, node: Node) -> TapeStep:
     """Several heads of queries per head of keys and values: those are repeated, and their gradients summed, head by head."""
     q = node.args[0]
     repeated = []
@@ -219,7 +219,7 @@ def _grouped(t: Tape, node: Node) -> Step:
     return composite(t, t.call(node.op, q, *repeated, *node.args[3:], **rest))
 
 
-NORMS: Mapping[str, Rule] = {
+NORMS: Mapping[str, AdjointRule] = {
     "aten.softmax.int": in_float32(_softmax),
     "aten._softmax.default": in_float32(_softmax),
     "aten.log_softmax.int": in_float32(_log_softmax),

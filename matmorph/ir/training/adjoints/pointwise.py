@@ -8,14 +8,14 @@ from typing import Any
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Node, Value
-from matmorph.ir.training.adjoints.tape import Cotangents, Rule, Step, Tape, argument, in_float32
+from matmorph.ir.training.adjoints.tape import AdjointRule, Cotangents, Tape, TapeStep, argument, in_float32
 
 Derivative = Callable[[Tape, Value, Node, Value], Value]
 """(tape, cotangent of the result, node, result) -> cotangent of the first operand."""
 
 
-def _unary(derivative: Derivative) -> Rule:
-    def rule(t: Tape, node: Node) -> Step:
+def _unary(derivative: Derivative) -> AdjointRule:
+    def rule(t: Tape, node: Node) -> TapeStep:
         (y,) = t.keep(node)
 
         def pull(found: Cotangents) -> None:
@@ -23,7 +23,7 @@ def _unary(derivative: Derivative) -> Rule:
             if dy is not None and t.wants(node.args[0]):
                 t.give(node.args[0], derivative(t, dy, node, y), y.tensor.shape)
 
-        return Step((y,), pull)
+        return TapeStep((y,), pull)
 
     return rule
 
@@ -32,7 +32,7 @@ def _mul(t: Tape, a: Value, b: Any) -> Value:
     return t.b("aten.mul.Tensor", a, b)
 
 
-def _add(t: Tape, node: Node) -> Step:
+def _add(t: Tape, node: Node) -> TapeStep:
     """a + alpha b, and a - alpha b."""
     a, b = node.args[:2]
     alpha = node.attrs.get("alpha", 1) * (-1 if node.op.startswith("aten.sub") else 1)
@@ -46,10 +46,10 @@ def _add(t: Tape, node: Node) -> Step:
         if t.wants(b):
             t.give(b, dy if alpha == 1 else t.b("aten.neg.default", dy) if alpha == -1 else _mul(t, dy, alpha), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _rsub(t: Tape, node: Node) -> Step:
+def _rsub(t: Tape, node: Node) -> TapeStep:
     """b - alpha a."""
     a, b = node.args[:2]
     alpha = argument(node, 2, "alpha", 1)
@@ -63,10 +63,10 @@ def _rsub(t: Tape, node: Node) -> Step:
         if t.wants(a):
             t.give(a, _mul(t, dy, -alpha), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _multiply(t: Tape, node: Node) -> Step:
+def _multiply(t: Tape, node: Node) -> TapeStep:
     a, b = node.args[:2]
     (y,) = t.keep(node)
 
@@ -76,10 +76,10 @@ def _multiply(t: Tape, node: Node) -> Step:
             if dy is not None and t.wants(value):
                 t.give(value, _mul(t, dy, other), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _divide(t: Tape, node: Node) -> Step:
+def _divide(t: Tape, node: Node) -> TapeStep:
     a, b = node.args[:2]
     (y,) = t.keep(node)
 
@@ -92,7 +92,7 @@ def _divide(t: Tape, node: Node) -> Step:
         if t.wants(b):
             t.give(b, t.b("aten.neg.default", _mul(t, da, y)), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
 def _power(t: Tape, dy: Value, node: Node, y: Value) -> Value:
@@ -145,7 +145,7 @@ def zero_if(t: Tape, condition: Value, value: Value) -> Value:
     return t.cast(t.b("aten.where.ScalarSelf", condition, 0.0, value), value.tensor.dtype)
 
 
-def _silu(t: Tape, node: Node) -> Step:
+def _silu(t: Tape, node: Node) -> TapeStep:
     """y = x s(x), y' = s + y (1 - s)."""
     x = node.args[0]
     s = t.b("aten.sigmoid.default", x)
@@ -157,10 +157,10 @@ def _silu(t: Tape, node: Node) -> Step:
             rest = _mul(t, s, t.b("aten.rsub.Scalar", y, 1.0))
             t.give(x, _mul(t, dy, t.b("aten.add.Tensor", rest, y)), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _gelu(t: Tape, node: Node) -> Step:
+def _gelu(t: Tape, node: Node) -> TapeStep:
     """y = x c(x) with the normal distribution c = (1 + erf(x / sqrt 2)) / 2, or its tanh approximation (Hendrycks and Gimpel, 2016)."""
     x = node.args[0]
     if argument(node, 1, "approximate", "none") == "tanh":
@@ -176,10 +176,10 @@ def _gelu(t: Tape, node: Node) -> Step:
             density = t.b("aten.exp.default", t.b("aten.rsub.Scalar", _mul(t, u, u), -0.5 * math.log(math.pi)))
             t.give(x, _mul(t, dy, t.b("aten.add.Tensor", _mul(t, u, density), c)), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _gelu_tanh(t: Tape, x: Value) -> Step:
+def _gelu_tanh(t: Tape, x: Value) -> TapeStep:
     """c = (1 + tanh(k (x + 0.044715 x^3))) / 2 with k = sqrt(2 / pi); c' = 2 k (1 + 3 * 0.044715 x^2) c (1 - c)."""
     k, cubic = math.sqrt(2 / math.pi), 0.044715
     square = _mul(t, x, x)
@@ -194,10 +194,10 @@ def _gelu_tanh(t: Tape, x: Value) -> Step:
             rest = _mul(t, _mul(t, y, slope), t.b("aten.rsub.Scalar", c, 1.0))
             t.give(x, _mul(t, dy, t.b("aten.add.Tensor", rest, c)), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _where(t: Tape, node: Node) -> Step:
+def _where(t: Tape, node: Node) -> TapeStep:
     """Of the two branches each gets its own places. Either may be a number."""
     condition, a, b = node.args[:3]
     (y,) = t.keep(node)
@@ -209,10 +209,10 @@ def _where(t: Tape, node: Node) -> Step:
         if dy is not None and t.wants(b):
             t.give(b, zero_if(t, condition, dy), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _masked_fill(t: Tape, node: Node) -> Step:
+def _masked_fill(t: Tape, node: Node) -> TapeStep:
     x, mask = node.args[:2]
     if t.wants(node.args[2]):
         raise VerifyError("masked_fill with a trained value")
@@ -223,12 +223,12 @@ def _masked_fill(t: Tape, node: Node) -> Step:
         if dy is not None and t.wants(x):
             t.give(x, zero_if(t, mask, dy), y.tensor.shape)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def _nothing(t: Tape, node: Node) -> Step:
+def _nothing(t: Tape, node: Node) -> TapeStep:
     """Constant wherever it has a derivative."""
-    return Step(t.keep(node), lambda found: None)
+    return TapeStep(t.keep(node), lambda found: None)
 
 
 _UNARY: Mapping[str, Derivative] = {
@@ -253,7 +253,7 @@ _UNARY: Mapping[str, Derivative] = {
 
 _FLAT = "sign floor ceil round trunc detach zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"
 
-POINTWISE: Mapping[str, Rule] = {
+POINTWISE: Mapping[str, AdjointRule] = {
     **{op: _unary(derivative) for op, derivative in _UNARY.items()},
     **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar"), _add),
     **dict.fromkeys(("aten.rsub.Scalar", "aten.rsub.Tensor"), _rsub),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from matmorph.ir.core import Node, Value
-from matmorph.ir.training.adjoints.tape import Cotangents, Rule, Step, Tape, argument, composite
+from matmorph.ir.training.adjoints.tape import AdjointRule, Cotangents, Tape, TapeStep, argument, composite
 
 
 def turned(t: Tape, value: Value) -> Value:
@@ -22,7 +22,7 @@ def product(t: Tape, a: Value, b: Value) -> Value:
     return t.b("aten.mm.default" if plain else "aten.matmul.default", a, b)
 
 
-def linear(t: Tape, node: Node) -> Step:
+def linear(t: Tape, node: Node) -> TapeStep:
     """y = x W' + bias; x [.., in], W [out, in], in both directions over rows [n, in]: one product with the bias inside."""
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
@@ -44,10 +44,10 @@ def linear(t: Tape, node: Node) -> Step:
         if t.wants(x):
             t.give_product(x, dy_rows, weight)
 
-    return Step((y,), pull)
+    return TapeStep((y,), pull)
 
 
-def matmul(t: Tape, node: Node) -> Step:
+def matmul(t: Tape, node: Node) -> TapeStep:
     """y = a b with the broadcasting of `torch.matmul`; vectors through their matrices."""
     a, b = node.args[:2]
     ranks = len(a.tensor.shape), len(b.tensor.shape)
@@ -65,10 +65,10 @@ def matmul(t: Tape, node: Node) -> Step:
             left, right = (t.rows(a), t.rows(dy)) if rows else (a, dy)
             t.give(b, product(t, turned(t, left), right))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
-def _vectors(t: Tape, node: Node, a: Value, b: Value) -> Step:
+def _vectors(t: Tape, node: Node, a: Value, b: Value) -> TapeStep:
     left = t.call("aten.unsqueeze.default", a, 0) if len(a.tensor.shape) == 1 else a
     right = t.call("aten.unsqueeze.default", b, 1) if len(b.tensor.shape) == 1 else b
     y = t.call("aten.matmul.default", left, right)
@@ -79,7 +79,7 @@ def _vectors(t: Tape, node: Node, a: Value, b: Value) -> Step:
     return composite(t, y)
 
 
-def addmm(t: Tape, node: Node) -> Step:
+def addmm(t: Tape, node: Node) -> TapeStep:
     """y = beta bias + alpha a b."""
     bias, a, b = node.args[:3]
     beta, alpha = node.attrs.get("beta", 1), node.attrs.get("alpha", 1)
@@ -96,15 +96,15 @@ def addmm(t: Tape, node: Node) -> Step:
         if t.wants(b):
             t.give(b, product(t, turned(t, a), dy))
 
-    return Step(t.keep(node), pull)
+    return TapeStep(t.keep(node), pull)
 
 
 def scaled(t: Tape, value: Value, factor: int | float | Value) -> Value:
     return value if factor == 1 else t.b("aten.mul.Tensor", value, factor)
 
 
-def _quantised(name: str, bias_at: int) -> Rule:
-    def rule(t: Tape, node: Node) -> Step:
+def _quantised(name: str, bias_at: int) -> AdjointRule:
+    def rule(t: Tape, node: Node) -> TapeStep:
         x, bias = node.args[0], argument(node, bias_at, "bias")
         weight = node.args[1:bias_at] + node.args[bias_at + 1 :]
 
@@ -117,13 +117,13 @@ def _quantised(name: str, bias_at: int) -> Rule:
             if t.wants(x):
                 t.give(x, t.b(f"matmorph.{name}_transposed.default", dy, *weight))
 
-        return Step(t.keep(node), pull)
+        return TapeStep(t.keep(node), pull)
 
     return rule
 
 
-def _quantised_transposed(name: str, bias_at: int) -> Rule:
-    def rule(t: Tape, node: Node) -> Step:
+def _quantised_transposed(name: str, bias_at: int) -> AdjointRule:
+    def rule(t: Tape, node: Node) -> TapeStep:
         weight = node.args[1:]
 
         def pull(found: Cotangents) -> None:
@@ -131,12 +131,12 @@ def _quantised_transposed(name: str, bias_at: int) -> Rule:
             if dx is not None and t.wants(node.args[0]):
                 t.give(node.args[0], t.b(f"matmorph.{name}.default", dx, *weight[: bias_at - 1], None, *weight[bias_at - 1 :]))
 
-        return Step(t.keep(node), pull)
+        return TapeStep(t.keep(node), pull)
 
     return rule
 
 
-PRODUCTS: Mapping[str, Rule] = {
+PRODUCTS: Mapping[str, AdjointRule] = {
     "aten.linear.default": linear,
     "aten.matmul.default": matmul,
     "aten.mm.default": matmul,

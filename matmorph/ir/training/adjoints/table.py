@@ -10,4 +10,4 @@ from matmorph.ir.training.adjoints.products import PRODUCTS
 from matmorph.ir.training.adjoints.tape import Rules
 from matmorph.ir.training.adjoints.traced import traced
 
-RULES = Rules({**POINTWISE, **LAYOUT, **PRODUCTS, **CONVOLUTIONS, **NORMS}, traced, frozenset(POINTWISE))
+ADJOINT_RULES = Rules({**POINTWISE, **LAYOUT, **PRODUCTS, **CONVOLUTIONS, **NORMS}, traced, frozenset(POINTWISE))

@@ -1,8 +1,8 @@
 """The tape: a graph walked forwards while it is copied, then backwards while cotangents are written behind it.
 
 A rule is called once per node that lies between a trainable and the loss. It writes the forward nodes (the node itself, or a form whose
-intermediate results the gradient can use again) and returns a `Step`: the results, and the function that turns their cotangents into those
-of the operands. Backward nodes carry the origin of the node that they belong to.
+intermediate results the gradient can use again) and returns a `TapeStep`: the results, and the function that turns their cotangents into
+those of the operands. Backward nodes carry the origin of the node that they belong to.
 
 A cotangent may be smaller than its value, with ones where it is constant along an axis (the gradient of a mean): pointwise rules broadcast
 it anyway, and nothing is expanded for them. The other rules get it in full (`Rules.broadcasting` lists those that do not need it).
@@ -33,22 +33,22 @@ Pull = Callable[[Cotangents], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TapeStep:
     """What a rule did: the node's results, and how cotangents go back through it (None for a result that the loss does not reach)."""
 
     outputs: tuple[Value, ...]
     pull: Pull
 
 
-Rule = Callable[["Tape", Node], Step]
+AdjointRule = Callable[["Tape", Node], TapeStep]
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """`table`: rule by operator; `otherwise`: the rule of any other; `broadcasting`: operators whose rule takes small cotangents."""
 
-    table: Mapping[str, Rule]
-    otherwise: Rule
+    table: Mapping[str, AdjointRule]
+    otherwise: AdjointRule
     broadcasting: frozenset[str]
 
 
@@ -63,7 +63,7 @@ class Tape:
     device: torch.device
     wanted: set[Value] = field(default_factory=set)
     made: dict[Any, Value] = field(default_factory=dict)
-    steps: list[tuple[Node, Step]] = field(default_factory=list)
+    steps: list[tuple[Node, TapeStep]] = field(default_factory=list)
     cotangents: dict[Value, list[Value]] = field(default_factory=dict)
 
     # forwards
@@ -235,7 +235,7 @@ class Tape:
         return self.once(("rows", value), lambda: self.b("aten.reshape.default", value, [-1, self._axis(value, len(shape) - 1)]))
 
 
-def composite(t: Tape, *results: Value) -> Step:
+def composite(t: Tape, *results: Value) -> TapeStep:
     """The step of a node that was written with `Tape.call`: its parts have recorded how they go back."""
 
     def pull(found: Cotangents) -> None:
@@ -243,13 +243,13 @@ def composite(t: Tape, *results: Value) -> Step:
             if cotangent is not None:
                 t.give(value, cotangent)
 
-    return Step(results, pull)
+    return TapeStep(results, pull)
 
 
-def in_float32(rule: Rule) -> Rule:
+def in_float32(rule: AdjointRule) -> AdjointRule:
     """The rule on operands widened from half precision, as autocast runs norms, softmax and transcendental functions."""
 
-    def widened(t: Tape, node: Node) -> Step:
+    def widened(t: Tape, node: Node) -> TapeStep:
         halves = [value.tensor.dtype for value in node.inputs() if is_float(value) and value.tensor.dtype in _HALVES]
         if not halves:
             return rule(t, node)

@@ -28,12 +28,12 @@ from matmorph.ir.infer import Inference
 from matmorph.ir.ops import normalize, op_name, resolve
 from matmorph.ir.tracing.normal_form import Same, normal
 from matmorph.ir.tracing.trace import quiet
-from matmorph.ir.training.adjoints.tape import Cotangents, Step, Tape, composite, is_float
+from matmorph.ir.training.adjoints.tape import Cotangents, Tape, TapeStep, composite, is_float
 
 _THE_SAME = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh_copy.default", "aten.detach_copy.default"})
 
 
-def traced(t: Tape, node: Node) -> Step:
+def traced(t: Tape, node: Node) -> TapeStep:
     """The rule of operators without one. Raises ExportError for those that torch cannot differentiate either."""
     target = resolve(node.op)
     if not isinstance(target, torch._ops.OpOverload):
@@ -70,7 +70,7 @@ def _recorded(t: Tape, op: str, *args: Arg, **attrs: Arg) -> tuple[Value, ...]:
     return t.record(node)
 
 
-def _asked(t: Tape, node: Node) -> Step:
+def _asked(t: Tape, node: Node) -> TapeStep:
     outputs = t.keep(node)
 
     def pull(found: Cotangents) -> None:
@@ -79,7 +79,7 @@ def _asked(t: Tape, node: Node) -> Step:
             if cotangent is not None:
                 t.give(value, cotangent)
 
-    return Step(outputs, pull)
+    return TapeStep(outputs, pull)
 
 
 def _gradients(t: Tape, node: Node, wanted: Sequence[Value], found: Cotangents) -> Sequence[Value | None]:

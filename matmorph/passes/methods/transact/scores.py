@@ -12,7 +12,7 @@ from matmorph.errors import RewriteError
 from matmorph.ir.site import Site
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.methods.weights import readable
-from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Concat, Counts, Kept, Product, V, size_of, totals, units_of
+from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, AxisProduct, Concat, Counts, KeptUnits, V, size_of, totals, units_of
 from matmorph.passes.pruning.find_blocks import Block
 
 Scores: TypeAlias = Mapping[str, Tensor]
@@ -39,7 +39,7 @@ def block_scores(block: Block, score: str, units: tuple[str, ...], stats: Mappin
     return found
 
 
-def kept_units(block: Block, scores: Scores, counts: Counts) -> Kept:
+def kept_units(block: Block, scores: Scores, counts: Counts) -> KeptUnits:
     """The units with the largest scores, as ascending indices; of equal ones the first."""
     return {unit: _largest(scores[unit], count) for unit, count in counts.items()}
 
@@ -88,7 +88,7 @@ def _weight_energy(block: Block, stats: Mapping[Site, SiteStats]) -> Tensor:
     return columns * rows
 
 
-def _parts(block: Block) -> Iterator[tuple[Site, str, Product, int]]:
+def _parts(block: Block) -> Iterator[tuple[Site, str, AxisProduct, int]]:
     """(site, q, k, v or "", axis, first row) of what each producer gives."""
     for producer in block.producers:
         axes = producer.axis.parts if isinstance(producer.axis, Concat) else (producer.axis,)
@@ -99,7 +99,7 @@ def _parts(block: Block) -> Iterator[tuple[Site, str, Product, int]]:
             start += int(size_of(axis))
 
 
-def _repeated(axis: Product, whole: Product, values: Tensor) -> Tensor:
+def _repeated(axis: AxisProduct, whole: AxisProduct, values: Tensor) -> Tensor:
     """One number per position of v's rows, repeated for every query head that reads them."""
     if axis == whole:
         return values
@@ -109,7 +109,7 @@ def _repeated(axis: Product, whole: Product, values: Tensor) -> Tensor:
     return table.expand(-1, int(size_of(whole)) // len(values), head).reshape(-1)
 
 
-def _head_scores(axis: Product, scores: Tensor) -> Tensor:
+def _head_scores(axis: AxisProduct, scores: Tensor) -> Tensor:
     """[groups]: of all query heads of a group together."""
     dim = int(axis[-1].size)
     heads = scores.reshape(-1, dim)
@@ -118,7 +118,7 @@ def _head_scores(axis: Product, scores: Tensor) -> Tensor:
     return each.reshape(groups, -1).sum(1)
 
 
-def _per_head(block: Block, unit: str, axis: Product, energy: Tensor) -> Tensor:
+def _per_head(block: Block, unit: str, axis: AxisProduct, energy: Tensor) -> Tensor:
     """Energies of a unit [heads, n], or [n] where all heads must keep the same."""
     own = HEADS in units_of(axis) and not block.shared(unit)
     return totals(axis, energy, HEADS, unit) if own else totals(axis, energy, unit)

@@ -35,7 +35,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from matmorph.errors import ExportError
 from matmorph.optimizers import AnyOptimizer, optimizer_name
-from matmorph.optimizers.rule import Rule
+from matmorph.optimizers.rule import UpdateRule
 
 OPSET = 21
 IR_VERSION = 10
@@ -131,7 +131,7 @@ class _Update:
     scale: str
     rate: str
     decay: str
-    rule: Rule
+    rule: UpdateRule
 
 
 def _squares(b: _Body, everything: str, length: int) -> str:
