@@ -187,7 +187,7 @@ def test_a_spec_is_a_name_a_path_a_dict_or_a_spec(tmp_path: Path, monkeypatch: p
     assert all(plan.sites == plans[0].sites for plan in plans)
     assert [row.rank for row in plans[0].sites] == [3, 3]
     assert mm.plan(seeded(Mlp), "low-rank-60", INPUTS, AXES).spec_name == "low-rank-60"
-    with pytest.raises(InputError, match="a spec is a library name, a path or a dict, got int"):
+    with pytest.raises(InputError, match="a spec is a library name, a path, a dict or a list of rules, got int"):
         mm.load_spec(3)  # type: ignore[arg-type]
 
 
