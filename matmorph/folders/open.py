@@ -36,7 +36,8 @@ from matmorph.runtime.train_values import belonging
 from matmorph.specs.load import load_spec
 
 _CLASS = re.compile(r'^(?:result|call) .*"[\w.]+\.\w+" ', re.MULTILINE)
-"""A pytree of some package's class: what it is called with does not matter to weights, and its package may not be here."""
+"""A pytree of some package's class: what it is called with does not matter to weights, and its package may not be here
+(decision A10)."""
 
 
 def reopen(folder: Path) -> tuple[Job, tuple[Adapter, ...]]:

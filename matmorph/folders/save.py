@@ -42,7 +42,8 @@ from matmorph.specs.schema import Spec
 from matmorph.specs.tree import read
 
 ROUNDING_FACTOR = 2.0
-"""The kernel rounds where torch does, but not to the same codes once an earlier layer differs: two samples of one distribution."""
+"""The kernel rounds where torch does, but not to the same codes once an earlier layer differs: two samples of one
+distribution (decision E5)."""
 
 PACKAGES = ("matmorph", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "transformers")
 

@@ -57,7 +57,8 @@ class AnyOptimizer(Protocol):
 
 
 def mixed(b: UpdateOps, old: str, new: str, beta: float) -> str:
-    """beta * old + (1 - beta) * new, from the nearer end as torch.lerp does: a float32 beta would be 1e-5 of 1 - beta off."""
+    """beta * old + (1 - beta) * new, from the nearer end as torch.lerp does: a float32 beta would be 1e-5 of 1 - beta off
+    (decision A15)."""
     if beta >= 0.5:
         return b("Sub", old, b("Mul", b("Sub", old, new), b.number(1 - beta)))
     return b("Sub", new, b("Mul", b("Sub", new, old), b.number(beta)))

@@ -182,7 +182,7 @@ def _explicit(path: Path, options: onnxruntime.SessionOptions, providers: Sequen
 
 
 def _create(path: Path, options: onnxruntime.SessionOptions, providers: Sequence[Provider]) -> onnxruntime.InferenceSession:
-    """No fallback inside ONNX Runtime: it would change the provider in the middle of a run, with a print."""
+    """No fallback inside ONNX Runtime: it would change the provider in the middle of a run, with a print (decision R2)."""
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class but this one

@@ -52,7 +52,7 @@ class Sessions:
         workers must not spin.
         """
         options = session_settings(self.threads, True)
-        # A memory pattern is one more block as large as all activations, for each shape of a batch.
+        # A memory pattern is one more block as large as all activations, for each shape of a batch (decision A26).
         options.enable_mem_pattern = False
         if beside:
             options.log_severity_level = _ERRORS_ONLY

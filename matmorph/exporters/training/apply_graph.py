@@ -143,7 +143,8 @@ def _squares(b: _Body, everything: str, length: int) -> str:
 
 
 def _sum_of_squares(b: _Body, vector: str, length: int) -> str:
-    """[]. The CPU kernel adds one square after the other (1 % off for 1e8 of them): rows of about sqrt(n) first, then their sums."""
+    """[]. The CPU kernel adds one square after the other (1 % off for 1e8 of them): rows of about sqrt(n) first, then their sums
+    (decision A14)."""
     if length < _BLOCKED_FROM:
         return b("ReduceSumSquare", vector, keepdims=0)
     columns = 1 << (length.bit_length() // 2)
@@ -182,6 +183,7 @@ def _choose(b: _Body, update: _Update, vectors: Sequence[str], everything: str, 
     plain, kept = b.branch(), b.branch()
     trains = kept("And", kept("Greater", "mask", kept.number(0.0)), finite)
     # The CPU kernel turns a chosen -0.0 of its second argument into 0.0 and keeps the third to the bit: the old value comes third.
+    # The old value comes last: of the second operand the CPU kernel turns a chosen -0.0 into 0.0 (decision A12).
     kept_results = [kept("Where", trains, new, old) for new, old in zip(_updated(kept, update), vectors, strict=True)]
     outputs = [f"{name}_next" for name in vectors]
     _either(b, b("And", finite, everything), (plain, _updated(plain, update)), (kept, kept_results), outputs, [length])

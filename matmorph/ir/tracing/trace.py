@@ -118,6 +118,7 @@ def _manners(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
         module.config for module in model.modules() if getattr(getattr(module, "config", None), "use_cache", None) is True
     ]
     caching = list({id(config): config for config in configs}.values())
+    # The default grouped form is a custom operator without a translation (decision T10).
     experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
     switch = getattr(model, "set_experts_implementation", None) if experts is not None and experts != "batched_mm" else None
     try:

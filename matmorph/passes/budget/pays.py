@@ -12,7 +12,7 @@ from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import Export
 
 SLOWER = 1.05
-"""Times dense above which a prediction counts as slower: predictions are no better than that."""
+"""Times dense above which a prediction counts as slower: predictions are no better than that (decision C13)."""
 
 
 def refuse_slow(outcomes: Sequence[Outcome], export: Export, methods: Methods) -> tuple[Outcome, ...]:

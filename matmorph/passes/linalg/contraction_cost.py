@@ -20,7 +20,7 @@ from matmorph.runtime.targets.rates import Product, Rates
 
 MARGIN = 0.9
 """A plan is taken only where it is predicted to need at most this share of dense's time, at every token count: the model errs by about as
-much, and dense can not be slower than dense."""
+much, and dense can not be slower than dense (decision C8)."""
 SAME = 1.08
 """Plans whose predicted times differ by less are equally fast, as far as the model can tell. Taken is then the one with the least traffic
 outside the cache (in a network, and beside other work, less of it is free than where the constants were measured), the fewest products."""

@@ -68,7 +68,7 @@ class Truncated:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK with several threads on a busy machine was measured ten times slower than with one. Restores the count."""
+    """LAPACK with several threads on a busy machine was measured ten times slower than with one (decision M1). Restores the count."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

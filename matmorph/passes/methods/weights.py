@@ -28,7 +28,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 GRADIENT_DAMPING = 1e-2
 """Share of the mean of its diagonal that is added to the second moment of the gradients: it is estimated on few samples, and what they do
-not feel others may."""
+not feel others may (decision B4)."""
 
 
 def readable(site: Site, w: Tensor) -> Tensor:
