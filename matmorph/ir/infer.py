@@ -1,8 +1,8 @@
 """Shape inference: an operator's result types, found by running it on fake tensors under a shape environment of our own.
 
-Every named axis is one backed symbol whose hint is a prime that no model dim is likely to equal, so that an operator which wrongly
-relies on a concrete size fails or specialises the symbol, and both are errors (decision T4). Fakes are interned: two values of equal type, strides and
-offset share one fake, which makes an operator's cache key cheap and a repeated layer nearly free.
+Every named axis is one backed symbol whose hint is a prime that no model dim is likely to equal, so that an operator which wrongly relies
+on a concrete size fails or specialises the symbol, and both are errors (decision T4). Fakes are interned: two values of equal type,
+strides and offset share one fake, which makes an operator's cache key cheap and a repeated layer nearly free.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ U^T G V. Here the rotations act on the weight, once per step, and the tokens see
 delta = W~ - U^T W V, from zero: the start is W to the bit, its gradient is the same U^T G V, and so is every step of an optimizer without
 weight decay. Decay is that of delta, towards the W that training started from; entries that do not take part do not decay.
 
-`mask: step` chooses anew at every update, inside the optimizer graph (`exporters.training.apply_graph.Kept`); `mask: fixed` chooses once, by
-the mean |U^T G V| over the preliminary phase, and only the chosen entries are parameters. `basis: none` leaves the rotations out: W +
-delta.
+`mask: step` chooses anew at every update, inside the optimizer graph (`exporters.training.apply_graph.Kept`); `mask: fixed` chooses once,
+by the mean |U^T G V| over the preliminary phase, and only the chosen entries are parameters. `basis: none` leaves the rotations out:
+W + delta.
 """
 
 from __future__ import annotations
