@@ -49,9 +49,9 @@ def _defined(path: Path) -> frozenset[str]:
 
 
 @cache
-def home(name: str, package: str = PACKAGE) -> tuple[str, str]:
-    """(module, qualified name in it) of the one definition called so. Before a name that several modules define stands one word of its
-    module's path: `merging.merge` is `merge` in `passes/adapters/merging.py`, and in `merging/anything.py` too. NotOneDefinition else."""
+def homes(name: str, package: str = PACKAGE) -> tuple[tuple[str, str], ...]:
+    """(module, qualified name in it) of each definition called so. Before the name may stand one word of its module's path:
+    `merging.merge` is `merge` in `passes/adapters/merging.py`, and in `merging/anything.py` too. NotOneDefinition where there is none."""
 
     def called(module: str, qualified: str) -> bool:
         word, _, rest = name.partition(".")
@@ -60,10 +60,16 @@ def home(name: str, package: str = PACKAGE) -> tuple[str, str]:
     last = re.compile(rf"\b{name.rpartition('.')[2]}\b")
     where = {module: path for module, path in modules(package).items() if last.search(_source(path))}
     found = [(module, qualified) for module, path in where.items() for qualified in _defined(path) if called(module, qualified)]
-    if len(found) != 1:
-        raise NotOneDefinition(
-            f"{package} has {len(found)} definitions called {name}: {', '.join(module for module, _ in found) or 'none'}"
-        )
+    if not found:
+        raise NotOneDefinition(f"{package} has no definition called {name}")
+    return tuple(found)
+
+
+def home(name: str, package: str = PACKAGE) -> tuple[str, str]:
+    """The one of `homes`; NotOneDefinition where there are several."""
+    found = homes(name, package)
+    if len(found) > 1:
+        raise NotOneDefinition(f"{package} has {len(found)} definitions called {name}: {', '.join(module for module, _ in found)}")
     return found[0]
 
 

@@ -1,7 +1,8 @@
 r"""A mutant: one definition of the package and one edit of its syntax tree.
 
 It names a definition, wherever in the package its file lies: a function, a class, a method (`Lora.build`) or a constant; see
-`definitions.home`. In that definition `find` becomes `put`. Both are Python, compared as syntax trees: line breaks and quotes do not count.
+`definitions.homes`. Where several modules define the name, the edit must fit into one of them alone. In that definition `find` becomes
+`put`. Both are Python, compared as syntax trees: line breaks and quotes do not count.
 
     Mutant("choose", "min(costs)", "max(costs)")                  an expression
     Mutant("choose", "x = y\nlast = x", "last = y")               statements: where one of the two is no expression
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from definitions import definitions
+from definitions import definitions, homes, modules, tree
 
 
 class Mutant(NamedTuple):
@@ -58,15 +60,23 @@ def _places(root: ast.AST, find: Sequence[ast.AST]) -> Iterator[tuple[tuple[int,
                 yield (nodes[start].lineno, nodes[start].col_offset), put
 
 
-def edited(module: ast.Module, qualified: str, mutant: Mutant) -> ast.Module:
-    """The tree with the mutant's edit in the definition of that name; AssertionError where it no longer fits."""
+def places(module: ast.Module, qualified: str, mutant: Mutant) -> list[Callable[[], None]]:
+    """What makes the mutant's edit, for each place where it fits in that definition, in the order of the source."""
     find, put = _parsed(mutant.find, mutant.put)
     forms = ((find, put), (_as_keyword(find), _as_keyword(put)))
     roots = [node for name, node in definitions(module.body) if name == qualified]
-    places = [(at, place, new) for look, new in forms for root in roots for at, place in _places(root, look)]
-    number = mutant.nth or 1
-    fits = number <= len(places) if mutant.nth else len(places) == 1
-    assert fits, f"the mutant no longer fits: {mutant.where} has {len(places)} of {mutant.find!r}"
-    _, place, new = sorted(places, key=lambda one: one[0])[number - 1]
-    place(new)
-    return ast.fix_missing_locations(module)
+    found = [(at, partial(place, new)) for look, new in forms for root in roots for at, place in _places(root, look)]
+    return [edit for _, edit in sorted(found, key=lambda one: one[0])]
+
+
+def edited(mutant: Mutant, package: str) -> tuple[str, ast.Module]:
+    """(module, its tree with the edit). AssertionError where it does not fit into just one of the definitions that are called so."""
+    trees = {module: tree(modules(package)[module]) for module, _ in homes(mutant.where, package)}
+    found = {module: edits for module, name in homes(mutant.where, package) if (edits := places(trees[module], name, mutant))}
+    counts = [len(edits) for edits in found.values()]
+    fits = len(counts) == 1 and (counts == [1] if mutant.nth is None else 1 <= mutant.nth <= counts[0])
+    there = " and ".join(f"{len(edits)} in {module}" for module, edits in found.items()) or "none"
+    assert fits, f"the mutant no longer fits: of {mutant.find!r}, {mutant.where} has {there}"
+    ((module, edits),) = found.items()
+    edits[(mutant.nth or 1) - 1]()
+    return module, ast.fix_missing_locations(trees[module])

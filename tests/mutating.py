@@ -101,14 +101,13 @@ def real_code(package: str = PACKAGE) -> Anew:
 
 
 def mutated(mutant: Mutant, package: str = PACKAGE) -> AbstractContextManager[Anew]:
-    """The code with the mutant in it."""
-    module, qualified = home(mutant.where, package)
-    return _loaded_anew({module: edited(tree(modules(package)[module]), qualified, mutant)}, package)
+    """The code with the mutant in it; AssertionError where it no longer fits."""
+    return _loaded_anew(dict([edited(mutant, package)]), package)
 
 
 def unmutated(mutants: Iterable[Mutant], package: str = PACKAGE) -> AbstractContextManager[Anew]:
     """The code as it is, loaded anew as for all of these mutants: what fails on one of them must not fail here."""
-    changed = {home(mutant.where, package)[0] for mutant in mutants}
+    changed = {edited(mutant, package)[0] for mutant in mutants}
     return _loaded_anew({module: tree(modules(package)[module]) for module in changed}, package)
 
 
