@@ -214,7 +214,7 @@ def test_with_lora_beside_it() -> None:
         values = trained(found)
         merged = found.merge(values)
         assert far(merged.module(X), found.load_trained(values).module(X)) < ROUNDING
-        assert merged.merged[0].methods == tuple(next(iter(use)) for use in rewrite)
+        assert merged.merged[0].methods == tuple(next(iter(use)) for use in both)
 
 
 # special cases, each by its own formula
