@@ -35,7 +35,7 @@ class Apply:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns about inputs with defaults
-        model = module.optimizer_model(optimizer, segments, [module["optimizers.Kept"](*piece) for piece in pieces])
+        model = module.optimizer_model(optimizer, segments, [module.Kept(*piece) for piece in pieces])
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.optimizer, self.updates = optimizer, 0
         self.names = ("theta", *optimizer.STATES)
@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad: float, at: int) -> None:
 def whole_pieces(module: Any) -> None:
     """Every entry kept is the plain model, byte for byte."""
     plain = module.optimizer_model(AdamW(LR), SEGMENTS)
-    assert module.optimizer_model(AdamW(LR), SEGMENTS, [module["optimizers.Kept"](0, 40, 40)]) == plain
+    assert module.optimizer_model(AdamW(LR), SEGMENTS, [module.Kept(0, 40, 40)]) == plain
 
 
 def large(module: Any) -> None:
@@ -218,20 +218,18 @@ Refused = onnxruntime.capi.onnxruntime_pybind11_state.Fail
 """What ONNX Runtime says to a graph that does not fit together."""
 
 MUTANTS = {
-    "the largest, not the farthest from zero": Mutant("optimizers._places", "b('Abs', 'grad')", "'grad'"),
-    "the smallest": Mutant("optimizers._places", "largest=1", "largest=0"),
-    "one too many": Mutant("optimizers._places", "b.ints(piece.count)", "b.ints(piece.count + 1)"),
+    "the largest, not the farthest from zero": Mutant("_places", "b('Abs', 'grad')", "'grad'"),
+    "the smallest": Mutant("_places", "largest=1", "largest=0"),
+    "one too many": Mutant("_places", "b.ints(piece.count)", "b.ints(piece.count + 1)"),
     "places within the piece": Mutant(
-        "optimizers._places",
+        "_places",
         "b('Add', at, b.constant(np.asarray(piece.offset, np.int64))) if piece.offset else at",
         "b('Add', at, b.constant(np.asarray(piece.offset, np.int64))) if False else at",
     ),
     "masked entries take part": Mutant(
-        "optimizers._places", "b('GreaterOrEqual', joined[1], b.number(0.0))", "b('GreaterOrEqual', joined[1], b.number(-2.0))"
+        "_places", "b('GreaterOrEqual', joined[1], b.number(0.0))", "b('GreaterOrEqual', joined[1], b.number(-2.0))"
     ),
-    "the mask does not steer the choice": Mutant(
-        "optimizers._places", "b('Greater', 'mask', b.number(0.0))", "b('Greater', 'mask', b.number(-1.0))"
-    ),
+    "the mask does not steer the choice": Mutant("_places", "b('Greater', 'mask', b.number(0.0))", "b('Greater', 'mask', b.number(-1.0))"),
     "the norm of everything": Mutant(
         "_of_pieces", "b('Where', finite, norm, whole, out='grad_norm')", "b('Identity', whole, out='grad_norm')"
     ),
@@ -239,7 +237,7 @@ MUTANTS = {
         "_of_pieces", "_sum_of_squares(b, taken, sum(lengths))", "_sum_of_squares(b, 'grad', length)"
     ),
     "the moments of all decay": Mutant("_of_pieces", "('grad', *vectors)", "('grad', 'theta', 'theta')"),
-    "dense entries left out": Mutant("optimizers._places", "dense(last, length)", "pass"),
+    "dense entries left out": Mutant("_places", "dense(last, length)", "pass"),
     "what is kept whole is chosen from": Mutant("optimizer_model", "piece.count < piece.length", "True"),
     "decay of everything": Mutant("_of_pieces", "some('Where', trains, new, vector)", "some('Where', trains, new, new)"),
 }

@@ -137,7 +137,7 @@ def check_regret(m: Any) -> None:
 
     def candidate(name: str, *seconds: float) -> Any:
         estimates = tuple(m.Estimate(k, each, 0, 0, 0) for k, each in enumerate(seconds))
-        return m["contraction_cost.Candidate"](m["contraction.Plan"](name, ((0, 1), (1, 2)), "", ()), estimates)
+        return m.PlanCandidate(m.ContractionPlan(name, ((0, 1), (1, 2)), "", ()), estimates)
 
     offered = [candidate("first", 1, 5), candidate("second", 5, 1), candidate("both", 1.5, 1.5), candidate("dense", 10, 10)]
     assert m.choose(offered).plan.name == "both"

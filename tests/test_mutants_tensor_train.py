@@ -50,15 +50,17 @@ MUTANTS = {
         "callable(wanted) and float(tails[rank - 1]) < 0",
     ),
     "exact solver keeps the last vectors": Mutant("unfolding._exact", "vectors[:, :rank]", "vectors[:, -rank:]"),
-    "budget shared out anew at every edge": Mutant("Budget.rank", "self.squared - sum((step.error ** 2 for step in done))", "self.squared"),
+    "budget shared out anew at every edge": Mutant(
+        "ErrorBudget.rank", "self.squared - sum((step.error ** 2 for step in done))", "self.squared"
+    ),
     "budget for the first edge alone": Mutant(
-        "Budget.rank",
+        "ErrorBudget.rank",
         "(self.squared - sum((step.error ** 2 for step in done))) / (len(self.limits) - len(done))",
         "self.squared - sum((step.error ** 2 for step in done))",
     ),
-    "limits forgotten": Mutant("Budget.rank", "min(rounded, limit)", "min(rounded, c.shape[0], c.shape[1])"),
-    "multiples rounded down": Mutant("Budget.rank", "-(-wanted // self.multiple_of)", "max(1, wanted // self.multiple_of)"),
-    "target not squared": Mutant("sweeps.Budget.of", "(target * norm) ** 2", "target * norm ** 2"),
+    "limits forgotten": Mutant("ErrorBudget.rank", "min(rounded, limit)", "min(rounded, c.shape[0], c.shape[1])"),
+    "multiples rounded down": Mutant("ErrorBudget.rank", "-(-wanted // self.multiple_of)", "max(1, wanted // self.multiple_of)"),
+    "target not squared": Mutant("ErrorBudget.of", "(target * norm) ** 2", "target * norm ** 2"),
     "triangular factor not carried": Mutant("left_orthogonal", "torch.tensordot(carried, core, 1)", "core[:carried.shape[0]]"),
     "clamped from the left only": Mutant("clamp_ranks", "right = inner[k] = min(inner[k], right * modes[k + 1])", "right = inner[k]"),
     "clamped by the modes alone": Mutant(
