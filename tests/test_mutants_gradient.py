@@ -101,7 +101,7 @@ def test_a_wrong_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     case, table, mutant = RULE_MUTANTS[name]
     with mutated(mutant) as m:
         wrong = m[table]
-    monkeypatch.setattr(gradient, "RULES", replace(ADJOINT_RULES, table={**ADJOINT_RULES.table, **wrong}))
+    monkeypatch.setattr(gradient, "ADJOINT_RULES", replace(ADJOINT_RULES, table={**ADJOINT_RULES.table, **wrong}))
     f, *shapes = CASES[case]
     with pytest.raises((AssertionError, VerifyError)):  # a wrong number, or shapes that do not fit
         check(Op(f, *shapes), [(x_of(*size),) for size in SHAPES], AXES, MSE)
@@ -112,7 +112,7 @@ def test_the_rules_loaded_anew_pass(case: str, monkeypatch: pytest.MonkeyPatch) 
     with unmutated(mutant for *_, mutant in RULE_MUTANTS.values()) as m:
         rules = {name: rule for table in {table for _, table, _ in RULE_MUTANTS.values()} for name, rule in m[table].items()}
     assert rules.items().isdisjoint(ADJOINT_RULES.table.items())
-    monkeypatch.setattr(gradient, "RULES", replace(ADJOINT_RULES, table={**ADJOINT_RULES.table, **rules}))
+    monkeypatch.setattr(gradient, "ADJOINT_RULES", replace(ADJOINT_RULES, table={**ADJOINT_RULES.table, **rules}))
     f, *shapes = CASES[case]
     check(Op(f, *shapes), [(x_of(*size),) for size in SHAPES], AXES, MSE)
 
