@@ -10,7 +10,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from matmorph.errors import did_you_mean
 from matmorph.runtime.format.version import __version__
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ def __getattr__(name: str) -> Any:
     found = _method_classes() if name[:1].isupper() else {}
     if name in found:
         return import_module("matmorph.spec").method(found[name])
+    from matmorph.errors import did_you_mean  # a machine that only runs artefacts loads nothing but the runtime
+
     raise AttributeError(f"module 'matmorph' has no attribute {name!r}{did_you_mean(name, [*_HOMES, *found])}")
 
 
