@@ -1,7 +1,7 @@
 """Weights and biases that a graph computes from others, as numbers: what merging an adapter needs that changes the weight itself.
 
-Its matmul is one linear node whose weight and bias are nodes over constants. Merged, they are constants: computed in float64 from the stored
-numbers and rounded once, so that what is made of the old weight is made of it to the end, whatever order the sums are in.
+Its matmul is one linear node whose weight and bias are nodes over constants. Merged, they are constants: computed in float64 from the
+stored numbers and rounded once, so that what is made of the old weight is made of it to the end, whatever order the sums are in.
 """
 
 from __future__ import annotations
