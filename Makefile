@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= auto
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 COVERAGE := --cov=matmorph --cov-report=term --cov-fail-under=90
-BENCHMARKS ?= $(wildcard benchmarks/[a-z]*.py)
+BENCHMARKS ?= $(filter-out benchmarks/artefact_hashes.py,$(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage test-all lint format bench docs clean

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,7 @@ SCRIPTS = (
     "ort_quantizers",
     "gallery",
     "allocate_time",
+    "artefact_hashes",
 )
 Load = Callable[[str], ModuleType]
 
@@ -333,3 +335,34 @@ def test_dense_quality_is_the_published_one(load: Load) -> None:
     data = (human[::10], left[::10], right[::10])
     spearman = sts.score(sts.torch_encoder(sts.minilm().module), data)
     assert spearman == pytest.approx(86.7, abs=3.0)  # all 1500 pairs give 86.7; a tenth of them has a standard error near 1
+
+
+def test_artefact_hashes_see_arrays_and_data_and_not_what_is_installed(load: Load, tmp_path: Path) -> None:
+    script = load("artefact_hashes")
+    for name, array in (("a", [1.0, 2.0]), ("b", [1.0, 2.0]), ("c", [1.0, -2.0])):
+        np.savez(tmp_path / f"{name}.npz", x=np.array(array))
+    assert script.file_hash(tmp_path / "a.npz") == script.file_hash(tmp_path / "b.npz") != script.file_hash(tmp_path / "c.npz")
+    for name, data in (("a", {"rank": 3, "versions": {"torch": "1"}}), ("b", {"rank": 3, "versions": {}}), ("c", {"rank": 4})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    assert script.file_hash(tmp_path / "a.json") == script.file_hash(tmp_path / "b.json") != script.file_hash(tmp_path / "c.json")
+
+
+def test_artefact_hashes_say_what_differs(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("artefact_hashes")
+    before = {"half/mlp/model.onnx": "1", "half/mlp/check.npz": "2", "tt/cnn/refused": "SpecError: no"}
+    after = {"half/mlp/model.onnx": "3", "half/mlp/new.bin": "2", "tt/cnn/refused": "SpecError: never"}
+    for name, data in (("before", before), ("after", after)):
+        (tmp_path / name).write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--compare", str(tmp_path / "before"), str(tmp_path / "before")])
+    assert capsys.readouterr().out == "3 files are identical\n"
+    with pytest.raises(SystemExit, match="1"):
+        script.main(["--compare", str(tmp_path / "before"), str(tmp_path / "after")])
+    assert capsys.readouterr().out.splitlines() == [
+        "missing: half/mlp/check.npz",
+        "different: half/mlp/model.onnx",
+        "extra: half/mlp/new.bin",
+        "different: tt/cnn/refused (SpecError: no / SpecError: never)",
+    ]
+    with pytest.raises(SystemExit, match="no such name"):
+        script.main(["--out", str(tmp_path / "out"), "--only", "nothing/*"])
