@@ -63,11 +63,10 @@ if TYPE_CHECKING:
 class Training:
     """Everything the training files are made of.
 
-    `graph`: the compiled model; `gradient` and `evaluation`: its gradient and loss graph (see `ir.gradient`). `trainables`: in the order of
-    theta. `labels`: names of the label inputs. `vectors`: what torch answers. `adapters`: what each inserted adapter is made of, for
-    whoever merges or exchanges it. `inputs`: those that training alone has. `space`: what is searched, of a
-    supernet.
-    `kept`: by dotted name, how many entries of a parameter take part in an update; what is not named takes part whole.
+    `graph`: the compiled model; `gradient` and `evaluation`: its gradient and loss graph (see `ir.training.gradient`). `trainables`: in the
+    order of theta. `labels`: names of the label inputs. `vectors`: what torch answers. `adapters`: what each inserted adapter is made of,
+    for whoever merges or exchanges it. `inputs`: those that training alone has. `space`: what is searched, of a supernet. `kept`: by dotted
+    name, how many entries of a parameter take part in an update; what is not named takes part whole.
     """
 
     graph: Graph

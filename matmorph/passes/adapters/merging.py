@@ -2,7 +2,7 @@
 
 What the factors add leaves the graph, and the base becomes W' = base + sum of their products, computed in float64. A dense base takes W' in
 its own type, rounded once. A quantised base is quantised anew with the settings it had: the error of that is what merging costs, and is
-reported. Unmerging needs no computation: the base is still where it was before (`api.Compiled.unmerge`); from files, where only the merged
+reported. Unmerging needs no computation: the base is still where it was before (`Compiled.unmerge`); from files, where only the merged
 weights are left, `factors_of` finds factors for the difference.
 """
 

@@ -233,7 +233,7 @@ class ErrorScale:
 
 
 def scale_of(site: Site, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> ErrorScale:
-    """`slopes`: of `passes.sensitivity`, None where none were gathered."""
+    """`slopes`: of `passes.statistics.sensitivity`, None where none were gathered."""
     if slopes is None:
         return ErrorScale(None, 1.0)
     weighting = weighting_of(site, stats)

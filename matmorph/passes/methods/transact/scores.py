@@ -24,7 +24,7 @@ _PEAK = 10.0
 
 def block_scores(block: Block, score: str, units: tuple[str, ...], stats: Mapping[Site, SiteStats]) -> Scores:
     """Scores of the given units: `activation` (L2 norm over the calibration tokens), `weight` (norm of the rows and columns), or `taylor`
-    (sum over the tokens of |gradient x activation|, see `passes.taylor`)."""
+    (sum over the tokens of |gradient x activation|, see `passes.statistics.taylor`)."""
     energy, root = _ENERGIES[score](block, stats), _root(score)
     found: dict[str, Tensor] = {}
     for unit in units:
