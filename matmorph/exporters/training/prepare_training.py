@@ -30,8 +30,9 @@ LabelAxes: TypeAlias = Mapping[str, Mapping[int, str]]
 class TrainRequest:
     """What training files a user asks for.
 
-    `loss`: the name of one, or a function (`ir.training.losses.LossFunction`). `labels`: example labels by name; a function's labels have the
-    types of these, with the axes that `label_shapes` names. `keep`: model outputs that grad.onnx gives too. `at`: the spec's `train:`.
+    `loss`: the name of one, or a function (`ir.training.losses.LossFunction`). `labels`: example labels by name; a function's labels have
+    the types of these, with the axes that `label_shapes` names. `keep`: model outputs that grad.onnx gives too. `at`: the spec's
+    `train:`.
     """
 
     loss: str | LossFunction
