@@ -22,7 +22,6 @@ from matmorph.passes.pruning.axis_rules import AXIS_RULES
 from matmorph.passes.pruning.axis_walk import AxisWalk, Literal, OutsideValue, SoftmaxScale, Stuck
 
 BlockKind = OneOf["attention", "mlp"]
-BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
 _FAMILIES: Mapping[str, BlockKind] = {"attention": "attention", "cross_attention": "attention", "mlp": "mlp"}
 _CONSUMERS = ("o", "down", "fc2")
 _LAYOUTS = having(of_kind("permute", "same"), casts=False)

@@ -188,10 +188,6 @@ class Transact(BlockMethod):
             narrow, notes = stored(site, sliced), (*notes, "not refitted: slicing alone is as good")
         return make_patch(block, kept, narrow, _NAME, b, choice, notes)
 
-    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Nothing can be merged back: what was cut is gone."""
-        raise RewriteError("transact removes features; there is nothing to merge")
-
 
 _WORDS: Mapping[str, str] = {WIDTH: "features", HEADS: "heads", V: "dimensions of the heads"}
 
