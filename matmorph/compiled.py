@@ -13,7 +13,7 @@ import torch
 
 from matmorph.errors import InputError
 from matmorph.exporters.training.prepare_training import LabelAxes, TrainRequest, of_spec
-from matmorph.folders.after_training import Values, adapters_of, configured_job, loaded_job, merged_job, read_values, save_adapters
+from matmorph.folders.after_training import Values, configured_job, loaded_job, merged_job, read_values, save_adapters
 from matmorph.folders.job import Job
 from matmorph.folders.save import save
 from matmorph.ir.adapter import Adapter
@@ -88,7 +88,7 @@ class Compiled:
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The factors that rules put in to be trained, one entry per method and site; () once they are merged."""
-        return adapters_of(self._job)
+        return self._job.remaining
 
     def load_trained(self, values: Values) -> Compiled:
         """The same model with trained values, in `graph` and `module`: `Trainer.parameters()`, a .safetensors file, or a folder with one.

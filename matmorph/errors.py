@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -91,3 +91,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean rank?"`, or an empty string when nothing is near."""
     near = get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *most, last = words or ("nothing",)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from matmorph.errors import ExportError, InputError
+from matmorph.errors import ExportError, InputError, alternatives
 from matmorph.exporters.data_file import weights_sha256
 from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
@@ -58,8 +58,7 @@ def serve(graph: Graph, adapters: Sequence[Adapter], precision: str, methods: Me
     """
     if not adapters:
         names = [name for name in names_of(methods, "adapters") if site_method(methods, name).peft is not None]
-        said = f"{', '.join(names[:-1])} or {names[-1]}"
-        raise ExportError(f"export.adapters: inputs, and the model has no adapters (no rule put in {said})")
+        raise ExportError(f"export.adapters: inputs, and the model has no adapters (no rule put in {alternatives(names)})")
     fingerprint = base_fingerprint(graph, adapters)
     inputs: list[Slot] = []
     for adapter in adapters:

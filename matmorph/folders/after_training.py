@@ -4,10 +4,10 @@ out of a merged folder: what its weights have more than the stored base, as fact
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -17,20 +17,22 @@ from matmorph.errors import InputError
 from matmorph.exporters.adapters import adapter_arrays, base_fingerprint, serve
 from matmorph.folders.job import Job
 from matmorph.folders.open import initializers
-from matmorph.ir.adapter import Adapter, present
+from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.passes.adapters.merging import Merged, factors_of, merge
 from matmorph.passes.adapters.values import with_values
 from matmorph.passes.methods import all_methods
-from matmorph.passes.methods.protocol import Configuration
+from matmorph.passes.methods.protocol import Configuration, Method
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow, Totals
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.runtime.format.training import PARAMETERS, TRAINABLE
 from matmorph.specs.schema import Spec
+
+Found = TypeVar("Found")
 
 Values: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """Parameters by dotted name (`Trainer.parameters()`), or where they are: a .safetensors file or a folder that holds one."""
@@ -60,11 +62,6 @@ def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def adapters_of(job: Job) -> tuple[Adapter, ...]:
-    """The adapters of a compiled model, in order of its sites."""
-    return present(job.adapters, job.graph)
-
-
 def loaded_job(job: Job, source: Values) -> Job:
     """The model with trained values in it. InputError for values of another model or rank, and for none at all."""
     values, where = read_values(source)
@@ -75,28 +72,25 @@ def loaded_job(job: Job, source: Values) -> Job:
 
 def configured_job(job: Job, configuration: Configuration) -> Job:
     """The model of a supernet in one configuration. InputError for what is no supernet, and for what it cannot be."""
-    return replace(job, graph=_configured(job.graph, adapters_of(job), configuration))
+    return replace(job, graph=_configured(job.graph, job.remaining, configuration))
 
 
 def _configured(graph: Graph, adapters: Sequence[Adapter], configuration: Configuration) -> Graph:
-    """By the method whose adapters are a supernet."""
-    for name, method in all_methods().items():
-        found = method.configured(graph, [adapter for adapter in adapters if adapter.method == name], configuration)
-        if found is not None:
-            return found
-    raise InputError(NO_SUPERNET)
-
-
-NO_SUPERNET = "the model is no supernet: no rule says search: true"
+    return _of_supernet(adapters, lambda method, own: method.configured(graph, own, configuration))
 
 
 def found_spec(spec: Spec, adapters: Sequence[Adapter], configuration: Configuration) -> dict[str, Any]:
     """The spec that gives the model of a configuration, as plain data. InputError as `configured_job`."""
+    return _of_supernet(adapters, lambda method, own: method.spec_of(spec, own, configuration))
+
+
+def _of_supernet(adapters: Sequence[Adapter], ask: Callable[[Method, Sequence[Adapter]], Found | None]) -> Found:
+    """What the method says whose adapters are a supernet. InputError where there is none."""
     for name, method in all_methods().items():
-        found = method.spec_of(spec, [adapter for adapter in adapters if adapter.method == name], configuration)
+        found = ask(method, [adapter for adapter in adapters if adapter.method == name])
         if found is not None:
             return found
-    raise InputError(NO_SUPERNET)
+    raise InputError("the model is no supernet: no rule says search: true")
 
 
 def merged_job(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from matmorph.exporters.training.prepare_training import TrainRequest
-from matmorph.ir.adapter import Adapter
+from matmorph.ir.adapter import Adapter, present
 from matmorph.ir.core import Graph
 from matmorph.passes.budget.account import Decision
 from matmorph.report.model import Report
@@ -37,3 +37,8 @@ class Job:
     decisions: tuple[Decision, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     more: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def remaining(self) -> tuple[Adapter, ...]:
+        """The adapters that are not merged, in order of their sites."""
+        return present(self.adapters, self.graph)

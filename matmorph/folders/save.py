@@ -25,7 +25,6 @@ from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.folders.job import Job
-from matmorph.ir.adapter import present
 from matmorph.ir.core import Graph, Node
 from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.methods import all_methods
@@ -99,15 +98,14 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
 def _served(job: Job) -> Served | None:
     """The graph with adapters as inputs, where the spec asks for that."""
     export = job.spec.export
-    return serve(job.graph, present(job.adapters, job.graph), export.precision, all_methods()) if export.adapters == "inputs" else None
+    return serve(job.graph, job.remaining, export.precision, all_methods()) if export.adapters == "inputs" else None
 
 
 def _training(graph: Graph, job: Job, progress: Progress) -> Training | None:
     if job.training is None:
         return None
     progress("differentiating", 0, 1)
-    adapters = present(job.adapters, job.graph)
-    training = prepare_training(graph, job.training, job.examples, all_methods(), adapters, job.spec.seed)
+    training = prepare_training(graph, job.training, job.examples, all_methods(), job.remaining, job.spec.seed)
     progress("differentiating", 1, 1)
     return training
 

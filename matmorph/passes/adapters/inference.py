@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from matmorph.errors import InputError
 from matmorph.ir.core import Graph
-from matmorph.passes.methods.protocol import Methods
+from matmorph.passes.methods.protocol import Methods, named_method
 
 
 def inference_graph(graph: Graph, methods: Methods) -> Graph:
     """Without what only training needs (`Method.for_inference`). InputError where a method that made a weight is not installed."""
     for name in dict.fromkeys(const.method for const in graph.state if const.method is not None):
-        if name not in methods:
-            raise InputError(f"the model has weights of the method {name}, which is not installed here")
-        graph = methods[name].for_inference(graph)
+        graph = named_method(methods, name).for_inference(graph)
     return graph

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matmorph.errors import InputError, RewriteError, VerifyError
+from matmorph.errors import InputError, RewriteError, VerifyError, alternatives
 from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import names_of, unique_name
 from matmorph.ir.computed import constant, folded, with_constants
@@ -64,8 +64,8 @@ def merge(
     InputError: nothing to merge, values of another model or rank (see `with_values`), a base that cannot take an update in.
     """
     if not adapters:
-        *names, last = methods_that_train(methods, "adapters")
-        raise InputError(f"nothing to merge: the model has no adapters (no rule put in {', '.join(names)} or {last})")
+        names = alternatives(methods_that_train(methods, "adapters"))
+        raise InputError(f"nothing to merge: the model has no adapters (no rule put in {names})")
     sites = _by_site(adapters)
     _refuse_unfit(sites)
     trained = with_values(graph, values or {})
@@ -102,11 +102,15 @@ class _Factors:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        return {short: const.load().detach().double() for short, const in zip(self.adapter.consts, self.consts, strict=True)}
+        return {short: self.read(short) for short in self.adapter.consts}
+
+    def read(self, short: str) -> Tensor:
+        """One of the tensors, float64."""
+        return self.consts[list(self.adapter.consts).index(short)].load().detach().double()
 
     def refuse(self) -> None:
         """InputError where the method says that they cannot be merged yet."""
-        problem = self.method.refuse_merge(self.adapter, self.parts)
+        problem = self.method.refuse_merge(self.adapter, self.read)
         if problem is not None:
             raise problem
 
@@ -115,7 +119,7 @@ class _Factors:
         adapter, parts = self.adapter, self.parts
         sides = (adapter.out_features, adapter.in_features) if adapter.batch is None else (adapter.in_features, adapter.out_features)
         lead = () if adapter.batch is None else (adapter.batch,)
-        zeros = torch.zeros(*lead, *sides, dtype=torch.float64, device=self.consts[0].load().device)
+        zeros = torch.zeros(*lead, *sides, dtype=torch.float64, device=next(iter(parts.values())).device)
         scale = torch.tensor(adapter.scale, dtype=torch.float64)
         return self.method.merge({**parts, "base": zeros, "scale": scale})[0]
 

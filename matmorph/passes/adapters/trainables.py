@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import get_args
 
-from matmorph.errors import SpecError
+from matmorph.errors import SpecError, alternatives
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.passes.methods.protocol import Methods, Trains, names_of
 from matmorph.specs.globs import Glob, GlobError
@@ -74,7 +74,7 @@ def _chosen(consts: Sequence[Const], methods: Methods, selector: ParameterSelect
         return _or_refused(
             [const for const in parameters if const.trainable and const.method in names],
             selector,
-            f"the model has no {word}: no rule put in {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}",
+            f"the model has no {word}: no rule put in {alternatives(names)}",
             "trainable: all takes the model's own parameters; compile --no-train writes no training graphs",
         )
     return _matching(consts, parameters, selector)

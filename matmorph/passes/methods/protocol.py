@@ -277,8 +277,9 @@ class SiteMethod(Method):
         """(the method, its settings) that make such a base out of another weight."""
         raise VerifyError(f"the base of {self.name} cannot be made anew")
 
-    def refuse_merge(self, adapter: Adapter, parts: Mapping[str, Tensor]) -> InputError | None:
-        """Why these tensors cannot be merged yet."""
+    def refuse_merge(self, adapter: Adapter, read: Callable[[str], Tensor]) -> InputError | None:
+        """Why this adapter cannot be merged yet. `read`: the tensor of a short name; all adapters are asked before any is merged, so a
+        method reads no more than it must."""
         return None
 
 
@@ -349,7 +350,7 @@ Methods: TypeAlias = Mapping[str, Method]
 def site_method(methods: Methods, name: str) -> SiteMethod:
     """The method of that name, which treats single matmuls. InputError where it is not installed, VerifyError for a block method: claims
     are divided before."""
-    found = _named(methods, name)
+    found = named_method(methods, name)
     if not isinstance(found, SiteMethod):
         raise VerifyError(f"{name} is of kind {found.kind}, where a method of single matmuls is asked for")
     return found
@@ -357,13 +358,14 @@ def site_method(methods: Methods, name: str) -> SiteMethod:
 
 def block_method(methods: Methods, name: str) -> BlockMethod:
     """The method of that name, which prunes blocks. InputError where it is not installed, VerifyError for another."""
-    found = _named(methods, name)
+    found = named_method(methods, name)
     if not isinstance(found, BlockMethod):
         raise VerifyError(f"{name} is of kind {found.kind}, where a method of blocks is asked for")
     return found
 
 
-def _named(methods: Methods, name: str) -> Method:
+def named_method(methods: Methods, name: str) -> Method:
+    """The method of that name. InputError where it is not installed: a folder may come from another machine."""
     if name not in methods:
         raise InputError(f"the method {name} is not installed here")
     return methods[name]

@@ -14,7 +14,7 @@ that took the place of W (`GloraBeside`) only B, D and E are possible, as an upd
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any, ClassVar
 
@@ -107,9 +107,9 @@ class Glora(UpdateMethod):
         scaled = w if a is None else w + w * a
         return scaled if shift is None else scaled + shift, bias
 
-    def refuse_merge(self, adapter: Adapter, parts: Mapping[str, Tensor]) -> InputError | None:
+    def refuse_merge(self, adapter: Adapter, read: Callable[[str], Tensor]) -> InputError | None:
         """A supernet without a configuration."""
-        if GATE not in parts or bool(parts[GATE].any()):
+        if GATE not in adapter.consts or bool(read(GATE).any()):
             return None
         return InputError(
             f"{adapter.site}: a supernet of {self.name}, and no configuration says which of its tensors to merge",
