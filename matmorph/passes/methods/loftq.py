@@ -6,22 +6,21 @@ the error of the outputs on the calibration data is minimised instead of that of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site, Statistic
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site, Statistic
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import Whitening
-from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, ReplaceMethod, SiteMethod, SiteStats, Trains
-from matmorph.passes.methods.quantize import Quantize, QuantizeSpec
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
@@ -29,24 +28,19 @@ from matmorph.passes.methods.quantized_base import (
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
-    quantizer_settings,
     refuse_impossible,
     refuse_other_ranks,
-    refuse_rank,
-    refuse_site,
     size_notes,
     with_bits,
 )
+from matmorph.passes.methods.quantized_pair import QuantizedPair
 from matmorph.passes.methods.weights import (
     curve_errors,
     error_between,
-    rank_beyond,
     readable,
-    scaled_pair,
     stored,
     weighting_of,
     whitening_of,
-    widened,
 )
 from matmorph.specs.schema import Rank
 
@@ -84,11 +78,10 @@ class LoftQSpec(QuantizedSpec):
         return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
 
 
-class LoftQ(ReplaceMethod):
+class LoftQ(QuantizedPair):
     """Quantised matrix and low-rank correction, fitted together."""
 
     name: ClassVar[str] = "loftq"
-    trains: ClassVar[Trains | None] = "adapters"
     code: ClassVar[str | None] = "LQ"
     colour: ClassVar[int | None] = 2
     peft: ClassVar[Peft | None] = Peft(refused="fitted to a quantised base that PEFT's model does not have; merge it instead")
@@ -97,12 +90,6 @@ class LoftQ(ReplaceMethod):
 
     def needs(self, spec: LoftQSpec) -> frozenset[Statistic]:
         return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()
-
-    def check(self, site: Site, spec: LoftQSpec) -> Reject | None:
-        return refuse_site(site, spec, self.name, tables=Quantize.name) or refuse_rank(site, spec.rank)
-
-    def impossible(self, sites: Sequence[Site], spec: LoftQSpec) -> str | None:
-        return rank_beyond(sites, spec.rank)
 
     def choices(self, site: Site, spec: LoftQSpec) -> Iterable[Choice]:
         """One; under `auto` each number of bits with each rank of `RANKS` that its limits and the matrix allow."""
@@ -152,20 +139,6 @@ class LoftQ(ReplaceMethod):
             notes=(*notes, *_iterate_notes(spec, found, stats is not None and stats.output_moment is not None), *size_notes(site, spec)),
             adapter=FragmentAdapter({"down": down, "up": up}, scale, starts_at_zero=False),
         )
-
-    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not loftq's."""
-        update = (widened(parts["down"]) @ widened(parts["up"])).T
-        return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
-
-    def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return scaled_pair(parts)
-
-    def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
-        return quantizer_settings(spec)
-
-    def base_again(self, settings: Mapping[str, Any]) -> tuple[SiteMethod, QuantizeSpec]:
-        return Quantize().base_again(settings)
 
 
 def _factor_type(site: Site, spec: LoftQSpec) -> str:

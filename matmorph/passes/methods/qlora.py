@@ -7,34 +7,31 @@ QLoRA (arXiv 2305.14314): the factors hold nothing yet, they are there to be tra
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from matmorph.ir.core import Value
-from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import relative_weight_error
-from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, ReplaceMethod, SiteMethod, SiteStats, Trains
-from matmorph.passes.methods.quantize import Quantize, QuantizeSpec
+from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.quantized_base import (
     QuantizedSpec,
     base_of,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
-    quantizer_settings,
     refuse_impossible,
     refuse_other_ranks,
-    refuse_rank,
-    refuse_site,
     size_notes,
 )
-from matmorph.passes.methods.weights import rank_beyond, readable, scaled_pair, stored, widened
+from matmorph.passes.methods.quantized_pair import QuantizedPair
+from matmorph.passes.methods.weights import readable, stored
 from matmorph.specs.schema import Rank
 
 
@@ -57,21 +54,14 @@ class QLoraSpec(QuantizedSpec):
         return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
 
 
-class QLora(ReplaceMethod):
+class QLora(QuantizedPair):
     """Quantised matrix and low-rank factors to be trained."""
 
     name: ClassVar[str] = "qlora"
-    trains: ClassVar[Trains | None] = "adapters"
     code: ClassVar[str | None] = "QL"
     colour: ClassVar[int | None] = 5
     peft: ClassVar[Peft | None] = Peft(takes_in=True)
     Spec: ClassVar[type] = QLoraSpec
-
-    def check(self, site: Site, spec: QLoraSpec) -> Reject | None:
-        return refuse_site(site, spec, self.name, tables=Quantize.name) or refuse_rank(site, spec.rank)
-
-    def impossible(self, sites: Sequence[Site], spec: QLoraSpec) -> str | None:
-        return rank_beyond(sites, spec.rank)
 
     def choices(self, site: Site, spec: QLoraSpec) -> Iterable[Choice]:
         return [Choice(int(spec.rank.value or 1))]
@@ -100,20 +90,6 @@ class QLora(ReplaceMethod):
         notes = size_notes(site, spec)
         adapter = FragmentAdapter({"down": down, "up": up}, scale)
         return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes, adapter=adapter)
-
-    def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """W' = `base` + `scale` (down @ up)^T with the dequantised `base` [out, in]; the bias is not qlora's."""
-        update = (widened(parts["down"]) @ widened(parts["up"])).T
-        return widened(parts["base"]) + float(parts.get("scale", 1.0)) * update, None
-
-    def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return scaled_pair(parts)
-
-    def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
-        return quantizer_settings(spec)
-
-    def base_again(self, settings: Mapping[str, Any]) -> tuple[SiteMethod, QuantizeSpec]:
-        return Quantize().base_again(settings)
 
 
 def _drawn(site: Site, rank: int, seed: int) -> Tensor:
