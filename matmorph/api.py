@@ -22,6 +22,7 @@ from matmorph.ir.evaluate import bind
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.call import read_examples
 from matmorph.ir.tracing.trace import trace
+from matmorph.ir.tracing.unwrap import unwrapped
 from matmorph.models.resolve import Model
 from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
@@ -38,7 +39,7 @@ Kwargs: TypeAlias = Mapping[str, Any] | None
 
 
 def _name(model: Any) -> str:
-    return type(model).__name__
+    return type(unwrapped(model)[0]).__name__
 
 
 def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None) -> Report:

@@ -79,7 +79,7 @@ def match_of(data: dict | str, named: dict | None = None):
 
 def asked(one: Site, layers: int = 6, graph: Graph | None = None, sites: Sequence[Site] = ()) -> tuple[Site, GraphContext]:
     """What `Match.test` takes for one site; patterns are searched in `graph` where one is given."""
-    return one, context_of(Survey(graph or EMPTY, tuple(sites) or (one,), layers))
+    return one, context_of(Survey(graph or EMPTY, tuple(sites) or (one,), {one.container: layers}))
 
 
 GATED = """

@@ -227,7 +227,7 @@ def test_extends_in_a_circle(refused: Run, place: Path) -> None:
 
 def test_a_dead_rule_says_what_there_is(refused: Run, place: Path) -> None:
     write(place, ("{op: linear}", "{role: mlp.gate, layer: 7}"))
-    assert "roles here: mlp.fc1, mlp.fc2" in refused().err
+    assert "roles here: mlp.fc1, head" in refused().err
     write(place, ("{op: linear}", "{path: 3}"))
     assert "nearest paths: " in refused().err
 

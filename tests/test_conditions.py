@@ -113,7 +113,7 @@ def single_conditions() -> list[type[Condition]]:
 
 def test_a_condition_is_known_to_two_files() -> None:
     modules = sources(".")
-    assert len(single_conditions()) == 13
+    assert len(single_conditions()) == 14
     for condition in single_conditions():
         knowing = {
             path

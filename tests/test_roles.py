@@ -188,10 +188,24 @@ def stack(widths: Sequence[int]) -> nn.Module:
 
 
 def test_chains() -> None:
-    """All but the last of a chain are fc1: each feeds an activation."""
-    assert roles(stack([8, 6, 4]), x(3, 8)) == {"0": "mlp.fc1", "2": "mlp.fc2"}
-    assert roles(stack([8, 6, 5, 4]), x(3, 8)) == {"0": "mlp.fc1", "2": "mlp.fc1", "4": "mlp.fc2"}
+    """All but the last of a chain are fc1: each feeds an activation. The last is the head, for nothing comes behind it."""
+    assert roles(stack([8, 6, 4]), x(3, 8)) == {"0": "mlp.fc1", "2": "head"}
+    assert roles(stack([8, 6, 5, 4]), x(3, 8)) == {"0": "mlp.fc1", "2": "mlp.fc1", "4": "head"}
     assert roles(stack([8, 6]), x(3, 8)) == {"0": "other"}
+
+
+def test_a_chain_has_a_head_for_each_result() -> None:
+    def step(m: nn.Module, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = F.relu(m.a(h))
+        return m.first(F.relu(m.b(h))), m.second(h).softmax(-1)
+
+    net = Net(step, a=SQUARE, b=SQUARE, first=(WIDTH, 3), second=(WIDTH, 4))
+    assert roles(net, x()) == {"a": "mlp.fc1", "b": "mlp.fc1", "first": "head", "second": "head"}
+
+
+def test_a_gated_chain_keeps_its_down() -> None:
+    net = Net(lambda m, h: m.c(F.silu(m.a(h)) * m.b(h)), a=(WIDTH, INNER), b=(WIDTH, INNER), c=(INNER, WIDTH))
+    assert roles(net, x()) == {"a": "mlp.gate", "b": "mlp.up", "c": "mlp.down"}
 
 
 def test_everything_after_the_last_block_is_head() -> None:

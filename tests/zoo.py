@@ -275,7 +275,7 @@ CLIP_VISION = {**COMMON, "hidden_size": 36, "image_size": 30, "patch_size": 6}
 CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim": 24}
 
 _ENTRIES = (
-    Entry("mlp", mlp, rows(12), ROWS_AXES, {"0": "mlp.fc1", "2": "mlp.fc1", "4": "mlp.fc2"}),
+    Entry("mlp", mlp, rows(12), ROWS_AXES, {"0": "mlp.fc1", "2": "mlp.fc1", "4": "head"}),
     Entry("cnn", Cnn, lambda b, s, g: (torch.randn(b, 3, 16, 16, generator=g),), ({0: "batch"},), CNN_ROLES),
     Entry("mha", lambda: SelfAttention(HIDDEN, HEADS), rows(HIDDEN), ROWS_AXES, MHA_ROLES),
     Entry("mha-weights", lambda: SelfAttention(HIDDEN, HEADS, weights=True), rows(HIDDEN), ROWS_AXES, MHA_ROLES),

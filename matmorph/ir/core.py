@@ -92,6 +92,14 @@ class Origin:
     def path(self) -> str:
         return self.scopes[-1][0] if self.scopes else ""
 
+    @property
+    def container(self) -> str | None:
+        """Dotted path of the container that `layer` counts in; None outside of any."""
+        if self.layer is None:
+            return None
+        parts = self.path.split(".")
+        return ".".join(parts[: next((k for k, part in enumerate(parts) if part.isdigit()), 0)])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:

@@ -53,7 +53,8 @@ class Site:
     `path`: dotted path of the parameter without a trailing ".weight" ("encoder.layer.0.attention.self.query"), with "[a:b]" for a slice
     along the out axis. `weight()` gives [out, in], or [batch, out, in] for an expert stack, in the stored dtype. `rows`: (a, b) of that
     slice in the constant, None for the whole. `gathers`: nodes that read the constant as an embedding table (a head tied to a table).
-    `blocked`: why no method may take this site (overlapping slices ...), None normally.
+    `layer`: its number in `container`, the stack of layers that all applications lie in; `stack`: whether that is an encoder or a
+    decoder, None where it is neither. `blocked`: why no method may take this site (overlapping slices ...), None normally.
     """
 
     path: str
@@ -66,6 +67,8 @@ class Site:
     batch: int | None = None
     role: str = "other"
     layer: int | None = None
+    container: str | None = None
+    stack: str | None = None
     rows: tuple[int, int] | None = None
     gathers: tuple[Node, ...] = ()
     blocked: str | None = None

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmul_forms import Use, find_use, gathered
 from matmorph.ir.sites.roles import infer_roles
+from matmorph.ir.sites.stacks import infer_stacks
 from matmorph.ir.sites.weight_view import WeightReading, WeightView, follow, whole
 
 
@@ -38,17 +40,20 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     sites = [site for weight in _weights(graph) for site in _sites(weight)]
     sites.sort(key=lambda site: order[_nodes(site)[0]])
     roles = infer_roles(graph, sites)
-    return tuple(replace(site, role=roles[site], layer=_layer(site)) for site in sites)
+    placed = [replace(site, role=roles[site], **_place(site)) for site in sites]
+    stacks = infer_stacks(graph, placed)
+    return tuple(site if site.container not in stacks else replace(site, stack=stacks[site.container]) for site in placed)
 
 
 def _nodes(site: Site) -> Sequence[Node]:
     return [application.node for application in site.applications] or site.gathers
 
 
-def _layer(site: Site) -> int | None:
-    """The layer that all applications lie in."""
-    layers = {node.origin.layer for node in _nodes(site)}
-    return next(iter(layers)) if len(layers) == 1 else None
+def _place(site: Site) -> dict[str, Any]:
+    """The layer that all applications lie in, and the container that counts it."""
+    places = {(node.origin.layer, node.origin.container) for node in _nodes(site)}
+    layer, container = next(iter(places)) if len(places) == 1 else (None, None)
+    return {"layer": layer, "container": container}
 
 
 def _weights(graph: Graph) -> tuple[_Weight, ...]:

@@ -6,10 +6,11 @@ or a split. Roles are then read off:
 * attention: scaled_dot_product_attention, or a softmax between two products of activations. What feeds its operands is q, k, v (one matmul
   that feeds several is their fusion: qkv, kv, qk), what it feeds is o. It is cross attention where the inputs of q and k are unrelated.
 * mlp: what comes through an activation is fc1 (gate beside an up branch, gate_up where one matmul gives both) of the next matmul, which is
-  fc2 (down where gated). In a longer chain all but the last are fc1. With expert stacks the family is moe, and moe.router is what picks.
+  fc2 (down where gated). In a longer chain all but the last are fc1; where the model is nothing else, the last is its head. With expert
+  stacks the family is moe, and moe.router is what picks.
 * head: a matmul that is tied to an embedding table, and everything after the last block (attention, expert stack, or MLP that is added
-  back to its input): poolers, projections, the dense layer before a vocabulary. Where there is no block at all, the last matmul that no
-  activation leads to.
+  back to its input): poolers, projections, the dense layer before a vocabulary. Where there is no block at all, the last matmul, behind
+  which nothing with a weight comes; of a chain too, unless it is gated.
 * embedding: tables. Everything else is "other" (for instance a projection between embedding and first block).
 
 One weight has one role over all its applications: the first that any of them gets.
@@ -99,11 +100,12 @@ def infer_roles(graph: Graph, sites: Sequence[Site]) -> dict[Site, str]:
             body.add(node)
     before, after = _reach(graph, body, applications)
     tail = {node for node in applications if node not in body and node in after and node not in before}
+    last = set() if body else _last(graph, applications)
     for chain in chains:
         for node, role in chain.roles(applications):
-            if node not in tail:
+            if node not in tail and not (node in last and role == "mlp.fc2"):
                 found.setdefault(node, role)
-    for node in tail | (set() if body else _last(graph, flows, applications)):
+    for node in tail | last:
         found.setdefault(node, "head")
     return {site: _role(site, found) for site in sites}
 
@@ -370,7 +372,7 @@ def _reach(graph: Graph, body: set[Node], applications: Applications) -> tuple[s
     return before, after
 
 
-def _last(graph: Graph, flows: _Flows, applications: Applications) -> set[Node]:
+def _last(graph: Graph, applications: Applications) -> set[Node]:
     """In a model without blocks: matmuls that come after something with weights and lead to no further one."""
     leads: set[Value] = set()
     found: set[Node] = set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -64,6 +65,36 @@ def call_names(signature: inspect.Signature, args: Sequence[Any], kwargs: Mappin
             positional.append(name)
     ordered = [name for name in signature.parameters if name in kwargs]
     return (*positional[: len(args)], *ordered, *(name for name in kwargs if name not in ordered))
+
+
+@contextmanager
+def by_name(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[inspect.Signature]:
+    """The signature of `forward` with a parameter of its own for all that `*args` and `**kwargs` take in this call, as torch.export reads
+    it until the end: it takes no dynamic axes there otherwise."""
+    signature, forward = inspect.signature(model.forward), model.forward
+    bound = signature.bind(*args, **kwargs).arguments
+    names = call_names(signature, args, kwargs)
+    if not any(signature.parameters[name].kind in _STARS for name in bound) or len(set(names)) < len(names):
+        yield signature
+        return
+
+    def plain(*given: Any, **named: Any) -> Any:
+        return forward(*given, **named)
+
+    explicit = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    plain.__signature__ = explicit  # type: ignore[attr-defined]
+    had = model.__dict__.get("forward")
+    model.__dict__["forward"] = plain
+    try:
+        yield explicit
+    finally:
+        if had is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = had
+
+
+_STARS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def without_stars(signature: inspect.Signature, given: Any) -> Any:

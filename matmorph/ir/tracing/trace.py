@@ -28,10 +28,11 @@ from matmorph.errors import InputError, MatmorphError, TraceError
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import bind
 from matmorph.ir.to_torch import CompiledModule
-from matmorph.ir.tracing.call import call_names, check_call, flat_names, input_names, read_examples, without_stars
+from matmorph.ir.tracing.call import by_name, call_names, check_call, flat_names, input_names, read_examples, without_stars
 from matmorph.ir.tracing.dynamic import DynamicAxes, demands, entry_key, read_dynamic_shapes, suggested_ranges
 from matmorph.ir.tracing.from_export import Names, constant, read_program
 from matmorph.ir.tracing.normal_form import is_functional
+from matmorph.ir.tracing.unwrap import plain_parts, unwrapped
 from matmorph.ir.types import format_dim
 
 _BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
@@ -41,7 +42,6 @@ ADVICE: tuple[tuple[str, str], ...] = (
     (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
     ("Unsupported input type", "an input is of a type torch.export does not know: pass tensors, numbers, lists, tuples or dicts"),
     ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
-    ("Must provide a tree_name", "torch.export takes no dynamic axes where arguments go into **kwargs: name that argument in forward"),
     ("shape", "check the example inputs against what the model expects"),
 )
 """What to change, by a word of the reason; the first that fits is shown."""
@@ -54,10 +54,11 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs
     positional ones. dynamic_shapes: `{axis: name}` of each input, in a dict by input or a tuple over all of them, None = static; a name is
     a text, `{name: seq, max: 512}` or a `torch.export.Dim`. For an ExportedProgram, which is already traced, all may be None;
     `dynamic_shapes` then only names its symbols. A CompiledModule is its graph with the weights that it holds now; its axes are those of
-    its first trace.
+    its first trace. A wrapper (torch.compile, DataParallel) is taken off, with a note.
 
     Raises InputError for inputs that do not fit and TraceError (source line, reason, what to change) for a model that cannot be traced.
     """
+    model, taken_off = unwrapped(model)
     if isinstance(model, ExportedProgram):
         return _trace_program(model, dynamic_shapes)
     if isinstance(model, CompiledModule):
@@ -71,11 +72,13 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs
     given = without_stars(signature, dynamic_shapes)
     axes = read_dynamic_shapes(args, kwargs, given, call_names(signature, args, kwargs))
     with ExitStack() as stack:
-        notes = stack.enter_context(_manners(model))
+        notes = (*taken_off, *stack.enter_context(plain_parts(model)), *stack.enter_context(_manners(model)))
+        names_of_inputs = input_names(model, args, kwargs)
+        stack.enter_context(by_name(model, args, kwargs))
         if axes.hints:
             axes = axes.settled(_sizes(_export(model, args, kwargs, axes)[0], (args, kwargs), axes))
         program, axes, adopted = _export(model, args, kwargs, axes)
-        names = Names(_symbol_names(program, (args, kwargs), axes), _state(model), input_names(model, args, kwargs))
+        names = Names(_symbol_names(program, (args, kwargs), axes), _state(model), names_of_inputs)
         return read_program(_functional(program), names, str(device), (*notes, *adopted))
 
 

@@ -89,7 +89,7 @@ class Block:
 def find_blocks(graph: Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
     """Every block of the graph in order of its consumer, those that cannot be pruned with `reject`. No weight is read."""
     search = _Search(graph, sites)
-    blocks = [search.block(site, _FAMILIES[family]) for site in sites if (family := _consumes(site)) is not None]
+    blocks = [search.block(site, kind) for site in sites if (kind := search.ends(site)) is not None]
     return tuple(_refuse_shared(blocks))
 
 
@@ -135,6 +135,14 @@ class _Search:
         if reason is not None:
             return replace(bare, reject=Reject(reason))
         return _explained(bare, regions)
+
+    def ends(self, site: Site) -> BlockKind | None:
+        """The kind of block that the site is the last matmul of. A chain that is the whole model ends in its head."""
+        family = _consumes(site)
+        if family is not None:
+            return _FAMILIES[family]
+        chain = site.role == "head" and any(self._region(application.x, "mlp").producers for application in site.applications)
+        return "mlp" if chain else None
 
     # regions
 

@@ -20,7 +20,7 @@ from matmorph.specs.pattern_match import Occurrence, find, operator_counts
 class GraphContext:
     """See `SelectionContext`."""
 
-    layers: int
+    layers: Callable[[Site], int]
     occurrences: Callable[[Pattern], tuple[Occurrence, ...]]
     operator_counts: Callable[[Pattern], Mapping[str, int]]
     measured: Callable[[Measure, Site], float | None]
@@ -39,7 +39,7 @@ def context_of(survey: Survey) -> GraphContext:
         return {site: block.kind for block in survey.blocks for site in block.sites}
 
     return GraphContext(
-        layers=survey.layers,
+        layers=lambda site: survey.layers.get(site.container, 0),
         occurrences=occurrences,
         operator_counts=lambda pattern: operator_counts(pattern, survey.graph, survey.sites),
         measured=cache(measured),

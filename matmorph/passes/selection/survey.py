@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,17 +14,21 @@ from matmorph.passes.pruning.find_blocks import Block, find_blocks
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """`layers`: what `layer: last 2` counts back from, those of sites that are left out included."""
+    """`layers`: what `layer: last 2` counts back from in each stack, those of sites that are left out included."""
 
     graph: Graph
     sites: tuple[Site, ...]
-    layers: int
+    layers: Mapping[str | None, int]
 
     @classmethod
     def of(cls, graph: Graph, sites: Sequence[Site] | None = None) -> Survey:
         """Of all sites of the graph, or of those given."""
         found = tuple(find_sites(graph) if sites is None else sites)
-        return cls(graph, found, max((site.layer + 1 for site in found if site.layer is not None), default=0))
+        layers: dict[str | None, int] = {}
+        for site in found:
+            if site.layer is not None:
+                layers[site.container] = max(layers.get(site.container, 0), site.layer + 1)
+        return cls(graph, found, layers)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:

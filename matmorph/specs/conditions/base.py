@@ -27,10 +27,10 @@ Measure = Callable[[torch.Tensor], float]
 
 
 class SelectionContext(Protocol):
-    """What a condition may look at beside the site. `layers`: number of layers of the model (largest layer index + 1)."""
+    """What a condition may look at beside the site."""
 
-    @property
-    def layers(self) -> int: ...
+    def layers(self, site: Site, /) -> int:
+        """The number of layers in the stack of the site (largest layer index + 1)."""
 
     def occurrences(self, pattern: Pattern, /) -> tuple[Occurrence, ...]:
         """Where the pattern holds in the graph."""

@@ -15,12 +15,14 @@ from matmorph.specs.conditions.pattern import PatternCondition
 from matmorph.specs.conditions.role import RoleCondition
 from matmorph.specs.conditions.shape import InFeaturesCondition, OutFeaturesCondition, ParamsCondition
 from matmorph.specs.conditions.shared import SharedCondition
+from matmorph.specs.conditions.stack import StackCondition
 from matmorph.specs.conditions.statistics import EffectiveRankCondition, OutlierRatioCondition
 
 _ENTRIES: tuple[type[Clause], ...] = (
     RoleCondition,
     PathCondition,
     LayerCondition,
+    StackCondition,
     OpCondition,
     BlockCondition,
     InFeaturesCondition,
