@@ -228,14 +228,11 @@ def _where(error: BaseException) -> list[str]:
 
 
 def _exported_program(path: Path) -> Model:
-    import torch
+    from matmorph.models.exported_file import load_program
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise InputError(f"{path}: not a program saved by torch.export.save: {_one_line(error)}") from error
+    program = load_program(path)
     if program.example_inputs is None:
         raise InputError(f"{path}: the program was saved without its example inputs", ["use a package.module:factory that gives them"])
     args, kwargs = program.example_inputs
@@ -308,7 +305,7 @@ def _read_archive(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
-        ".npz": lambda file: {name: torch.from_numpy(array) for name, array in np.load(file).items()},
+        ".npz": lambda file: {name: torch.from_numpy(array) for name, array in np.load(file, allow_pickle=False).items()},
         ".safetensors": load_file,
     }
     if not path.is_file():

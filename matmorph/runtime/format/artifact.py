@@ -6,10 +6,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, stored, to_plain, typed
+from matmorph.runtime.format.reading import check_name
 
 MANIFEST_FORMAT = 1
 """Version of manifest.json."""
@@ -80,10 +80,10 @@ def _read_ranges(data: Any, where: str) -> dict[str, Range]:
 
 
 def _range(data: Any, where: str) -> Range:
-    low, high = typed(data, list, where) if isinstance(data, list) and len(data) == 2 else (None, None)
-    if not isinstance(low, int) or not isinstance(high, int | None):
+    if not isinstance(data, list) or len(data) != 2:
         raise ManifestError(f"{where}: expected [low, high], found {data!r:.80}")
-    return Range(low, high)
+    low, high = data
+    return Range(typed(low, int, where), None if high is None else typed(high, int, where))
 
 
 def _read_files(data: Any, where: str) -> dict[str, FileRecord]:
@@ -91,9 +91,7 @@ def _read_files(data: Any, where: str) -> dict[str, FileRecord]:
 
 
 def _file(name: str, data: Any, where: str) -> FileRecord:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise ManifestError(f"{where}: a file must lie inside the folder")
+    check_name(name, where)
     return from_plain(FileRecord, data, where)
 
 
@@ -158,9 +156,12 @@ def shown(data: Any) -> tuple[str, dict[str, FileRecord]]:
     records = files if isinstance(files, dict) else {}
     return (
         str(source.get("weights_sha256", "")) if isinstance(source, dict) else "",
-        {
-            str(name): FileRecord(str(record.get("sha256", "")), int(record.get("bytes", 0)))
-            for name, record in records.items()
-            if isinstance(record, dict)
-        },
+        {name: found for name, record in records.items() if (found := _shown(record)) is not None},
     )
+
+
+def _shown(data: Any) -> FileRecord | None:
+    """What a damaged record still says."""
+    table = data if isinstance(data, dict) else {}
+    digest, size = table.get("sha256", ""), table.get("bytes", 0)
+    return FileRecord(str(digest), size) if isinstance(data, dict) and type(size) is int else None

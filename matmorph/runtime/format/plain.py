@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_LARGEST = 1 << 63
+"""No count, size or offset reaches it, and other readers of JSON would not keep it."""
 
 
 class ManifestError(Exception):
@@ -53,8 +56,9 @@ def from_plain(kind: Callable[..., T], data: Any, where: str = "") -> T:
 
 
 def typed(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """The value itself, where it is of this type; True is no number."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    """The value itself, where it is of this type; True is no number, and numbers are finite and below 2^63."""
+    odd = isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))
+    if not isinstance(value, kind) or odd or (isinstance(value, int | float) and not abs(value) < _LARGEST):
         raise ManifestError(f"{where}: unexpected value {value!r:.80}")
     return value
 
@@ -84,7 +88,8 @@ def _entry(field: Field[Any], hint: Any) -> _Entry:
 
 
 def _codec(hint: Any) -> Codec:
-    """Of a type: str, int, float, a record, tuple[T, ...] (a list), Mapping[str, T] (a table), unions of plain ones with None, Any."""
+    """Of a type: str, int, float, a record, a Literal, tuple[T, ...] (a list), tuple[T, U] (a list of two), Mapping[str, T] (a table), any
+    of these or None, unions of plain ones, Any."""
     outer, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return Codec(lambda data, where: data)
@@ -92,11 +97,41 @@ def _codec(hint: Any) -> Codec:
         return Codec(lambda data, where: float(typed(data, (int, float), where)))
     if isinstance(hint, type) and is_dataclass(hint):
         return Codec(lambda data, where: from_plain(hint, data, where), to_plain)
+    if outer is Literal:
+        return Codec(lambda data, where: _one_of(data, inner, where))
     if outer is tuple:
-        return many(_codec(inner[0]))
+        return many(_codec(inner[0])) if inner[1:] == (...,) else _row([_codec(one) for one in inner])
     if outer is Mapping:
         return Codec(lambda data, where: typed(data, dict, where), dict) if inner[1] is Any else table(_codec(inner[1]))
-    return Codec(lambda data, where: typed(data, inner if outer is UnionType else hint, where))
+    if outer in (UnionType, Union):
+        rest = [one for one in inner if one is not NoneType]
+        return _or_none(_codec(rest[0])) if len(rest) == 1 else Codec(lambda data, where: typed(data, inner, where))
+    return Codec(lambda data, where: typed(data, hint, where))
+
+
+def _one_of(data: Any, words: tuple[Any, ...], where: str) -> Any:
+    if not isinstance(data, str) or data not in words:
+        raise ManifestError(f"{where}: unexpected value {data!r:.80}; known are {', '.join(map(str, words))}")
+    return data
+
+
+def _or_none(codec: Codec) -> Codec:
+    return Codec(
+        lambda data, where: None if data is None else codec.read(data, where),
+        lambda value: None if value is None else codec.write(value),
+    )
+
+
+def _row(codecs: list[Codec]) -> Codec:
+    """A list with one of each."""
+
+    def read(data: Any, where: str) -> tuple[Any, ...]:
+        items = typed(data, list, where)
+        if len(items) != len(codecs):
+            raise ManifestError(f"{where}: expected {len(codecs)} values, found {len(items)}")
+        return tuple(codec.read(item, f"{where}[{index}]") for index, (codec, item) in enumerate(zip(codecs, items, strict=True)))
+
+    return Codec(read, lambda values: [codec.write(value) for codec, value in zip(codecs, values, strict=True)])
 
 
 def _without_none(hint: Any) -> Any:

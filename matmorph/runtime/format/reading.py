@@ -1,0 +1,185 @@
+"""Files read with care: what a file says is bounded in size and depth, stays inside its folder, and is unpickled nowhere. Each message
+begins with the path.
+
+Nothing that is read decides how much is read: texts have a largest size, JSON a deepest nesting, arrays may not unpack to much more than
+lies on the disk. The errors are `StoredError`; the rooms that read turn it into theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matmorph.runtime.format.plain import ManifestError
+
+T = TypeVar("T")
+
+LARGEST_TEXT = 1 << 28
+"""Bytes of a JSON or text file: a report of ten thousand matmuls has a fiftieth of it."""
+DEEPEST = 64
+"""Tables and lists inside each other; ours have six."""
+_UNPACKED = 1 << 24
+"""Bytes by which arrays may exceed their file: what we write is not compressed."""
+_CHUNK = 1 << 20
+_SETTLED = 2_000_000_000
+"""Nanoseconds after which a file that changes again has another time: clocks of file systems tick as slowly as this."""
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+class StoredError(Exception):
+    """`PATH: what is wrong with the file`."""
+
+
+def damaged(path: Path, error: BaseException | str) -> NoReturn:
+    """Raises StoredError, in one line."""
+    text = error if isinstance(error, str) else str(error) or type(error).__name__
+    line = " ".join(text.split())[:300]
+    raise StoredError(f"{path}: cannot be read: {line}") from (None if isinstance(error, str) else error)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a reader of this file raises, as StoredError: readers of other packages know no common error, and damage reaches all of
+    their code. ManifestError keeps its key."""
+    try:
+        yield
+    except StoredError:
+        raise
+    except ManifestError as error:
+        raise StoredError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise StoredError(f"{path}: cannot be read: nested too deep") from error
+    except Exception as error:
+        damaged(path, error)
+
+
+# ---- text
+
+
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """UTF-8. Raises StoredError for a file that is missing, larger, or of something else."""
+    if not path.is_file():
+        raise StoredError(f"{path}: {'not a file' if path.exists() else 'missing'}")
+    with reading(path):
+        size = path.stat().st_size
+        if size > largest:
+            raise StoredError(f"{path}: has {size} bytes, at most {largest} are read")
+        return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path, read: Callable[[Any], T]) -> T:
+    """What `read` makes of the data. Raises StoredError for a file that is no JSON, and for a ManifestError of `read`."""
+    return parse_json(read_text(path), path, read)
+
+
+def parse_json(text: str, path: Path, read: Callable[[Any], T]) -> T:
+    """The same of a text; `path` is what errors call it."""
+    with reading(path):
+        data = json.loads(text, parse_constant=_no_constant)
+        if _deeper_than(data, DEEPEST):
+            raise StoredError(f"{path}: cannot be read: nested more than {DEEPEST} deep")
+        return read(data)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _deeper_than(data: Any, depth: int) -> bool:
+    level = [data]
+    while level and depth >= 0:
+        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for item in level if isinstance(item, dict | list)]
+        depth -= 1
+    return bool(level)
+
+
+# ---- arrays
+
+
+def read_arrays(path: Path, largest: int | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file by name, never unpickled. `largest`: bytes that they may have, None = little more than the file.
+
+    Raises StoredError for a file that is missing or none.
+    """
+    if not path.is_file():
+        raise StoredError(f"{path}: {'not a file' if path.exists() else 'missing'}")
+    with reading(path):
+        most = path.stat().st_size + _UNPACKED if largest is None else largest
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > most:
+            raise StoredError(f"{path}: unpacks to {size} bytes, at most {most} are read")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+
+
+# ---- names and places
+
+
+def check_name(name: Any, where: str) -> str:
+    """A file's name inside a folder, `/` between folders. Raises ManifestError for one that leads out of it, on any system. `where` says
+    the name."""
+    text = str(name)
+    fine = isinstance(name, str) and "\\" not in text and not _DRIVE.match(text) and text.isprintable()
+    if not fine or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ManifestError(f"{where}: a file must lie inside the folder")
+    return text
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder/name`. Raises StoredError where a link on the way leads out of the folder; the shared store of a hub's cache, which is made
+    of such links, counts as inside."""
+    path = folder / name
+    with reading(path):
+        real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home) or any(real.is_relative_to(store) for store in _stores(folder, home)):
+        return path
+    raise StoredError(f"{path}: is a link that leads out of the folder, to {real}")
+
+
+def _stores(folder: Path, home: Path) -> Iterator[Path]:
+    """`models--x/blobs` for `models--x/snapshots/REVISION` and what lies below it."""
+    for place in (folder.absolute(), home):
+        for above in (place, *place.parents):
+            if above.parent.name == "snapshots" and "--" in above.parent.parent.name:
+                yield (above.parent.parent / "blobs").resolve()
+
+
+# ---- hashes
+
+
+def sha256(path: Path) -> str:
+    """Lower-case hex digest, read in pieces: data files can be larger than memory. OSError as from reading.
+
+    Remembered within a process by path, size and times, so that a folder that is opened again is not read again; a file that changed within
+    the last two seconds is read each time, for its next change might leave it the same time.
+    """
+    found = path.stat()
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED:
+        return _hashed(path)
+    return _remembered(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(path: Path, *identity: int) -> str:
+    return _hashed(path)
+
+
+def _hashed(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
