@@ -3,7 +3,7 @@
 torch's own loader unpickles whatever `weights_only` refuses, loads compiled libraries, evaluates the expressions of sizes as Python and
 imports modules that a file names. Here the members are read one by one: tensors from raw bytes or by `torch.load(weights_only=True)` and in
 no other way, the program's text only after `judge_program` has passed it. The deserializer is handed objects, never bytes, so that it has
-nothing to fall back from (decision T1).
+nothing to fall back from (decision V1).
 """
 
 from __future__ import annotations

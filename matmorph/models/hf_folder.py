@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matmorph.errors import InputError, did_you_mean
+from matmorph.models.hf_trust import judge_folder, refused_code
 
 BATCH = 2
 SEQUENCE = 16
@@ -27,10 +28,12 @@ def load_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, dict[int, 
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder: it has no config.json")
-    architectures = _read_json(config_file).get("architectures")
+    config = _read_json(config_file)
+    architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise InputError(f"{config_file}: names no class under architectures")
-    module = load_pretrained(folder, architectures[0])
+    judge_folder(folder, config)
+    module = load_pretrained(folder, architectures[0], refused_code(config))
     examples = _examples(folder, module)
     return module, {name: tensor for name, (tensor, _) in examples.items()}, {name: axes for name, (_, axes) in examples.items()}
 
@@ -47,7 +50,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or InputError with the path and the place of the fault."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
@@ -56,8 +59,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_pretrained(folder: Path, architecture: str) -> Any:
-    """`transformers.<architecture>.from_pretrained(folder)`, local files only, in eval mode, in the stored dtype.
+def load_pretrained(folder: Path, architecture: str, elsewhere: str = "") -> Any:
+    """`transformers.<architecture>.from_pretrained(folder)`, local files only, none of its code, in eval mode, in the stored dtype.
+    `elsewhere`: for the message, where the class would come from if transformers lacks it.
 
     A weight that the files do not hold would be initialised at random: that is an InputError here.
     """
@@ -65,10 +69,14 @@ def load_pretrained(folder: Path, architecture: str) -> Any:
     cls = getattr(transformers, architecture, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         hint = did_you_mean(architecture, dir(transformers))
-        raise InputError(f"{folder / 'config.json'}: transformers {transformers.__version__} has no {architecture}{hint}", [_FACTORY_HINT])
+        raise InputError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} has no {architecture}{elsewhere or hint}", [_FACTORY_HINT]
+        )
     with _quiet(transformers):
         try:
-            module, info = cls.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+            module, info = cls.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
+            )
         except Exception as error:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(f"{folder}: {architecture} cannot be loaded: {line.replace(str(folder), 'the folder')}") from error

@@ -2,7 +2,7 @@
 
 `manifest.json` is what everything is held against; `train.json` lists the files of training, and stands in where a folder has no other.
 Whoever reads a file of a folder asks `checked` for its path, so that a changed byte is an error where it is read and not a wrong result
-(decision T2).
+(decision V3).
 """
 
 from __future__ import annotations
