@@ -101,20 +101,22 @@ def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
     return dim if isinstance(dim, int) else int(dim.subs({symbol(name): size for name, size in sizes.items()}))
 
 
-def widened(graph: Graph) -> Graph:
-    """The graph with float32 in the place of half precision, for `evaluate`: stored types stay. The graph itself where it has none."""
-    known = {const: _wide(const) for const in graph.used_state() if const.tensor.torch_dtype in HALVES}
+def widened(graph: Graph, to: torch.dtype = torch.float32) -> Graph:
+    """The graph with `to` (float32 or float64) in the place of every narrower floating type, for `evaluate`: stored types stay. The graph
+    itself where it has none."""
+    narrow = HALVES if to is torch.float32 else (*HALVES, torch.float32)
+    known = {const: _wide(const, to) for const in graph.used_state() if const.tensor.torch_dtype in narrow}
     values = (*graph.inputs, *(value for node in graph.nodes for value in node.outputs))
-    if not known and not any(isinstance(value.type, TensorType) and value.type.torch_dtype in HALVES for value in values):
+    if not known and not any(isinstance(value.type, TensorType) and value.type.torch_dtype in narrow for value in values):
         return graph
 
     def change(arg: Any) -> Any:
         if isinstance(arg, tuple | list):
             return type(arg)(map(change, arg))
         if isinstance(arg, Graph):
-            return widened(arg)
+            return widened(arg, to)
         if isinstance(arg, torch.dtype):
-            return torch.float32 if arg in HALVES else arg
+            return to if arg in narrow else arg
         return known.get(arg, arg) if isinstance(arg, Const) else arg
 
     def rewritten(node: Node) -> Node:
@@ -123,8 +125,8 @@ def widened(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(map(rewritten, graph.nodes)), outputs=change(graph.outputs))
 
 
-def _wide(const: Const) -> Const:
-    return replace(const, load=lambda: const.load().float())
+def _wide(const: Const, to: torch.dtype) -> Const:
+    return replace(const, load=lambda: const.load().to(to))
 
 
 def _array(value: object) -> np.ndarray:

@@ -37,12 +37,14 @@ class TrainingCase:
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingVectors:
     """`nudge`, repeated to the length of theta and added to it, is where the cases are computed; `index`: the entries of the gradient that
-    they keep; `loss_scale`: what their losses are multiplied by."""
+    they keep; `loss_scale`: what their losses are multiplied by. `felt`: how far torch's own float32 lies off; it is part of the tolerance,
+    not of the file."""
 
     nudge: Array
     index: Array
     loss_scale: float
     cases: tuple[TrainingCase, ...]
+    felt: float = 0.0
 
 
 def case_arrays(cases: Sequence[Case]) -> dict[str, Array]:
