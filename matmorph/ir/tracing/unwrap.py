@@ -49,5 +49,4 @@ def plain_parts(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
             if call is not None:
                 module._compiled_call_impl = None
                 stack.callback(setattr, module, "_compiled_call_impl", call)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield tuple(notes)
