@@ -80,6 +80,7 @@ def run(graph: Graph, *inputs: torch.Tensor) -> Sequence[Any]:
 
 
 def moment(x: torch.Tensor) -> SiteStats:
-    """The statistics of rows [n, in], straight from the definition."""
+    """The statistics of rows [n, in], straight from the definition; errors are judged on the same rows."""
     rows = x.double()
-    return SiteStats(rows.T @ rows, len(rows))
+    found = rows.T @ rows
+    return SiteStats(found, len(rows), held_out=found, held_rows=len(rows))

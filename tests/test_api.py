@@ -111,7 +111,7 @@ def test_graph_and_source(done: Any) -> None:
 def test_a_plan_has_the_same_rows_without_errors(done: Any) -> None:
     compiled, _ = done
     plan = mm.plan(seeded(Mlp), spec(), INPUTS, AXES)
-    blank = {"weight_error": None, "output_error": None, "bound": None, "spectrum": None, "notes": (), "parts": ()}
+    blank = {"weight_error": None, "output_error": None, "bound": None, "spectrum": None, "sample": None, "notes": (), "parts": ()}
     assert [replace(row, **blank) for row in compiled.report.sites] == [replace(row, **blank) for row in plan.sites]
     assert plan.totals == compiled.report.totals
     assert plan.parity is None

@@ -170,7 +170,7 @@ def test_whitened_factors_have_the_smallest_output_error_and_a_bound_below_it() 
     assert plain.output_error > ours.output_error * 1.05
     assert plain.weight_error < ours.weight_error
     assert ours.bound is not None
-    assert ours.bound.on == "output_error"
+    assert ours.bound.on == "fitted_error"
     assert optimum * 0.95 < ours.bound.value <= optimum * (1 + 1e-9)
 
 

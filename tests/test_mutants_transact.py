@@ -187,7 +187,7 @@ def check_refit(m: Any) -> None:
     x, w = (torch.randn(rows, 9, generator=generator, dtype=torch.float64) for rows in (60, 4))
     kept = torch.tensor([0, 2, 3, 7])
     expected = np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(m.refit(w, x.T @ x, kept, 0.0)[0].numpy(), expected, rtol=1e-8)  # float64, well conditioned
+    np.testing.assert_allclose(m.refit(w, x.T @ x, kept, 0.0, len(x))[0].numpy(), expected, rtol=1e-8)  # float64, well conditioned
 
 
 def check_widths(m: Any) -> None:

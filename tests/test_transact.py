@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rewriting import graph_of, moment, weights_of
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes.linalg.refit import refit
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.methods.transact.method import Transact, TransactSpec
 from matmorph.passes.pruning.axes import WIDTH
 from matmorph.passes.pruning.find_blocks import find_blocks
@@ -221,7 +223,7 @@ def test_least_squares_is_never_worse_than_slicing(width: int, out: int, rows: i
     )
     w = torch.randn(out, width, generator=generator, dtype=torch.float64)
     kept = torch.randperm(width, generator=generator)[: 1 + seed % (width - 1)].sort().values
-    fitted, _ = refit(w, x.T @ x, kept, damping)
+    fitted, _ = refit(w, x.T @ x, kept, damping, len(x))
     y = x @ w.T
     errors = [float((y - x[:, kept] @ matrix.T).norm()) for matrix in (w[:, kept], fitted)]
     assert errors[1] <= errors[0] * (1 + 1e-6) + 1e-9  # fewer rows than features leave float64 next to nothing to stand on
@@ -232,21 +234,28 @@ def test_without_damping_it_is_the_least_squares_solution() -> None:
     w = torch.randn(4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     kept = torch.tensor([0, 2, 3, 7])
     expected = np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(refit(w, x.T @ x, kept, 0.0)[0].numpy(), expected, rtol=1e-9)  # well conditioned, float64
+    np.testing.assert_allclose(refit(w, x.T @ x, kept, 0.0, len(x))[0].numpy(), expected, rtol=1e-9)  # well conditioned, float64
 
 
 def test_both_errors_are_reported_and_are_those_of_the_outputs() -> None:
     weights = weights_of(MLP)
     result = prune(graph_of(MLP, weights), width=6, multiple_of=2)
     row = next(row for row in result.report.sites if row.path == "down")
-    h, w = hidden(weights, X), weights["down.weight"].double()
+    h, w = hidden(weights, X[4::5]), weights["down.weight"].double()  # of one batch, every fifth sample is held out
     kept = positions_of(result.graph.state[1].load(), weights["up.weight"])
     y = h @ w.T
     own = float((y - h[:, kept] @ result.graph.state[2].load().double().T).norm() / y.norm())
     sliced = float((y - h[:, kept] @ w[:, kept].T).norm() / y.norm())
     assert row.output_error == pytest.approx(own, rel=1e-4)  # the second moment is summed of float32 products
     assert own < sliced
-    assert row.notes == (f"output error of down: {sliced:.3g} sliced, {own:.3g} as it is stored",)
+    assert row.notes[0] == f"output error of down: {sliced:.3g} sliced, {own:.3g} as it is stored"
+    assert (row.sample.fitted, row.sample.judged) == (32, 8)
+
+
+def _stats_of(x: torch.Tensor) -> SiteStats:
+    """What one batch gives: every fifth sample is held out."""
+    fitted, held = (moment(hidden(weights_of(MLP), part)) for part in (x[torch.arange(len(x)) % 5 != 4], x[4::5]))
+    return replace(fitted, held_out=held.second_moment, held_rows=held.rows)
 
 
 def test_all_widths_of_a_block_come_from_one_scoring() -> None:
@@ -255,7 +264,7 @@ def test_all_widths_of_a_block_come_from_one_scoring() -> None:
     spec = TransactSpec(Width("auto"), multiple_of=2)
     choices = list(Transact().choices(block, spec))
     assert [choice.rank for choice in choices] == [2, 4, 6, 8, 10]
-    errors = [error.output_error for error in Transact().errors(block, spec, choices, {block.consumer: moment(hidden(weights, X))})]
+    errors = [error.output_error for error in Transact().errors(block, spec, choices, {block.consumer: _stats_of(X)})]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] == pytest.approx(
         next(r for r in prune(graph, width=6, multiple_of=2).report.sites if r.path == "down").output_error, rel=1e-4

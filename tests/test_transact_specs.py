@@ -202,13 +202,13 @@ def test_what_is_in_no_block() -> None:
 def test_a_block_is_taken_back_as_a_whole() -> None:
     _, inputs, graph = traced("bert")
     spec = {**spec_of("mlp", width="50%"), "tolerance": {"output_error": 1e-6, "on_exceed": "roll_back"}}
-    found = pruned(graph, spec, [inputs])
+    found = pruned(graph, spec, [inputs] * 5)  # more rows than features, and one batch to measure on
     rows = [row for row in found.report.sites if row.rule]
     assert {row.status for row in rows} == {"rejected"}
     assert all("rolled back: " in row.reason and "exceeds 1e-06" in row.reason for row in rows)
     assert found.report.totals.parameters[0] == found.report.totals.parameters[1]
     with pytest.raises(CheckError, match=r"output_error .* exceeds 1e-06"):
-        pruned(graph, {**spec, "tolerance": {"output_error": 1e-6}}, [inputs])
+        pruned(graph, {**spec, "tolerance": {"output_error": 1e-6}}, [inputs] * 5)
 
 
 def test_heads_round_up_and_say_so() -> None:

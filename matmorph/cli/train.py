@@ -75,6 +75,7 @@ def train_command(
     began = time.perf_counter()
     with readable_errors():
         loader = loader_of(data, batch_size, seed, trim)
+        refuse_wrong_labels(folder, loader, data)
         judge = _judge(folder, validation, batch_size, trim)
         trainer = _trainer(folder, resume, provider, {name: value for name, value in settings.items() if value is not None})
         how = {"schedule": schedule_of(schedule, warmup), "accumulate": accumulate, "clip": clip, "checkpoint": checkpoint or resume}
@@ -111,6 +112,16 @@ def loader_of(data: str, batch_size: int, seed: int, trim: str | None) -> Loader
         return _Called(lambda: call_named(data, "batches"))
     loader: Loader = found
     return loader
+
+
+def refuse_wrong_labels(folder: Path, loader: Loader, data: str) -> None:
+    """InputMismatch for a class that the model does not have, of all samples of a file before the first of them trains."""
+    from matmorph.runtime.batches import Batches
+    from matmorph.runtime.labels import check_labels
+    from matmorph.runtime.train_manifest import read_train_manifest
+
+    if isinstance(loader, Batches):
+        check_labels(read_train_manifest(folder), loader.arrays, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +173,7 @@ def _judge(folder: Path, validation: Path | None, batch_size: int, trim: str | N
     if read_train_manifest(folder).supernet is not None:
         raise InputError(f"--validation: {folder} trains a supernet, which has no one accuracy; matmorph search judges its configurations")
     loader = load_batches(validation, batch_size, shuffle=False, transform=_trimming(trim))
+    refuse_wrong_labels(folder, loader, str(validation))
     metrics = metrics_of(folder)
 
     def judged(trainer: Trainer) -> Mapping[str, float]:

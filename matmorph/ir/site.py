@@ -25,6 +25,7 @@ class Statistic(Enum):
     """What a method may ask of the calibration data, per site input."""
 
     INPUT_SECOND_MOMENT = "input_second_moment"  # sum over rows of x x^T, [in, in], float32 or better, and the number of rows
+    HELD_OUT_MOMENT = "held_out_moment"  # the same of rows that are kept from the former: what errors of a fit are measured on
     GRADIENT_GRAMS = "gradient_grams"  # sums of G G^T and G^T G over gradients G of the weight; needs a loss and labels
     GRADIENT_SCORES = "gradient_scores"  # mean |G| of them, in the basis of the former where that is asked for too
     TAYLOR = "taylor"  # sum over rows of |x dL/dx| of inputs [in] and outputs [out], for methods of blocks; needs a loss and labels
@@ -137,11 +138,25 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A proven lower bound: `on` says which error of this form can not be smaller than `value` ("eckart_young" on "weight_error")."""
+    """A proven lower bound: `on` says which error of this form can not be smaller than `value` ("eckart_young" on "weight_error");
+    "fitted_error" is the output error on the rows that the rewrite was fitted to."""
 
     name: str
-    on: Literal["weight_error", "output_error"]
+    on: Literal["weight_error", "output_error", "fitted_error"]
     value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The calibration rows behind a site's numbers. `fitted`: how many the rewrite was fitted to, of the least seen matrix of a stack (0:
+    it reads none); `judged`: how many its output error was measured on, none of them fitted to (0: none could be held out).
+    `effective_rank`: how many directions the fitted rows span (those judged where none were fitted to), see `linalg.shrinkage`.
+    `fitted_error`: the output error on the rows of the fit."""
+
+    fitted: int
+    judged: int
+    effective_rank: float
+    fitted_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.kernel_costs import kernel_notes
 from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
+from matmorph.passes.rewriting.sample import sample_notes
 from matmorph.passes.selection.select import Claim
 from matmorph.passes.sizes import exported_sizes, item_size
 from matmorph.report.model import Pair, PartRow, SiteRow, Totals
@@ -93,13 +94,14 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
         output_error=outcome.output_error,
         bound=outcome.bound,
         spectrum=outcome.spectrum,
+        sample=outcome.sample,
         parameters=(row.parameters[0], cost.parameters + stays),
         bytes=(row.bytes[0], size + (row.bytes[0] if stays else 0)),
         macs=(row.macs[0], cost.macs),
         trainable=trains,
         coded=cost.coded,
         parts=tuple(PartRow(part.use.method, part.choice.rank, part.notes) for part in outcome.parts),
-        notes=(*outcome.notes, *kernel_notes(outcome, export)),
+        notes=(*outcome.notes, *sample_notes(outcome.sample, outcome.site.in_features), *kernel_notes(outcome, export)),
     )
 
 

@@ -27,11 +27,13 @@ from matmorph.passes.rewriting.block_pass import (
     block_needs,
     build_blocks,
     divide,
+    fitted_by_blocks,
     narrowed,
     plan_blocks,
     shots_of,
 )
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
+from matmorph.passes.rewriting.sample import refuse_undetermined, rule_fits, sample_summary
 from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
 from matmorph.passes.selection.select import Selection, select
 from matmorph.passes.selection.survey import Survey
@@ -43,7 +45,7 @@ from matmorph.progress import Progress, StepProgress, silent
 from matmorph.report.model import SiteRow
 from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
 
-SECOND_MOMENT = frozenset({Statistic.INPUT_SECOND_MOMENT})
+SECOND_MOMENT, HELD_OUT = frozenset({Statistic.INPUT_SECOND_MOMENT}), frozenset({Statistic.HELD_OUT_MOMENT})
 _EXPORT_FIELDS = ("tokens", "target")
 
 
@@ -168,7 +170,8 @@ def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
     after = _checked(narrowed(splice(graph, outcomes), outcomes))
     rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
     notes = (*one.selection.notes, *(one.decision.notes if one.decision is not None else ()), *rolled_back)
-    notes = (*notes, *kernel_summary(outcomes, export), *(verdict(one.decision, rows) if one.decision is not None else ()))
+    notes = (*notes, *sample_summary(outcomes), *kernel_summary(outcomes, export))
+    notes = (*notes, *(verdict(one.decision, rows) if one.decision is not None else ()))
     return Built(after, outcomes, rows, notes, pruning.keeping(outcomes, run.methods), one.decision)
 
 
@@ -221,9 +224,12 @@ def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
     if run.inputs is None:
         _refuse_without_data(working, methods)
         return {}
+    fitted = {site for site, rule in working if rule_fits(rule, methods)} | fitted_by_blocks(divided.jobs, methods)
     sites = (*(site for site, _ in working), *block_needs(divided.jobs, methods))
-    needs = [(site, SECOND_MOMENT) for site in sites if site.applications]
+    needs = [(site, SECOND_MOMENT | HELD_OUT if site in fitted else SECOND_MOMENT) for site in sites if site.applications]
     stats = calibrate(graph, needs, run.inputs, samples, run.step("calibrating"))
+    judged = (*working, *((job.block.consumer, job.rule) for job in divided.jobs if job.block.consumer in stats))
+    refuse_undetermined(one.stage.tolerance, judged, methods, stats)
     return with_taylor(graph, divided.jobs, methods, stats, run.batches, samples, run.spec.train, run.step("differentiating"))
 
 

@@ -61,8 +61,13 @@ def _by_role(report: Report) -> Callable[[SiteRow], int]:
     return lambda row: order[row.role]
 
 
+_FELT_AS = {"fitted_error": "output_error"}
+_ON = {"weight_error": "", "output_error": "", "fitted_error": ", on the rows it was fitted to"}
+"""Of a bound's error: the figure that shows it where it has none of its own, and what the words then say."""
+
+
 def _bound(row: SiteRow, metric: str) -> float | None:
-    return row.bound.value if row.bound is not None and row.bound.on == metric else None
+    return row.bound.value if row.bound is not None and metric in (row.bound.on, _FELT_AS.get(row.bound.on)) else None
 
 
 def _error_panels(rows: Sequence[SiteRow], metric: str, palette: Palette) -> Iterable[Panel]:
@@ -78,7 +83,7 @@ def _error_panels(rows: Sequence[SiteRow], metric: str, palette: Palette) -> Ite
             words = f"{row.path}: {error_text(getattr(row, metric))}"
             if (low := _bound(row, metric)) is not None and row.bound is not None:
                 marks.append(charts.line(x - 6, frame.y(low), x + 6, frame.y(low), "bound"))
-                words += f", no rewrite of this form is below {error_text(low)} ({row.bound.name})"
+                words += f", no rewrite of this form is below {error_text(low)} ({row.bound.name}{_ON[row.bound.on]})"
             marks.append(charts.dot(x, y, 3, palette.kind(row), words))
         below = _range_text(getattr(row, metric) for row in part.rows)
         label = f"{part.first.role}: {metric.replace('_', ' ')} by layer, {below}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from matmorph.ir.site import Bound, Spectrum
+from matmorph.ir.site import Bound, Sample, Spectrum
 
 Status = Literal["rewritten", "rejected", "unclaimed"]
 Pair = tuple[int, int]
@@ -24,7 +24,8 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One site. Errors are relative Frobenius errors, None where they were not computed (unclaimed, plan, no calibration).
+    """One site. Errors are relative Frobenius errors, None where they were not computed (unclaimed, plan, no calibration);
+    `output_error` is one on rows that nothing was fitted to, and `sample` says how many stand behind it.
 
     `status`: in a plan, "rewritten" where compile would rewrite. `reason`: why a site was rejected or not claimed. `rank`: effective,
     `rank_at_most`: the data decides and `rank` is the upper limit (plan). `macs`: multiply-accumulates per row of x summed over
@@ -56,6 +57,7 @@ class SiteRow:
     parts: tuple[PartRow, ...] = ()
     notes: tuple[str, ...] = ()
     spectrum: Spectrum | None = None
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from matmorph.errors import InputError
-from matmorph.ir.site import Bound, Spectrum
+from matmorph.ir.site import Bound, Sample, Spectrum
 from matmorph.report.model import Parity, PartRow, Report, SiteRow, Totals
 from matmorph.runtime.format.artifact import MANIFEST, PAGE, PARETO, REPORT, RUN, SPEC, shown
 
@@ -73,7 +73,7 @@ def _report(data: Mapping[str, Any]) -> Report:
 
 
 def _row(data: Mapping[str, Any]) -> SiteRow:
-    bound, spectrum = data.get("bound"), data.get("spectrum")
+    bound, spectrum, sample = data.get("bound"), data.get("spectrum"), data.get("sample")
     return _known(
         SiteRow,
         {
@@ -81,6 +81,7 @@ def _row(data: Mapping[str, Any]) -> SiteRow:
             "parts": tuple(_known(PartRow, part) for part in data["parts"]),
             "bound": _known(Bound, bound) if bound else None,
             "spectrum": _known(Spectrum, spectrum) if spectrum else None,
+            "sample": _known(Sample, sample) if sample else None,
         },
     )
 

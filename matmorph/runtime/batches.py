@@ -73,6 +73,11 @@ class Batches:
         """Batches in an epoch."""
         return self._count
 
+    @property
+    def arrays(self) -> Batch:
+        """All that there is, by name, in the order in which it was given."""
+        return self._arrays
+
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def to_stderr(line: str) -> None:
 
 
 class Session:
-    """The model of one artefact folder, loaded.
+    """The model of one artefact folder, loaded. Any number of threads may call `run` on it.
 
     `providers`: None takes CUDA when it truly loads, else CPU and says so through `log`. A list ("cpu", "cuda", ONNX Runtime's own names,
     or pairs of name and options) is taken as it stands. `threads`: CPU threads of one operator (None: ONNX Runtime decides).
@@ -51,6 +52,7 @@ class Session:
         path = Path(folder) / MODEL
         self._folder = Path(folder)
         self._adapter: LoadedAdapter | None = None
+        self._mine = threading.local()
         options = session_settings(threads, optimize, session_options)
         if self._manifest.adapters is not None and session_options is None:
             options.log_severity_level = 3  # a warning for each input that has a default
@@ -82,24 +84,32 @@ class Session:
         return load_adapter(path, read_slots(self._manifest.adapters, str(self._folder)))
 
     def switch(self, adapter: LoadedAdapter | None) -> None:
-        """What `run` computes with from now on; None = the model as it was exported."""
-        self._adapter = self._checked(adapter)
+        """What `run` computes with from now on, in every thread; None = the model as it was exported. Threads that want different
+        adapters name theirs in `run(adapter=...)`."""
+        self._mine.adapter = self._adapter = self._checked(adapter)
 
     def run(self, feeds: Mapping[str, Any], *, adapter: LoadedAdapter | None = None) -> dict[str, Array]:
         """Outputs by name, in the manifest's order, for numpy arrays by input name. `adapter`: for this run, in place of the one that
         `switch` chose.
 
-        Raises InputMismatch before anything runs (see `feeds` for the rules), AdapterError for an adapter of another model,
-        ExecutionError when ONNX Runtime refuses.
+        Raises InputMismatch before anything runs (see `feeds` for the rules), AdapterError for an adapter of another model and where
+        another thread has switched since this one did, ExecutionError when ONNX Runtime refuses.
         """
         arrays = check_feeds(self._manifest, feeds)
         names = [info.name for info in self._manifest.outputs]
-        chosen = self._adapter if adapter is None else self._checked(adapter)
+        chosen = self._switched() if adapter is None else self._checked(adapter)
         try:
             results = self._session.run(names, arrays, _run_options(chosen))
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise ExecutionError(f"{self.provider}: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+    def _switched(self) -> LoadedAdapter | None:
+        """What `switch` chose. A thread that has switched must not get what another one has chosen since, in silence."""
+        found = self._adapter
+        if getattr(self._mine, "adapter", found) is not found:
+            raise AdapterError("another thread has switched the adapter since this one did: name the adapter with run(..., adapter=...)")
+        return found
 
     def _checked(self, adapter: LoadedAdapter | None) -> LoadedAdapter | None:
         if adapter is not None and adapter.model_version != read_slots(self._manifest.adapters, str(self._folder)).model_version:

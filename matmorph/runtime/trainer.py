@@ -1,5 +1,7 @@
 """`Trainer`: fine-tunes a folder's training graphs on ONNX Runtime, numpy in, no torch.
 
+One update at a time: what reads or changes the state waits for what another thread does with it, and a second `fit` is an error.
+
 trainer = Trainer("out-train/", lr=1e-4)
 trainer.fit(load_batches("train.npz", 16), epochs=3, schedule=linear(warmup=0.06), clip=1.0, checkpoint="run.safetensors")
 print(trainer.evaluate(load_batches("dev.npz", 64, shuffle=False)))
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from matmorph.runtime.errors import CheckpointError, InputMismatch, TrainingErro
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.fitting import FitPlan, RunPosition, StepInfo, groups, plan_fit, position_from
 from matmorph.runtime.format.training import THETA, TrainManifest
+from matmorph.runtime.labels import check_labels
 from matmorph.runtime.progress import ProgressLine
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
@@ -78,6 +83,7 @@ class Trainer:
         threads: int | None = None,
         log: Callable[[str], None] = to_stderr,
     ) -> None:
+        self._alone, self._fitting = threading.RLock(), threading.Lock()
         self._folder, self._manifest = Path(folder), read_train_manifest(folder)
         check_files(self._folder, self._manifest)
         for info in self._manifest.inputs:
@@ -163,6 +169,19 @@ class Trainer:
         plan = plan_fit(loader, epochs, accumulate, schedule)
         bar = ProgressLine(plan.total, progress)
         run = _Run(loader, plan, clip, tuple(callbacks), None if checkpoint is None else Path(checkpoint), checkpoint_every, bar)
+        with self._one_fit():
+            return self._fit(run, epochs)
+
+    @contextmanager
+    def _one_fit(self) -> Iterator[None]:
+        if not self._fitting.acquire(blocking=False):
+            raise InputMismatch("this Trainer is in a fit already; one at a time, or a Trainer of its own for each thread")
+        try:
+            yield
+        finally:
+            self._fitting.release()
+
+    def _fit(self, run: _Run, epochs: int) -> list[float]:
         position = self._position or RunPosition(self._epochs, self._epochs)
         if position.epoch >= position.first_epoch + epochs:
             self._log(f"nothing left to train: all {epochs} epochs were done when the checkpoint was written")
@@ -177,7 +196,7 @@ class Trainer:
                 if stopped:
                     break
         finally:
-            bar.close()
+            run.bar.close()
         self._position, self._epochs = None, position.epoch
         return losses
 
@@ -189,17 +208,20 @@ class Trainer:
         `configuration`: of a supernet, by default the one that is trained throughout. Raises InputMismatch for a batch or configuration
         that does not fit, for a supernet without one, and where nothing counts; ExecutionError.
         """
-        more = self._chooser.feeds(self._chooser.chosen(configuration))
+        with self._alone:
+            return self._evaluated(loader, metrics or {}, self._chooser.feeds(self._chooser.chosen(configuration)))
+
+    def _evaluated(self, loader: Loader, metrics: Mapping[str, Metric], more: Mapping[str, Array]) -> dict[str, float]:
         if self._eval is None:
             self._eval = EvalGraph(self._sessions, self._manifest)
         total = count = 0.0
-        figures: dict[str, list[Array]] = {name: [] for name in metrics or {}}
+        figures: dict[str, list[Array]] = {name: [] for name in metrics}
         for batch in epoch_batches(loader, 0, 0):
             results = self._eval.run(self._vectors.current[THETA], {**self._checked(batch), **more})
             loss, weight = float(results.pop("loss")), float(results.pop("count"))
             if weight > 0:
                 total, count = total + loss * weight, count + weight
-            for name, metric in (metrics or {}).items():
+            for name, metric in metrics.items():
                 figures[name].append(np.asarray(metric(results, batch), np.float64).reshape(-1))
         if not count:
             raise InputMismatch("there is nothing to evaluate: the loader gave no batch with a label that counts")
@@ -208,11 +230,13 @@ class Trainer:
 
     def parameters(self) -> dict[str, Array]:
         """Copies of the trainable parameters by their names in the compiled module, float32."""
-        return named(self._manifest, self._vectors.get(THETA))
+        with self._alone:
+            return named(self._manifest, self._vectors.get(THETA))
 
     def moments(self) -> dict[str, tuple[Array, ...]]:
         """Copies of the optimizer's states of each parameter: (first, second) of AdamW and Adam-atan2, (momentum,) of SGD and Lion."""
-        pieces = [named(self._manifest, self._vectors.get(state)) for state in self._manifest.states]
+        with self._alone:
+            pieces = [named(self._manifest, self._vectors.get(state)) for state in self._manifest.states]
         return {one.name: tuple(piece[one.name] for piece in pieces) for one in self._manifest.parameters}
 
     def load_parameters(self, source: Mapping[str, Array] | str | os.PathLike[str]) -> None:
@@ -220,14 +244,24 @@ class Trainer:
 
         Raises InputMismatch for a name or shape that is not there, for NaN and infinity; CheckpointError for a file.
         """
-        self._vectors.set(THETA, put_in(self._manifest, self._vectors.get(THETA), source))
+        with self._alone:
+            self._vectors.set(THETA, put_in(self._manifest, self._vectors.get(THETA), source))
 
     def save_parameters(self, path: str | os.PathLike[str]) -> None:
         """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError."""
-        write_tensors(path, self.parameters(), {**self._fingerprints(), "step": self._step})
+        with self._alone:
+            parameters, about = self.parameters(), {**self._fingerprints(), "step": self._step}
+        write_tensors(path, parameters, about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint: everything that `resume` needs to go on to the bit. Raises CheckpointError; the older file is then whole."""
+        with self._alone:
+            vectors, about = self._state()
+        write_tensors(path, {**vectors, **self._optional}, about)
+        self._saved = (about["counts"]["step"], Path(path))
+
+    def _state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """What a checkpoint holds but for the optional inputs: vectors by name, and the rest."""
         vectors = {name: self._vectors.get(name) for name in self._vectors.names}
         about = {
             **self._fingerprints(),
@@ -237,8 +271,7 @@ class Trainer:
             "loss_scale": self._scale.to_dict(),
             "position": self._position.to_dict() if self._position else None,
         }
-        write_tensors(path, {**vectors, **self._optional}, about)
-        self._saved = (self._step, Path(path))
+        return vectors, about
 
     @classmethod
     def resume(
@@ -273,8 +306,9 @@ class Trainer:
     def _epoch(self, run: _Run, position: RunPosition) -> tuple[RunPosition, bool]:
         """The rest of an epoch; whether a callback ended it."""
         for group in groups(epoch_batches(run.loader, position.epoch, position.batch), run.plan.accumulate):
-            info = self._update(group, self.lr * run.plan.factor(position.updates), run.clip)
-            self._position = position = position.after(info, len(group))
+            with self._alone:  # a checkpoint that another thread saves has the place that belongs to its state
+                info = self._update(group, self.lr * run.plan.factor(position.updates), run.clip)
+                self._position = position = position.after(info, len(group))
             run.bar.update(position.updates, position.epoch - position.first_epoch + 1, run.plan.epochs, info.loss, info.lr)
             if run.checkpoint is not None and run.every and position.updates % run.every == 0:
                 self.save(run.checkpoint)
@@ -289,10 +323,16 @@ class Trainer:
         missing = [str(info) for info in self._manifest.labels if info.name not in batch]
         if missing:
             raise InputMismatch(f"the batch has no labels: the loss {self._manifest.loss.name} needs {'; '.join(missing)}")
-        return check_feeds(self._manifest, batch)
+        arrays = check_feeds(self._manifest, batch)
+        check_labels(self._manifest, arrays, "the batch")
+        return arrays
 
     def _update(self, batches: Sequence[Batch], lr: float, clip: float | None) -> StepInfo:
         """One update of parameters and moments, or none of both. Raises TrainingError."""
+        with self._alone:
+            return self._updated(batches, lr, clip)
+
+    def _updated(self, batches: Sequence[Batch], lr: float, clip: float | None) -> StepInfo:
         number, scale = self._step + 1, self._scale.value
         chosen = self._chooser.at(number)
         loss, count, divisor = self._gradient(batches, self._chooser.feeds(chosen))

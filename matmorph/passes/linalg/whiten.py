@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matmorph.passes.linalg.shrinkage import shrinkage_damping
 from matmorph.passes.linalg.svd import one_thread
 
 _RAISE = 10.0
@@ -32,37 +33,37 @@ class Whitening:
     notes: tuple[str, ...] = ()
 
 
-def whitening_factor(second_moment: Tensor, rows: Tensor | int, damping: float) -> Whitening:
+def whitening_factor(second_moment: Tensor, rows: Tensor | int, damping: float | None = None) -> Whitening:
     """Cholesky factor of the damped second moment H / rows + damping * mean(diag(H / rows)) I, in float64.
 
-    `second_moment` [n, n] with `rows` a number, or [E, n, n] with `rows` [E], of which the sum divides all (so that errors add up over the
-    stack as they do on the data). Where float64 cannot factor the matrix (features that never vary, fewer rows than features), damping is
-    raised tenfold until it can, with a note. Without any data (all zero) L is the identity: plain SVD, with a note. Raises ValueError
-    where a moment holds NaN or infinity.
+    `damping` None: what the sample itself asks for (`shrinkage`), which tends to 0 as rows outnumber features and leaves plain SVD of very
+    few. `second_moment` [n, n] with `rows` a number, or [E, n, n] with `rows` [E], of which the sum divides all (so that errors add up over
+    the stack as they do on the data); each is shrunk by its own rows. Where float64 cannot factor the matrix (features that never vary,
+    rounding), damping is raised tenfold until it can; of one that was asked for a note says so. Without any data (all zero) L is the
+    identity: plain SVD, with a note. Raises ValueError where a moment holds NaN or infinity.
     """
     if not bool(torch.isfinite(second_moment).all()):
         raise ValueError("the second moment of the input holds NaN or infinity")
     mean = second_moment.double() / max(float(torch.as_tensor(rows).sum()), 1.0)
     if mean.dim() == 2:
-        return _factor(mean, damping)
-    parts = [_factor(matrix, damping) for matrix in mean]
+        return _factor(mean, int(rows), damping)
+    parts = [_factor(matrix, int(count), damping) for matrix, count in zip(mean, torch.as_tensor(rows), strict=True)]
     notes = tuple(f"expert {index}: {note}" for index, part in enumerate(parts) for note in part.notes)
     return Whitening(torch.stack([part.factor for part in parts]), torch.stack([part.shift for part in parts]), notes)
 
 
-def _factor(moment: Tensor, damping: float) -> Whitening:
+def _factor(moment: Tensor, rows: int, damping: float | None) -> Whitening:
     scale = float(moment.diagonal().mean())
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     if scale <= 0:
         return Whitening(identity, moment.new_ones(()), ("no calibration data reached this input: plain SVD",))
-    used = damping
-    while used <= _LARGEST_DAMPING:
+    used = first = shrinkage_damping(moment, rows) if damping is None else damping
+    while used <= max(first, _LARGEST_DAMPING):
         with one_thread():
             lower, failed = torch.linalg.cholesky_ex(moment + used * scale * identity)
         if not int(failed):
-            raised = (
-                () if used == damping else (f"damping raised from {damping:g} to {used:g}: the second moment is not positive definite",)
-            )
+            asked = damping is None or used == damping
+            raised = () if asked else (f"damping raised from {damping:g} to {used:g}: the second moment is not positive definite",)
             return Whitening(lower, moment.new_tensor(used * scale), raised)
         used = max(used * _RAISE, _FIRST_DAMPING)
     raise ValueError(f"the second moment of the input is not positive semidefinite: damping {used / _RAISE:g} does not help")

@@ -55,9 +55,13 @@ class LoftQSpec(QuantizedSpec):
     whiten: bool = field(
         default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
     )
-    damping: float = field(
-        default=1e-4,
-        metadata={"doc": "share of the mean of the second moment's diagonal that whitening adds to it", "minimum": 0, "maximum": 1},
+    damping: float | None = field(
+        default=None,
+        metadata={
+            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
+            "minimum": 0,
+            "maximum": 1,
+        },
     )
     factors: Literal["keep", "fp16"] = field(
         default="keep",

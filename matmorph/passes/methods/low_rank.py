@@ -48,9 +48,13 @@ class LowRankSpec:
     whiten: bool = field(
         default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
     )
-    damping: float = field(
-        default=1e-4,
-        metadata={"doc": "share of the mean of the second moment's diagonal that whitening adds to it", "minimum": 0, "maximum": 1},
+    damping: float | None = field(
+        default=None,
+        metadata={
+            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
+            "minimum": 0,
+            "maximum": 1,
+        },
     )
     solver: Solver = field(default="auto", metadata={"doc": "singular value solver; each proves its result within 1 % of the best"})
 
@@ -215,8 +219,8 @@ def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L", "C^T W L"], siz
 def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening | None) -> Bound | None:
     """Eckart-Young: no matrix of this rank has a smaller error. `found.optimum` is the proven least |(W - W') L|_F.
 
-    For whitened factors the error is measured without the damping d: the tail of W H W^T is at least that of W (H + d I) W^T less
-    d |W|_F^2, and the norm |W L|^2 is smaller without it by exactly d |W|_F^2.
+    For whitened factors it is one of the error on the rows that they were fitted to, measured without the damping d: the tail of W H W^T is
+    at least that of W (H + d I) W^T less d |W|_F^2, and the norm |W L|^2 is smaller without it by exactly d |W|_F^2.
     """
     norm = float(torch.linalg.vector_norm(objective, dtype=torch.float64))
     if norm == 0:
@@ -228,4 +232,4 @@ def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening 
     tail, total = found.optimum**2 - damped, norm**2 - damped
     if tail <= 0 or total <= 0:
         return None
-    return Bound("eckart_young", "output_error", sqrt(tail / total))
+    return Bound("eckart_young", "fitted_error", sqrt(tail / total))

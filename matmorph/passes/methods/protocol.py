@@ -62,9 +62,10 @@ class Error:
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteStats:
     """Calibration statistics of a site's input: `second_moment` = sum of x x^T over `rows` rows, [in, in]; for an expert stack [E, in, in]
-    and the number of rows of each expert, [E]. `gradients`: by its weight, of `passes.statistics.weight_gradients`. `input_taylor` [in] and
-    `output_taylor` [out], float64: `passes.statistics.taylor`, where asked for. `output_moment` [out, out], float64: of the gradients at
-    its output, summed over the rows of a sample, where they were gathered (`passes.statistics.sensitivity`)."""
+    and the number of rows of each expert, [E]. `held_out`, `held_rows`: the same of rows that no method is fitted to, where that was asked
+    for. `gradients`: by its weight, of `passes.statistics.weight_gradients`. `input_taylor` [in] and `output_taylor` [out], float64:
+    `passes.statistics.taylor`, where asked for. `output_moment` [out, out], float64: of the gradients at its output, summed over the rows
+    of a sample, where they were gathered (`passes.statistics.sensitivity`)."""
 
     second_moment: Tensor
     rows: int | Tensor
@@ -72,6 +73,13 @@ class SiteStats:
     input_taylor: Tensor | None = None
     output_taylor: Tensor | None = None
     output_moment: Tensor | None = None
+    held_out: Tensor | None = None
+    held_rows: int | Tensor = 0
+
+    @property
+    def judged(self) -> Tensor:
+        """The moment that errors are measured in: of the rows that were held out, of all where none were."""
+        return self.second_moment if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +195,10 @@ class Method(ABC):
     def needs(self, spec: Any) -> frozenset[Statistic]:
         """Statistics of the calibration data that it reads."""
         return frozenset()
+
+    def fitted(self, spec: Any) -> bool:
+        """Whether what it makes is fitted to the second moment, so that errors on the same rows say too little."""
+        return Statistic.INPUT_SECOND_MOMENT in self.needs(spec)
 
     def for_inference(self, graph: Graph) -> Graph:
         """The graph that is exported to run: without what only training needs of this method's weights."""

@@ -52,8 +52,9 @@ def widened(part: Tensor) -> Tensor:
     return part if part.dtype == torch.float64 else part.float()
 
 
-def whitening_of(site: Site, method: str, stats: SiteStats | None, damping: float) -> Whitening:
-    """The whitening factor of the site's input. RewriteError without statistics, or where the second moment is no second moment."""
+def whitening_of(site: Site, method: str, stats: SiteStats | None, damping: float | None) -> Whitening:
+    """The whitening factor of the site's input; without a `damping` it is shrunk as the sample asks for. RewriteError without statistics,
+    or where the second moment is no second moment."""
     if stats is None:
         raise RewriteError(f"{site.path}: {method} with whiten: true needs calibration data")
     try:
@@ -78,19 +79,19 @@ def error_between(w: Tensor, approximation: Tensor, stats: SiteStats | None, wei
     weight = relative_weight_error(w, approximation)
     if stats is None:
         return Error(weight)
-    output = relative_output_error(w, approximation, stats.second_moment)
+    output = relative_output_error(w, approximation, stats.judged)
     if weighting is None:
         return Error(weight, output)
-    felt = relative_output_error(weighted(w, weighting), weighted(approximation, weighting), stats.second_moment)
+    felt = relative_output_error(weighted(w, weighting), weighted(approximation, weighting), stats.judged)
     return Error(weight, output, felt)
 
 
 def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor | None) -> list[Error]:
     """The same at every rank 0 .. min(out, in) of a decomposition."""
     weight = found.relative_errors(None).tolist()
-    output = [None] * len(weight) if stats is None else found.relative_errors(stats.second_moment).tolist()
+    output = [None] * len(weight) if stats is None else found.relative_errors(stats.judged).tolist()
     judged = stats is not None and weighting is not None
-    felt = found.relative_errors(stats.second_moment, weighting).tolist() if judged and stats is not None else [None] * len(weight)
+    felt = found.relative_errors(stats.judged, weighting).tolist() if judged and stats is not None else [None] * len(weight)
     return [Error(*three) for three in zip(weight, output, felt, strict=True)]
 
 

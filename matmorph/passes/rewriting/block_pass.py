@@ -24,6 +24,7 @@ from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.rewrite import Outcome, Part
+from matmorph.passes.rewriting.sample import sample_of, unseen
 from matmorph.passes.selection.survey import Survey
 from matmorph.passes.sizes import exported_sizes
 from matmorph.specs.schema import MethodUse, Rule, Stage
@@ -122,6 +123,11 @@ def block_needs(jobs: Sequence[BlockJob], methods: Methods) -> list[Site]:
     return list(found)
 
 
+def fitted_by_blocks(jobs: Sequence[BlockJob], methods: Methods) -> set[Site]:
+    """The last matmuls of blocks whose methods fit them to data."""
+    return {job.block.consumer for job in jobs if methods[job.use.method].fitted(job.use.spec)}
+
+
 def rejected(job: BlockJob, reject: Reject) -> list[Outcome]:
     return [Outcome(site, job.rule, reject) for site in job.block.sites]
 
@@ -139,7 +145,8 @@ def _outcomes(job: BlockJob, method: BlockMethod, choice: Choice, notes: Sequenc
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
-    """A consumer as the source has it: what every shot is measured against. `features`: those that are still there."""
+    """A consumer as the source has it: what every shot is measured against. `moment`: what its errors are judged in. `features`: those that
+    are still there."""
 
     weight: Tensor
     moment: Tensor | None
@@ -148,7 +155,7 @@ class _Source:
     @classmethod
     def of(cls, block: Block, stats: Mapping[Site, SiteStats]) -> _Source:
         found = stats.get(block.consumer)
-        return cls(block.consumer.weight().detach(), found.second_moment if found is not None else None, torch.arange(block.width))
+        return cls(block.consumer.weight().detach(), found.judged if found is not None else None, torch.arange(block.width))
 
     def narrowed(self, features: Tensor) -> _Source:
         return replace(self, features=self.features[features])
@@ -251,8 +258,10 @@ def _built(
     b.origin = Origin(rule=job.rule.name, location=f"{at.file}:{at.line}" if at is not None else None)
     patch = method.build(job.block, job.use.spec, choice, stats, b)
     notes, errors = _measured(job.block, patch, source)
+    sample = sample_of(job.block.consumer, stats.get(job.block.consumer), [(method, job.use)])
     outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes), patch)
-    return [replace(one, weight_error=errors[0], output_error=errors[1]) if one.patch is not None else one for one in outcomes]
+    measured = {"weight_error": errors[0], "output_error": None if unseen(sample) else errors[1], "sample": sample}
+    return [replace(one, **measured) if one.patch is not None else one for one in outcomes]  # type: ignore[arg-type] # fields of Outcome
 
 
 def _measured(block: Block, patch: Patch, source: _Source) -> tuple[tuple[str, ...], tuple[float, float | None]]:

@@ -18,13 +18,14 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import swept
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site, Spectrum
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Sample, Site, Spectrum
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods.protocol import Methods, SiteMethod, SiteStats, dense_cost, refuse_larger, site_method
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.row_view import unreadable
+from matmorph.passes.rewriting.sample import sample_of, unseen, with_fitted_error
 from matmorph.passes.rewriting.site_builder import SiteScope
 from matmorph.progress import StepProgress
 
@@ -47,7 +48,8 @@ class Part:
 class Outcome:
     """What became of one claimed site. `reject`: why nothing did, then all the rest is empty.
 
-    `weight_error` and `output_error` (None without calibration) are measured with the stored factors. `cost` is what the site takes
+    `weight_error` and `output_error` (None without calibration, and without rows that nothing was fitted to) are measured with the stored
+    factors, the latter on the rows that `sample` tells of. `cost` is what the site takes
     afterwards, a dense weight that stays included. `nodes`: what stands in place of each application's node. `consts`: the new weights.
     `keeps_dense`: the dense weight stays beside them. `block`: the block that is pruned as a whole, `patch` what it becomes (with the
     outcome of its last matmul alone). `adapters`: what of it trains to be exchanged and merged.
@@ -67,6 +69,7 @@ class Outcome:
     block: Block | None = None
     patch: Patch | None = None
     spectrum: Spectrum | None = None
+    sample: Sample | None = None
     adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -238,7 +241,9 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: Sit
     if (reject := _too_large(site, rule, parts)) is not None:
         return Outcome(site, rule, reject)
     base = site_method(shop.methods, parts[0].use.method)
-    return replace(_measured(site, scope, rule, parts, fragments, stats), adapters=_adapters(site, rule, base, parts, fragments))
+    return replace(
+        _measured(site, scope, rule, parts, fragments, stats, shop.methods), adapters=_adapters(site, rule, base, parts, fragments)
+    )
 
 
 def _labels(parts: Sequence[Part]) -> list[str]:
@@ -260,18 +265,27 @@ def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
 
 
 def _measured(
-    site: Site, scope: SiteScope, rule: Rule, parts: Sequence[Part], fragments: Sequence[Fragment], stats: SiteStats | None
+    site: Site,
+    scope: SiteScope,
+    rule: Rule,
+    parts: Sequence[Part],
+    fragments: Sequence[Fragment],
+    stats: SiteStats | None,
+    methods: Methods,
 ) -> Outcome:
     keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
     w = scope.weight()
     approximation = _stands_for(w, fragments, keeps_node)
+    fitted = [(_standing(site_method(methods, part.use.method), parts[:k]), part.use) for k, part in enumerate(parts)]
+    sample = with_fitted_error(sample_of(site, stats, fitted), w, approximation, stats)
     return Outcome(
         site,
         rule,
         None,
         tuple(parts),
         weight_error=relative_weight_error(w, approximation),
-        output_error=None if stats is None else relative_output_error(w, approximation, stats.second_moment),
+        output_error=None if stats is None or unseen(sample) else relative_output_error(w, approximation, stats.judged),
+        sample=sample,
         bound=fragments[0].bound if len(fragments) == 1 else None,  # a bound for one form says nothing of a sum
         cost=total_cost(site, parts),
         nodes=scope.close(fragments, keeps_node),

@@ -3,17 +3,21 @@
 One accumulator per distinct input (query, key and value read the same rows), summed over all applications of a site. Rows that the model's
 `attention_mask` input marks as padding are left out. Products run in float32 per batch (float64 for float64 inputs) and are summed up in
 float64: the rounding of one batch does not grow with their number.
+
+What is fitted to rows has too small an error on them. Where a method fits, every fifth batch goes into a second moment of its own, which
+errors are measured in; of fewer than five batches every fifth sample does (every fifth row where a batch has fewer than five samples).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from math import prod
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +34,8 @@ from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
 from matmorph.progress import StepProgress
 
 MASK_INPUT = "attention_mask"
+HELD_OUT_EVERY = 5
+"""One in so many batches, or rows, is kept from what is fitted."""
 SPILL_ABOVE = 1 << 30
 """Bytes of accumulators that are held in memory; above it, each lives in a temporary file that is mapped into memory."""
 
@@ -47,10 +53,21 @@ class _Source:
 
 @dataclass(slots=True, eq=False)
 class _Sum:
-    """Running sums: `moment` [in, in] or [E, in, in] float64, `rows` [] or [E]."""
+    """Running sums: `moment` [in, in] or [E, in, in] float64, `rows` [] or [E]. `held`: of what is held out, None where nothing is."""
 
     moment: Tensor
     rows: Tensor
+    held: _Sum | None = None
+
+    def add(self, moment: Tensor, rows: Tensor) -> None:
+        self.moment += moment.to(self.moment)
+        self.rows += rows
+
+
+_Held: TypeAlias = Literal["none", "all", "some"]
+"""What of a batch is held out: every fifth of its samples where there are too few batches."""
+_Rows: TypeAlias = Callable[[Tensor], Tensor]
+"""Picks along the first axis."""
 
 
 def calibrate(
@@ -66,6 +83,7 @@ def calibrate(
 
     A batch is a mapping by input names, a tuple of positional inputs, one tensor, or, for a model that takes both kinds of inputs, a pair
     of args and kwargs; tensors or numpy arrays like the example inputs.
+    Rows are held out for the inputs of sites that need `HELD_OUT_MOMENT`, at the price of a second accumulator for each.
     No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
     disk; the files are gone as soon as the statistics are. `progress`: of the samples.
 
@@ -76,10 +94,15 @@ def calibrate(
     if not keys:
         return {}
     shapes = {keys[site]: _shape(site) for site in keys}
-    spill = sum(8 * prod(shape) for shape in shapes.values()) > spill_above
-    sums = {key: _Sum(accumulator(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64)) for key, shape in shapes.items()}
+    held = {keys[site] for site, wanted in needs if site in keys and Statistic.HELD_OUT_MOMENT in wanted}
+    spill = sum(8 * prod(shape) * (2 if key in held else 1) for key, shape in shapes.items()) > spill_above
+    sums = {key: _sum(shape, spill, _sum(shape, spill) if key in held else None) for key, shape in shapes.items()}
     _stream(graph, sums, batches, samples, progress)
     return {site: _stats(site, sums[key]) for site, key in keys.items()}
+
+
+def _sum(shape: tuple[int, ...], spill: bool, held: _Sum | None = None) -> _Sum:
+    return _Sum(accumulator(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64), held)
 
 
 def _shape(site: Site) -> tuple[int, ...]:
@@ -101,9 +124,16 @@ def accumulator(shape: tuple[int, ...], spill: bool) -> Tensor:
 
 
 def _stats(site: Site, found: _Sum) -> SiteStats:
-    if not bool(torch.isfinite(found.moment.diagonal(dim1=-2, dim2=-1)).all()):
-        raise InputError(f"the calibration data makes NaN or infinity at the input of {site.path}")
-    return SiteStats(found.moment, int(found.rows) if found.rows.dim() == 0 else found.rows)
+    held = found.held if found.held is not None and bool(found.held.rows.any()) else None
+    for one in (found, held):
+        if one is not None and not bool(torch.isfinite(one.moment.diagonal(dim1=-2, dim2=-1)).all()):
+            raise InputError(f"the calibration data makes NaN or infinity at the input of {site.path}")
+    stats = SiteStats(found.moment, _count(found))
+    return stats if held is None else replace(stats, held_out=held.moment, held_rows=_count(held))
+
+
+def _count(found: _Sum) -> int | Tensor:
+    return int(found.rows) if found.rows.dim() == 0 else found.rows
 
 
 # What is read
@@ -134,18 +164,29 @@ def _stream(
     graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], batches: Iterable[Any], samples: int, progress: StepProgress | None
 ) -> None:
     total = _total(batches, samples)
-    done = 0
-    for number, batch in enumerate(batches):
-        inputs, count = cut_batch(graph, bound_batch(graph, batch, number), samples - done)
-        if count:
-            _observe(graph, sums, inputs)
+    reading = _cut(graph, batches, samples)
+    first = list(islice(reading, HELD_OUT_EVERY)) if any(found.held is not None for found in sums.values()) else []
+    enough, done = len(first) == HELD_OUT_EVERY, 0
+    for number, (inputs, count) in enumerate(chain(first, reading)):
+        last = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        _observe(graph, sums, inputs, "some" if not enough else "all" if last else "none")
         done += count
         if progress is not None:
             progress(done, total)
-        if done >= samples:
-            break
     if done == 0:
         raise InputError("the calibration data yields nothing: it has no batch with a sample in it")
+
+
+def _cut(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[tuple[list[Tensor], int]]:
+    """The batches that have samples, and how many, until there are `samples`."""
+    done = 0
+    for number, batch in enumerate(batches):
+        inputs, count = cut_batch(graph, bound_batch(graph, batch, number), samples - done)
+        done += count
+        if count:
+            yield inputs, count
+        if done >= samples:
+            return
 
 
 def _total(batches: Iterable[Any], samples: int) -> int | None:
@@ -206,7 +247,7 @@ def cut_batch(graph: Graph, inputs: list[Tensor], left: int) -> tuple[list[Tenso
     return [tensor[:left] if cut else tensor for tensor, cut in zip(inputs, along, strict=True)], left
 
 
-def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Sequence[Tensor]) -> None:
+def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Sequence[Tensor], held: _Held) -> None:
     """One forward pass; a source is added as soon as its rows and what picks their experts are both there."""
     given = dict(zip(graph.inputs, inputs, strict=True))
     targets: dict[_Source, list[_Sum]] = {}
@@ -226,7 +267,7 @@ def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Seq
             picked = None if source.select is None else (tensor if value is source.select else seen.get(source.select))
             rows = tensor if value is source.x else seen.get(source.x)
             if rows is not None and (source.select is None or picked is not None):
-                _add(targets[source], source, rows, picked, None if source.mask is None else given[source.mask])
+                _add(targets[source], source, rows, picked, None if source.mask is None else given[source.mask], held)
 
     with torch.no_grad():
         for value in readers:
@@ -235,36 +276,65 @@ def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Seq
         evaluate(graph, inputs, {value: partial(arrive, value) for value in readers})
 
 
-def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | None, mask: Tensor | None) -> None:
+def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | None, mask: Tensor | None, held: _Held) -> None:
     rows = apply(source.enter, x.detach())
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    if source.experts is None:
-        flat = rows.reshape(-1, rows.shape[-1])
-        flat = flat if mask is None else flat[mask.reshape(-1) != 0]
-        moment, count = flat.T @ flat, torch.tensor(len(flat))
-    elif picked is None:
-        moment, count = _all_experts(rows)
-    else:
-        moment, count = _picked_experts(rows, picked, source.experts)
-    for target in targets:
-        target.moment += moment.to(target.moment)
-        target.rows += count
+    part = held if any(target.held is not None for target in targets) else "none"
+    for out, pick in _PARTS[part]:
+        if source.experts is None:
+            moment, count = _plain(rows, mask, pick)
+        elif picked is None:
+            moment, count = _all_experts(rows, pick)
+        else:
+            moment, count = _picked_experts(rows, picked, source.experts, pick)
+        for target in targets:
+            (target.held if out and target.held is not None else target).add(moment, count)
 
 
-def _all_experts(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _every(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _fifth(rows: Tensor) -> Tensor:
+    return rows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+
+
+def _others(rows: Tensor) -> Tensor:
+    return rows[torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+
+
+_PARTS: Mapping[_Held, Sequence[tuple[bool, _Rows]]] = {
+    "none": [(False, _every)],
+    "all": [(True, _every)],
+    "some": [(False, _others), (True, _fifth)],
+}
+"""(whether it is held out, which rows) of the parts that a batch goes into."""
+
+
+def _plain(rows: Tensor, mask: Tensor | None, pick: _Rows) -> tuple[Tensor, Tensor]:
+    """Picked along the first axis, the samples, where it is long enough; else row by row."""
+    total = prod(rows.shape[:-1])
+    samples = len(rows) if rows.dim() > 1 and len(rows) >= HELD_OUT_EVERY else total
+    sides = samples, total // max(samples, 1)
+    flat = pick(rows.reshape(*sides, rows.shape[-1]))
+    flat = flat.flatten(0, 1) if mask is None else flat[pick(mask.reshape(sides)) != 0]
+    return flat.T @ flat, torch.tensor(len(flat))
+
+
+def _all_experts(rows: Tensor, pick: _Rows) -> tuple[Tensor, Tensor]:
     """Every expert has rows of its own [.., E, rows, in], or all read the same (no such axis, or one of size 1)."""
     stacked = rows.unsqueeze(0) if rows.dim() == 2 else rows.movedim(-3, 0)
-    flat = stacked.reshape(len(stacked), -1, rows.shape[-1])
+    flat = pick(stacked.reshape(len(stacked), -1, rows.shape[-1]).transpose(0, 1)).transpose(0, 1)
     return flat.transpose(1, 2) @ flat, torch.tensor(flat.shape[1])
 
 
-def _picked_experts(rows: Tensor, picked: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def _picked_experts(rows: Tensor, picked: Tensor, experts: int, pick: _Rows) -> tuple[Tensor, Tensor]:
     """Row group k [n, in] goes to expert `picked[k]`."""
     groups = rows.reshape(len(picked), -1, rows.shape[-1])
     moment = rows.new_zeros(experts, rows.shape[-1], rows.shape[-1])
     count = torch.zeros(experts, dtype=torch.int64)
     for expert in sorted(set(picked.tolist())):
-        flat = groups[picked == expert].reshape(-1, rows.shape[-1])
+        flat = pick(groups[picked == expert].reshape(-1, rows.shape[-1]))
         moment[expert] = flat.T @ flat
         count[expert] = len(flat)
     return moment, count

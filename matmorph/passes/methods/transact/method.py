@@ -55,10 +55,11 @@ class TransactSpec:
     compensate: Literal["least_squares", "none"] = field(
         default="least_squares", metadata={"doc": "refit the last matmul to its old outputs on the calibration data"}
     )
-    damping: float = field(
-        default=1e-4,
+    damping: float | None = field(
+        default=None,
         metadata={
-            "doc": "share of the mean of the second moment's diagonal that holds the refit to the old weight",
+            "doc": "share of the mean of the second moment's diagonal that holds the refit to the old weight; by default as the sample "
+            "asks for (OAS)",
             "minimum": 0,
             "maximum": 1,
         },
@@ -80,6 +81,10 @@ class Transact(BlockMethod):
         moment = spec.score == "activation" or spec.compensate == "least_squares"
         found = {Statistic.INPUT_SECOND_MOMENT: moment, Statistic.TAYLOR: spec.score == "taylor"}
         return frozenset(statistic for statistic, wanted in found.items() if wanted)
+
+    def fitted(self, spec: TransactSpec) -> bool:
+        """The refit is; which features are large shows on few rows."""
+        return spec.compensate == "least_squares"
 
     def reads(self, block: Block, spec: TransactSpec) -> tuple[Site, ...]:
         """The sites whose statistics are read: the last matmul, and where dimensions of q and k are chosen also their own."""
@@ -163,8 +168,8 @@ class Transact(BlockMethod):
         found = []
         for choice in choices:
             features = positions(block.axis, kept_units(block, scores, self.counts(block, spec, choice)))
-            moment = _moment(block, stats)
-            found.append(Error(output_error=relative_output_error(w, _spread(w, _fitted(w, moment, features, spec)[0], features), moment)))
+            own = _consumer(block, stats)
+            found.append(Error(output_error=relative_output_error(w, _spread(w, _fitted(w, own, features, spec)[0], features), own.judged)))
         return found
 
     def scores(self, block: Block, spec: TransactSpec, stats: Mapping[Site, SiteStats]) -> Scores:
@@ -180,11 +185,11 @@ class Transact(BlockMethod):
         sliced = w[:, features]
         if spec.compensate == "none":
             return make_patch(block, kept, stored(site, sliced), _NAME, b, choice)
-        moment = _moment(block, stats)
-        fitted, notes = _fitted(w, moment, features, spec)
+        own = _consumer(block, stats)
+        fitted, notes = _fitted(w, own, features, spec)
         narrow = stored(site, fitted)
-        errors = [relative_output_error(w, _spread(w, matrix.to(w.dtype), features), moment) for matrix in (sliced, narrow)]
-        if errors[1] > errors[0]:  # rounding to the stored type, where there was next to nothing to gain
+        errors = [relative_output_error(w, _spread(w, matrix.to(w.dtype), features), own.judged) for matrix in (sliced, narrow)]
+        if errors[1] > errors[0]:  # too few rows to fit to, or rounding to the stored type where there was next to nothing to gain
             narrow, notes = stored(site, sliced), (*notes, "not refitted: slicing alone is as good")
         return make_patch(block, kept, narrow, _NAME, b, choice, notes)
 
@@ -253,18 +258,18 @@ def _dense(site: Site, parameters: int) -> Cost:
     return Cost(parameters, parameters * site.const.tensor.torch_dtype.itemsize, parameters * len(site.applications))
 
 
-def _moment(block: Block, stats: Mapping[Site, SiteStats]) -> Tensor:
+def _consumer(block: Block, stats: Mapping[Site, SiteStats]) -> SiteStats:
     found = stats.get(block.consumer)
     if found is None:
         raise RewriteError(f"{block.consumer.path}: transact needs calibration data")
-    return found.second_moment
+    return found
 
 
-def _fitted(w: Tensor, moment: Tensor, features: Tensor, spec: TransactSpec) -> tuple[Tensor, tuple[str, ...]]:
+def _fitted(w: Tensor, stats: SiteStats, features: Tensor, spec: TransactSpec) -> tuple[Tensor, tuple[str, ...]]:
     """The last matmul's matrix [out, kept], and notes."""
     if spec.compensate == "none":
         return w[:, features], ()
-    fitted, notes = refit(w, moment, features, spec.damping)
+    fitted, notes = refit(w, stats.second_moment, features, spec.damping, int(torch.as_tensor(stats.rows).sum()))
     return fitted.to(w.dtype), notes
 
 
