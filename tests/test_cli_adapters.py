@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import typer
@@ -24,9 +25,10 @@ from matmorph.exporters.peft import write_peft
 from matmorph.folders.open import read_trained, reopen
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes.methods import all_methods
-from matmorph.runtime import Session
+from matmorph.runtime import Session, Trainer
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.runtime.check import check
+from matmorph.runtime.errors import ArtifactError
 
 TRAIN: dict[str, Any] = {"train": {"loss": "mse", "trainable": ["adapters", "2.bias"]}, "export": {"target": ["cpu"], "adapters": "inputs"}}
 ROUNDING = 1e-5
@@ -299,13 +301,72 @@ def test_damaged_folders(home: tuple[mm.Compiled, Path], tmp_path: Path) -> None
 
     _, folder = home
     for name, content, message in (
-        ("graph.ir", "graph", "graph"),
-        ("graph.ir", None, r"graph\.ir: cannot be read"),
+        ("graph.ir", "graph", r"graph\.ir: cannot be read"),
+        ("graph.ir", None, r"graph\.ir: missing"),
         ("report.json", "{}", r"report\.json: cannot be read"),
         ("trainable.safetensors", "no", "cannot be read as safetensors"),
     ):
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         (copy / name).unlink() if content is None else (copy / name).write_text(content)
         with pytest.raises(InputError, match=message):
+            run("merge", copy, "--out", tmp_path / "no", "--no-verify")
+        with pytest.raises(
+            InputError, match=message if content is None else rf"{name}: was changed: it has \d+ bytes, manifest\.json says"
+        ):
             run("merge", copy, "--out", tmp_path / "no")
         shutil.rmtree(copy)
+    assert not (tmp_path / "no").exists()
+
+
+def test_one_flipped_bit_is_noticed_by_whoever_reads(home: tuple[mm.Compiled, Path], tmp_path: Path) -> None:
+    """The hash of the data file is all that tells; `verify` was the only one to look at it."""
+    import shutil
+
+    _, folder = home
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    changed = r"model\.onnx\.data: was changed: it has another sha256 than (manifest|train)\.json says"
+    out = tmp_path / "x.safetensors"
+    for words in (
+        ("merge", copy, "--out", tmp_path / "merged"),
+        ("adapter", "save", copy, "--out", tmp_path / "x.onnx_adapter"),
+        ("adapter", "to-peft", copy, "--out", tmp_path / "peft"),
+        ("adapter", "unmerge", folder, "--merged", copy, "--out", out),
+        ("adapter", "unmerge", copy, "--merged", folder, "--out", out),
+        ("adapter", "switch", copy, tmp_path / "x.onnx_adapter"),
+    ):
+        with pytest.raises(InputError, match=changed):
+            run(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+    with pytest.raises(ArtifactError, match=changed):
+        Session(copy, "cpu")
+    with pytest.raises(ArtifactError, match=changed):
+        Trainer(copy, "cpu")
+    assert Session(copy, "cpu", verify=False).provider == Trainer(copy, "cpu", verify=False).provider
+    said = run("merge", copy, "--out", tmp_path / "merged", "--no-verify")
+    assert f"not checked (--no-verify): sizes and hashes in {copy}\n" in said
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("offset", "-8", r"bytes at -8 are not in the file"),
+    ("offset", "x", r"bytes at x are not in the file"),
+    ("offset", "9" * 30, r"bytes at 9+ are not in the file"),
+    ("location", "../../etc/passwd", r"lies in '\.\./\.\./etc/passwd', which is not read"),
+    ("location", "C:/x", r"lies in 'C:/x', which is not read"),
+])  # fmt: skip
+def test_places_of_weights_that_are_none(home: tuple[mm.Compiled, Path], tmp_path: Path, key: str, value: str, message: str) -> None:
+    import shutil
+
+    _, folder = home
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for path in copy.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == key):
+            entry.value = value
+        path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=message):
+        run("merge", copy, "--out", tmp_path / "no", "--no-verify")
+    with pytest.raises(ArtifactError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        Session(copy, "cpu", verify=False)

@@ -227,4 +227,7 @@ def test_wrong_words_of_diff_are_said(own: Path, capsys: pytest.CaptureFixture[s
     (own / "graph.ir").write_text("graph device=cpu\nnonsense\n")
     code, _, err = run(capsys, "diff", own)
     assert code == 2
-    assert err.startswith(f"{own / 'graph.ir'}: cannot be read: ")
+    assert err.startswith(f"{own / 'graph.ir'}: was changed: it has 26 bytes")
+    code, _, err = run(capsys, "diff", own, "--no-verify")
+    assert code == 2
+    assert err.startswith(f"not checked (--no-verify): sizes and hashes in {own}\n{own / 'graph.ir'}: cannot be read: ")

@@ -261,20 +261,28 @@ def test_other_keys_are_no_cases(arrays: dict[str, Any], message: str) -> None:
 
 def test_training_vectors_come_back() -> None:
     third = float(np.float32(1 / 3))
-    case = TrainingCase({"x:0": array(1), "labels": array(2)}, third, 2.0, array(3), array(4))
+    case = TrainingCase({"x:0": array(1), "labels": array(2)}, third, 2.0, array(3, 5), array(4, 6))
     vectors = TrainingVectors(array(0.5), np.arange(2), 128.0, (case, replace(case, loss=float("nan"))))
     arrays = training_arrays(vectors, 1e-3)
     shared, own = ["nudge", "index", "loss_scale", "tolerance"], ["input:x:0", "input:labels", "loss", "count", "grad", "reference"]
     assert list(arrays) == [*shared, *(f"{name}:{k}" for k in range(2) for name in own)]
     assert {str(arrays[name].dtype) for name in ("loss_scale", "loss:0", "count:1")} == {"float32"}
     found, tolerance = read_training_arrays(arrays)
-    assert (tolerance, found.loss_scale, found.nudge, found.index) == (1e-3, 128.0, vectors.nudge, vectors.index)
+    assert (tolerance, found.loss_scale) == (1e-3, 128.0)
+    assert found.nudge is vectors.nudge
+    assert found.index is vectors.index
     assert [one.loss for one in found.cases[:1]] == [third]
     assert np.isnan(found.cases[1].loss)
     assert found.cases[1].count == 2.0
     assert found.cases[0].inputs.keys() == case.inputs.keys()
-    assert (found.cases[1].grad, found.cases[1].reference) == (case.grad, case.reference)
-    with pytest.raises(KeyError, match="grad:1"):
-        read_training_arrays({key: value for key, value in arrays.items() if key != "grad:1"})
+    assert found.cases[1].grad is case.grad
+    assert found.cases[1].reference is case.reference
+    wrong = {"grad:1": array(3), "index": array(1, 2), "nudge": array(), "loss:0": array(1), "tolerance": np.asarray("x")}
+    for key, value in wrong.items():
+        for changed in ({**arrays, key: value}, {name: one for name, one in arrays.items() if name != key}):
+            with pytest.raises(ManifestError, match=f"^{key}: expected "):
+                read_training_arrays(changed)
+    with pytest.raises(ManifestError, match="unexpected key"):
+        read_training_arrays({**arrays, f"input:x:{'9' * 5000}": array(1)})
     with pytest.raises(ManifestError, match="holds no case"):
         read_training_arrays({"nudge": array(1)})

@@ -292,13 +292,29 @@ def test_a_report_is_read_back_as_it_was(tmp_path: Path) -> None:
         assert html_page(again, make_context()) == html_page(report, make_context())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sites": [{}]}', '{"sites": 3, "totals": {}}', "\udcff"])
+WRONG_REPORTS = {
+    "empty": "",
+    "a list": "[]",
+    "no sites": "{}",
+    "an empty row": '{"name": "m", "spec_name": "s", "sites": [{}]}',
+    "a number of sites": '{"name": "m", "spec_name": "s", "sites": 3, "totals": {}}',
+    "notes": json.dumps({**make_report().to_dict(), "notes": 5}),
+    "one number of two": json.dumps({**make_report().to_dict(), "totals": {"parameters": [1], "bytes": [1, 2], "macs": [1, 2]}}),
+    "a status": json.dumps(make_report().to_dict()).replace('"status": "rewritten"', '"status": "lost"'),
+    "a huge number": json.dumps(make_report().to_dict()).replace('"trainable": 0', '"trainable": ' + "9" * 400),
+    "no number": json.dumps(make_report().to_dict()).replace('"trainable": 0', '"trainable": NaN'),
+    "deep": "[" * 200_000,
+    "no text": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_REPORTS.values(), ids=WRONG_REPORTS)
 def test_what_is_no_report_is_an_input_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=r"report\.json: cannot be read"):
         read_report(path)
-    with pytest.raises(InputError, match=r"missing\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"missing\.json: missing"):
         read_report(tmp_path / "missing.json")
 
 
@@ -315,10 +331,14 @@ def test_a_folder_is_read_leniently_but_needs_its_report(tmp_path: Path) -> None
         (tmp_path / name).write_text(text)
     _, context = read_folder(tmp_path)
     assert context == Context(pareto={"points": [1, {"bytes": 2}]})
-    files = {"a.bin": {"sha256": "ab", "bytes": 3}, "report.html": {"sha256": "no", "bytes": 1}, "report.json": {}}
+    files = {"a.bin": {"sha256": "ab", "bytes": 3}, "report.html": {"sha256": "no", "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps({"source": {"weights_sha256": "cd"}, "files": files}))
     assert read_folder(tmp_path)[1].files == {"a.bin": ("ab", 3)}
     assert read_folder(tmp_path)[1].source_sha256 == "cd"
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"report.json": {"sha256": "ab", "bytes": 3}}}))
+    with pytest.raises(InputError, match=r"report\.json: was changed: it has \d+ bytes, manifest\.json says 3"):
+        read_folder(tmp_path)
+    assert read_folder(tmp_path, verify=False)[0].sites == make_report().sites
 
 
 def test_only_long_paths_may_break() -> None:

@@ -117,6 +117,16 @@ def test_size_of_is_arithmetic_and_nothing_else() -> None:
     assert size_of("seq // 0", {"seq": 6}) is None
 
 
+def rehashed(folder: Path, model: bytes) -> None:
+    (folder / "model.onnx").write_bytes(model)
+    hash_files(folder)
+
+
+def moved_out(path: Path) -> None:
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to("../outside")
+
+
 class TestArtifactErrors:
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -132,7 +142,19 @@ class TestArtifactErrors:
             (lambda f: hash_files(f, files={"../x": {}}), r"files\['\.\./x'\]: a file must lie inside the folder"),
             (lambda f: hash_files(f, outputs=[]), r"model\.onnx: its outputs are hidden, top, the manifest says"),
             (lambda f: hash_files(f, inputs=[{"name": "ids", "dtype": "bfloat16", "shape": []}]), "bfloat16, which numpy cannot hold"),
-            (lambda f: (f / "model.onnx").write_bytes(b"no model"), r"model\.onnx: ONNX Runtime cannot load it on CPUExecutionProvider"),
+            (lambda f: (f / "model.onnx").write_bytes(b"no model"), r"model\.onnx: was changed: it has 8 bytes, manifest\.json says"),
+            (lambda f: flip_last_byte(f / "model.onnx.data"), r"model\.onnx\.data: was changed: it has another sha256"),
+            (lambda f: rehashed(f, b"no model"), r"model\.onnx: ONNX Runtime cannot load it on CPUExecutionProvider"),
+            (lambda f: hash_files(f, notes=5), r"manifest\.json: notes: unexpected value 5"),
+            (lambda f: hash_files(f, tolerance=10**400), r"manifest\.json: tolerance: unexpected value 1000"),
+            (lambda f: hash_files(f, tolerance=float("nan")), r"manifest\.json: cannot be read: NaN is no JSON"),
+            (lambda f: hash_files(f, ranges={"seq": [True, None]}), r"ranges\.seq: unexpected value True"),
+            (lambda f: hash_files(f, files={"C:/x": {}}), r"files\['C:/x'\]: a file must lie inside the folder"),
+            (lambda f: hash_files(f, files={"a\\b": {}}), r"files\['a\\\\b'\]: a file must lie inside the folder"),
+            (lambda f: (f / "manifest.json").write_text("[" * 200_000), r"manifest\.json: cannot be read: nested too deep"),
+            (lambda f: (f / "manifest.json").write_text('{"a":' * 70 + "1" + "}" * 70), "nested more than 64 deep"),
+            (lambda f: hash_files(f, files={}), r"model\.onnx: is not listed in manifest\.json"),
+            (lambda f: moved_out(f / "model.onnx"), r"model\.onnx: is a link that leads out of the folder"),
         ],
     )
     def test_damaged_artifact(self, artifact: Path, damage, message: str) -> None:

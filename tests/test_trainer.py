@@ -328,7 +328,10 @@ class TestBadInput:
             (lambda f: write_json(f, precision="fp8"), r"precision: unexpected value 'fp8'; known are fp32, fp16, bf16, keep"),
             (lambda f: write_json(f, states=["m", 3]), r"states\[1\]: unexpected value 3"),
             (lambda f: (f / "grad.onnx").unlink(), r"grad\.onnx: missing"),
-            (lambda f: (f / "apply.onnx").write_bytes(b"short"), r"apply\.onnx: has 5 bytes, train\.json says"),
+            (lambda f: (f / "apply.onnx").write_bytes(b"short"), r"apply\.onnx: was changed: it has 5 bytes, train\.json says"),
+            (lambda f: write_json(f, initial="../x.safetensors"), r"initial: '\.\./x\.safetensors': a file must lie inside the folder"),
+            (lambda f: write_json(f, initial="/x.safetensors"), r"initial: '/x\.safetensors': a file must lie inside the folder"),
+            (lambda f: write_json(f, parameters=[{"name": "w", "shape": [15], "offset": -8, "segment": "s"}]), "w lies at -8 with 15"),
             (
                 lambda f: write_json(f, labels=[]),
                 r"grad\.onnx: its inputs are labels, loss_scale, theta, x, train\.json says loss_scale, th",

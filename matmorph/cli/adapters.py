@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.errors import InputError
 from matmorph.runtime.targets import target_names
 
@@ -44,6 +45,7 @@ def merge_command(
     ] = None,
     force: Force = False,
     as_json: Json = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Merge the adapters of DIR into its weights and write a plain model.
 
@@ -55,7 +57,7 @@ def merge_command(
     from matmorph.progress import silent
 
     refuse_existing(out, force)
-    job, adapters, values = _opened(folder, trained)
+    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
     chosen = None if configuration is None else read_configuration(configuration)
     merged, found = merged_job(job, adapters, values or None, chosen)
     report = save(out, merged, force, silent)
@@ -71,14 +73,14 @@ adapter_app.command(name="merge")(merge_command)
 
 
 @adapter_app.command(name="save")
-def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force = False) -> None:
+def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force = False, no_verify: NoVerify = False) -> None:
     """Write trained adapters of DIR as one .onnx_adapter file.
 
     Sessions of a model with `export.adapters: inputs` load it."""
     from matmorph.folders.after_training import save_adapters
 
     _refuse_file(out, force)
-    job, adapters, values = _opened(folder, trained)
+    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
     with _readable():
         fingerprint = save_adapters(job, adapters, values, str(trained or folder), out)
     print(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
@@ -112,15 +114,20 @@ def switch_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapters to switch between.")],
     provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
     as_json: Json = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Run the check inputs of DIR with each adapter in turn, in one session.
 
     Prints how far each moves the outputs, and that the base comes back. Needs no torch."""
     from matmorph.runtime.check import difference, read_cases
+    from matmorph.runtime.format.artifact import CHECK_VECTORS
+    from matmorph.runtime.manifest import checked_file
     from matmorph.runtime.session import Session
 
     with _readable():
-        session = Session(folder, provider)
+        session = Session(folder, provider, verify=verifying(no_verify, folder))
+        if not no_verify:
+            checked_file(folder, CHECK_VECTORS)
         feeds = read_cases(folder, session.manifest)[0].inputs
         adapters = [session.load_adapter(file) for file in files]
         base = session.run(feeds)
@@ -142,6 +149,7 @@ def unmerge_command(
     merged: Annotated[Path, typer.Option("--merged", metavar="DIR2", help="The folder that `matmorph merge` wrote from DIR.")],
     out: Out,
     force: Force = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Get the adapters back: factors of what DIR2's weights have more than the stored base in DIR.
 
@@ -149,8 +157,9 @@ def unmerge_command(
     from matmorph.folders.after_training import unmerge_files
 
     _refuse_file(out, force)
-    job, adapters, _ = _opened(folder, None)
-    lines = unmerge_files(job.graph, adapters, merged, out)
+    verify = verifying(no_verify, folder, merged)
+    job, adapters, _ = _opened(folder, None, verify)
+    lines = unmerge_files(job.graph, adapters, merged, out, verify)
     for site, rest in lines.items():
         print(f"{site}: {rest:.2e} of the difference is not in the factors")
     print(f"wrote {out}")
@@ -163,12 +172,13 @@ def to_peft_command(
     trained: Trained = None,
     base_model: Annotated[str | None, typer.Option("--base-model", metavar="NAME", help="What PEFT is to load them beside.")] = None,
     prefix: Prefix = "",
+    no_verify: NoVerify = False,
 ) -> None:
     """Write the LoRA adapters of DIR as a PEFT folder."""
     from matmorph.exporters.peft import write_peft
     from matmorph.passes.methods import all_methods
 
-    job, adapters, values = _opened(folder, trained)
+    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
     own = {name for adapter in adapters for name in adapter.consts.values()}
     start = {const.path: const.load() for const in job.graph.state if const.path in own}
     write_peft(out, adapters, {**start, **values}, all_methods(), initial=start, base_model=base_model, prefix=prefix)
@@ -182,20 +192,20 @@ def from_peft_command(
     out: Out,
     prefix: Prefix = "",
     force: Force = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Read a PEFT folder as trained values of DIR (.safetensors) or as an .onnx_adapter file, by the ending of --out.
 
     An .onnx_adapter file may have any rank."""
-    from safetensors.torch import save_file
-
     from matmorph.exporters.adapters import adapter_arrays, serve
     from matmorph.exporters.peft import read_peft
+    from matmorph.folders.after_training import write_values
     from matmorph.passes.adapters.values import with_values
     from matmorph.passes.methods import all_methods
     from matmorph.runtime.adapters import read_slots, save_adapter
 
     _refuse_file(out, force)
-    job, adapters, _ = _opened(folder, None)
+    job, adapters, _ = _opened(folder, None, verifying(no_verify, folder))
     methods = all_methods()
     values = read_peft(source, adapters, methods, prefix=prefix)
     if out.suffix == ".onnx_adapter":
@@ -204,7 +214,7 @@ def from_peft_command(
             save_adapter(out, adapter_arrays(adapters, values, methods), read_slots(served.to_dict(), str(folder)))
     else:
         with_values(job.graph, values, str(source))  # refuses what the model does not take
-        save_file(values, out)
+        write_values(out, values)
     print(f"wrote {out} ({len(values) // 2} modules)")
 
 
@@ -213,20 +223,26 @@ def from_peft_command(
 
 def read_configuration(path: Path) -> Mapping[str, Mapping[str, str]]:
     """The configuration that a search found, or a JSON file that holds one alone. InputError for a file that is none."""
+    from matmorph.runtime.format.plain import ManifestError, typed
+    from matmorph.runtime.format.reading import StoredError, read_json
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    found = data.get("configuration", data) if isinstance(data, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(words, dict) for words in found.values()):
-        raise InputError(f"{path}: holds no configuration ({{site: {{tensor: word}}}})")
-    return found
+        data = read_json(path, lambda found: typed(found, dict, "a configuration"))
+        found = typed(data.get("configuration", data), dict, "configuration")
+        return {
+            site: {name: typed(word, str, f"{site}.{name}") for name, word in typed(words, dict, site).items()}
+            for site, words in found.items()
+        }
+    except StoredError as error:
+        raise InputError(str(error)) from error
+    except ManifestError as error:
+        raise InputError(f"{path}: holds no configuration ({{site: {{tensor: word}}}}): {error}") from error
 
 
-def _opened(folder: Path, trained: Path | None) -> tuple[Job, tuple[Adapter, ...], Mapping[str, Any]]:
+def _opened(folder: Path, trained: Path | None, verify: bool) -> tuple[Job, tuple[Adapter, ...], Mapping[str, Any]]:
     from matmorph.folders.open import read_trained, reopen
 
-    job, adapters = reopen(folder)
+    job, adapters = reopen(folder, verify)
     return job, adapters, read_trained(folder, job.graph, adapters, trained)
 
 

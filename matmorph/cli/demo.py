@@ -95,7 +95,7 @@ def _refuse_foreign(out: Path) -> bool:
     try:
         record = json.loads((out / RUN).read_text(encoding="utf-8"))
         earlier = isinstance(record, dict) and "demo" in record
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         earlier = False
     if not earlier:
         raise InputError(f"{out}: exists and is not the result of an earlier demo", ["name another folder: matmorph demo --out DIR"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def report_command(
     folder: Folder,
     show: Open = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the page there and leave DIR as it is.")] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Draw report.html of DIR anew, with the times of run.json.
 
@@ -31,7 +33,7 @@ def report_command(
     from matmorph.report.reading import read_folder
     from matmorph.runtime.format.artifact import PAGE
 
-    page = html_page(*read_folder(folder))
+    page = html_page(*read_folder(folder, verifying(no_verify, folder)))
     if out is None:
         rewrite_page(folder, page)
     else:
@@ -46,6 +48,7 @@ def compare_command(
     show: Open = False,
     every: Annotated[bool, typer.Option("--all", help="List every matmul, also those treated alike.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Two folders side by side: totals, and the matmuls that differ."""
     from matmorph.report.comparing import comparison, comparison_page, print_comparison
@@ -53,7 +56,8 @@ def compare_command(
 
     if show and html is None:
         raise InputError("--open shows the page that --html FILE writes: give --html too")
-    first, second = _side(left), _side(right)
+    verify = verifying(no_verify, left, right)
+    first, second = _side(left, verify), _side(right, verify)
     if html is not None:
         _write(html, comparison_page(first, second))
     if as_json:
@@ -69,6 +73,7 @@ def diff_command(
     node: Annotated[str | None, typer.Option("--node", metavar="PATH", help="A matmul or module, as in report.html.")] = None,
     around: Annotated[int, typer.Option("--around", metavar="N", min=0, help="Steps of neighbours to show.")] = 1,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw it too.")] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Show the graph around one matmul before and after.
 
@@ -79,7 +84,7 @@ def diff_command(
 
     if node is None and svg is not None:
         raise InputError("--svg draws the graph around one matmul: name it with --node PATH")
-    source, graph = read_graphs(folder)
+    source, graph = read_graphs(folder, verifying(no_verify, folder))
     console = make_console()
     if node is None:
         for line in (*summary(source, graph), *changed_sites(source, graph)):
@@ -96,17 +101,22 @@ def diff_command(
 # ---- shared by the commands
 
 
-def _side(folder: Path) -> ComparedModel:
+def _side(folder: Path, verify: bool) -> ComparedModel:
     from matmorph.report.comparing import ComparedModel
     from matmorph.report.reading import read_folder
 
-    return ComparedModel(str(folder), *read_folder(folder))
+    return ComparedModel(str(folder), *read_folder(folder, verify))
 
 
 def _write(path: Path, text: str) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, a file is wanted")
-    path.write_text(text, encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")  # else a full disk leaves an empty file
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _say(page: Path, show: bool) -> None:

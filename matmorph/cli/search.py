@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matmorph.cli.train import loader_of, metrics_of, readable_errors
+from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.errors import InputError
 from matmorph.runtime.format.artifact import SPEC
 from matmorph.runtime.targets import target_names
@@ -43,6 +44,7 @@ def search_command(
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads of one operator.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin anew where OUT exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Search a trained supernet for its best configuration.
 
@@ -51,16 +53,18 @@ def search_command(
     with readable_errors():
         from matmorph.runtime.batches import Batches
         from matmorph.runtime.evolution import SearchSettings, search
+        from matmorph.runtime.manifest import checked_file
         from matmorph.runtime.trainer import Trainer
 
         settings = SearchSettings(population, top, mutation, crossover, rate, rounds, limit, seed)
         found = loader_of(data, batch_size, 0, None)
         loader = found if not isinstance(found, Batches) else list(found)
-        trainer = Trainer(folder, provider, threads=threads)
+        trainer = Trainer(folder, provider, threads=threads, verify=verifying(no_verify, folder))
+        spec = folder / SPEC if no_verify else checked_file(folder, SPEC)
         trainer.load_parameters(trained)
         judge = _metric(folder, metric)
         result = search(trainer, loader, judge, settings, state=out / STATE, resume=resume, watch=None if as_json else _watch(settings))
-        _write(folder, out, trainer, result)
+        _write(folder, spec, out, trainer, result)
     _show(result, out, folder, "fitness" if metric not in (None, "accuracy") or judge is None else "accuracy", as_json)
 
 
@@ -105,7 +109,7 @@ def _watch(settings: SearchSettings) -> Watch | None:
     return show
 
 
-def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> None:
+def _write(folder: Path, spec_file: Path, out: Path, trainer: Trainer, result: SearchResult) -> None:
     """The spec of the best configuration, and its values."""
     from matmorph.folders.after_training import found_spec
     from matmorph.ir.adapter import read_adapters
@@ -117,7 +121,7 @@ def _write(folder: Path, out: Path, trainer: Trainer, result: SearchResult) -> N
 
     adapters = read_adapters(trainer.manifest.adapters, str(folder / TRAIN_MANIFEST))
     methods = method_table()
-    spec = load_spec(found_spec(load_spec(folder / SPEC, methods), adapters, result.named), methods)
+    spec = load_spec(found_spec(load_spec(spec_file, methods), adapters, result.named), methods)
     supernet = trainer.supernet
     if supernet is not None:
         write_tensors(out / VALUES, supernet.values(trainer.parameters(), result.best.configuration), {})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.errors import CheckError, InputError, did_you_mean
 from matmorph.runtime.targets import target_names
 
@@ -66,12 +67,13 @@ def train_command(
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads of one operator.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE of --out where it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Train on DATA what DIR was exported to train.
 
     The trained parameters go into one file, for `matmorph merge`; DIR stays as it is. Needs no torch."""
     refuse_existing_file(out, force)
-    settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads, "seed": seed}
+    settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads, "seed": seed, "verify": verifying(no_verify, folder)}
     began = time.perf_counter()
     with readable_errors():
         loader = loader_of(data, batch_size, seed, trim)
@@ -189,7 +191,7 @@ def metrics_of(folder: Path) -> dict[str, Metric]:
 
     manifest = read_train_manifest(folder)
     labels, loss, output = manifest.labels, manifest.loss, manifest.loss.output
-    if loss.name != "cross_entropy" or output is None:
+    if loss.name != "cross_entropy" or output not in [info.name for info in manifest.outputs] or not labels:
         return {}
 
     def right(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:

@@ -40,6 +40,7 @@ from matmorph.runtime.format.artifact import (
     with_file,
 )
 from matmorph.runtime.format.cases import Case, case_arrays
+from matmorph.runtime.format.reading import StoredError, read_json
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
@@ -165,8 +166,8 @@ def rewrite_page(folder: Path, html: str) -> None:
     """Another report.html into a folder, and its hash into the manifest where that lists the page. Each file is exchanged as a whole."""
     record = _exchanged(folder / PAGE, html.encode())
     try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(folder / MANIFEST, lambda found: found)
+    except StoredError:
         return  # no manifest, or a damaged one: `check` says so
     changed = with_file(data, PAGE, record)
     if changed is not None:
@@ -217,10 +218,9 @@ def refuse_existing(folder: str | Path, force: bool) -> None:
 def is_artifact(folder: Path) -> bool:
     """Whether the folder has a manifest.json that matmorph wrote."""
     try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / MANIFEST, is_manifest)
+    except StoredError:
         return False
-    return is_manifest(data)
 
 
 @contextlib.contextmanager

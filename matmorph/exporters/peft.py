@@ -17,7 +17,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -27,6 +26,8 @@ from matmorph.exporters.adapters import two_factors_of
 from matmorph.exporters.artifact import json_bytes, staged_folder
 from matmorph.ir.adapter import Adapter
 from matmorph.passes.methods.protocol import Methods, Peft, SiteMethod, site_method
+from matmorph.runtime.format.plain import ManifestError, from_plain, typed
+from matmorph.runtime.format.reading import StoredError, inside, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -44,6 +45,15 @@ class _Module:
     @property
     def rank(self) -> int:
         return int(self.a.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """What adapter_config.json says of the scale; ranks are those of the factors."""
+
+    lora_alpha: float
+    alpha_pattern: Mapping[str, float] | None = None
+    use_rslora: bool | None = None
 
 
 # out
@@ -158,6 +168,7 @@ def read_peft(folder: str | os.PathLike[str], adapters: Sequence[Adapter], metho
     """
     config, tensors = _read(Path(folder))
     _refuse_config(Path(folder), config)
+    scaling = _scaling(Path(folder), config)
     known = {name: method.peft for name, method in methods.items() if isinstance(method, SiteMethod)}
     sites = {adapter.site: adapter for adapter in adapters if (peft := known.get(adapter.method)) is not None and peft.takes_in}
     found: dict[str, Tensor] = {}
@@ -168,9 +179,12 @@ def read_peft(folder: str | os.PathLike[str], adapters: Sequence[Adapter], metho
             raise InputError(f"{folder}: adapts {path}, and this model has no LoRA there{near}", [f"{len(sites)} matmuls have one"])
         if adapter.base == "own":
             raise InputError(f"{adapter.site}: starts from a part of the weight (init: pissa | olora), PEFT's factors do not", [_KAIMING])
-        scale = _scale_of(config, path, int(a.shape[0]))
-        found[adapter.consts["down"]] = _matrix(folder, path, a).T.contiguous()
-        found[adapter.consts["up"]] = (_matrix(folder, path, b).T * (scale / adapter.scale)).contiguous()
+        down, up = _matrix(folder, path, a), _matrix(folder, path, b)
+        if not down.shape[0] or down.shape[0] != up.shape[1]:
+            raise InputError(f"{Path(folder) / WEIGHTS}: the factors of {path} are {list(down.shape)} and {list(up.shape)}: of no rank")
+        scale = _scale_of(scaling, path, int(down.shape[0]))
+        found[adapter.consts["down"]] = down.T.contiguous()
+        found[adapter.consts["up"]] = (up.T * (scale / adapter.scale)).contiguous()
     return found
 
 
@@ -183,9 +197,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder}: no {CONFIG} in it, so it is no PEFT adapter")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read: {error}") from error
+        config = read_json(inside(folder, CONFIG), lambda data: typed(data, dict, "the settings"))
+        inside(folder, WEIGHTS)
+    except StoredError as error:
+        raise InputError(str(error)) from error
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise InputError(
@@ -194,7 +209,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         return config, load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of a header that is damaged, or a type that torch lacks
         raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
 
 
@@ -230,6 +245,19 @@ def _refuse_config(folder: Path, config: Any) -> None:
         raise InputError(f"{where}: r or lora_alpha is missing")
 
 
+def _scaling(folder: Path, config: Mapping[str, Any]) -> _Scaling:
+    where = folder / CONFIG
+    try:
+        found = from_plain(_Scaling, config)
+        for pattern in found.alpha_pattern or {}:
+            re.compile(pattern)
+    except ManifestError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (re.error, RecursionError) as error:
+        raise InputError(f"{where}: alpha_pattern: {pattern!r:.80} is no regular expression: {error}") from error
+    return found
+
+
 def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B by module path."""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -246,16 +274,18 @@ def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
 
 def _matrix(folder: Any, path: str, factor: Tensor) -> Tensor:
     """[rows, columns]; a convolution's kernel of one pixel has no more than that."""
+    if factor.ndim < 2 or not factor.is_floating_point():
+        raise InputError(f"{folder}: {path} has a factor that is no matrix of floats: {factor.dtype}{list(factor.shape)}")
     if set(factor.shape[2:]) - {1}:
         raise InputError(f"{folder}: {path} has factors of {list(factor.shape)}: convolutions with larger kernels cannot be taken in")
     return factor.reshape(factor.shape[:2])
 
 
-def _scale_of(config: Mapping[str, Any], path: str, rank: int) -> float:
-    alpha = float(_of_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
-    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+def _scale_of(scaling: _Scaling, path: str, rank: int) -> float:
+    alpha = _of_pattern(scaling.alpha_pattern or {}, path, scaling.lora_alpha)
+    return alpha / (sqrt(rank) if scaling.use_rslora else rank)
 
 
-def _of_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+def _of_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
     """As PEFT looks it up: a key is a regular expression for the end of a path."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)

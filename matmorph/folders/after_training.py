@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from matmorph.errors import InputError
@@ -53,12 +54,11 @@ def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
         path = found[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path), str(path)
-    except SafetensorError as error:
+    except Exception as error:  # of a header that is damaged, or a type that torch lacks
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
@@ -177,7 +177,7 @@ def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
 # back out of a merged folder
 
 
-def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: Path) -> dict[str, float]:
+def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: Path, verify: bool = True) -> dict[str, float]:
     """Writes trained values of `graph` (a reopened training folder) that give the weights of the folder `merged`: factors, and every other
     parameter that differs. Per site, the share of the difference that the factors do not hold.
 
@@ -186,7 +186,7 @@ def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: 
     _refuse_unfit(adapters)
     sites = {site.path: site for site in find_sites(graph)}
     state = {const.path: const for const in graph.state}
-    weights = initializers(merged)
+    weights = initializers(merged, verify)
     values: dict[str, Tensor] = {}
     rest: dict[str, float] = {}
     taken: set[str] = set()
@@ -198,8 +198,21 @@ def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: 
         factors, rest[adapter.site] = factors_of(_read(site, weights, name, merged), site.weight().detach(), adapter, rank)
         values.update({adapter.consts[part]: factor.float().contiguous() for part, factor in factors.items()})
     values.update(_others(state, weights, taken))
-    save_file(values, out)
+    write_values(out, values)
     return rest
+
+
+def write_values(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Trained values as a .safetensors file, whole or not at all. InputError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(save(dict(values)))
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _refuse_unfit(adapters: Sequence[Adapter]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from matmorph.errors import InputError
@@ -20,7 +21,7 @@ from matmorph.exporters.peft import CONFIG, read_peft
 from matmorph.folders.job import Job
 from matmorph.ir.adapter import Adapter, read_adapters
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.text.printing import parse_graph
+from matmorph.ir.text.reading import read_graph
 from matmorph.passes.methods import all_methods, method_table
 from matmorph.report.reading import read_report
 from matmorph.runtime.adapters import read_adapter
@@ -28,10 +29,12 @@ from matmorph.runtime.check import read_cases
 from matmorph.runtime.checkpoint import read_tensors
 from matmorph.runtime.errors import AdapterError, InputMismatch, SessionError
 from matmorph.runtime.format.adapters import ADAPTER_SUFFIX, Slots
-from matmorph.runtime.format.artifact import DATA, GRAPH, MODEL, REPORT, SPEC, Manifest
+from matmorph.runtime.format.artifact import CHECK_VECTORS, DATA, GRAPH, MODEL, REPORT, SPEC, Manifest
+from matmorph.runtime.format.folder import StoredFolder
+from matmorph.runtime.format.reading import StoredError, reading
 from matmorph.runtime.format.training import TRAIN_MANIFEST, TrainManifest
-from matmorph.runtime.manifest import read_manifest
-from matmorph.runtime.train_manifest import read_train_manifest
+from matmorph.runtime.manifest import open_folder
+from matmorph.runtime.train_manifest import open_training, read_train_manifest
 from matmorph.runtime.train_values import belonging
 from matmorph.specs.load import load_spec
 
@@ -40,61 +43,71 @@ _CLASS = re.compile(r'^(?:result|call) .*"[\w.]+\.\w+" ', re.MULTILINE)
 (decision A10)."""
 
 
-def reopen(folder: Path) -> tuple[Job, tuple[Adapter, ...]]:
+def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]:
     """The compiled model of a folder, with its values as training started, and its table of adapters. Weights are mapped, not read.
 
-    InputError for a folder without training graphs, and for one that is damaged.
+    verify: every file that is read must be what the manifest lists. InputError for a folder without training graphs, and for one that is
+    damaged.
     """
-    train = _train_manifest(folder)
-    text = _text(folder / GRAPH)
-    lines = [line for line in text.splitlines(keepends=True) if not _CLASS.match(line)]
-    plain = parse_graph("".join(lines))
-    weights = _Weights({const.path: const for const in plain.state}, folder, train.initial)
-    graph = parse_graph("".join(lines), weights)
+    with _stored_errors():
+        train, _ = open_training(folder, verify)
+        manifest, stored = open_folder(folder, verify)
+        graph_file, report_file, spec_file = (stored.checked(name) for name in (GRAPH, REPORT, SPEC))
+        stored.checked(CHECK_VECTORS)
+    plain = read_graph(graph_file, _no_class)
+    weights = _Weights({const.path: const for const in plain.state}, stored, train.initial)
+    graph = read_graph(graph_file, _no_class, weights)
     missing = [const.path for const in graph.used_state() if const.path not in weights]
     if missing:
         raise InputError(f"{folder}: no file in it holds the weight {missing[0]} of {GRAPH}")
-    spec = load_spec(folder / SPEC, method_table())
-    report, manifest = read_report(folder / REPORT), _manifest(folder)
+    spec = load_spec(spec_file, method_table())
     source = None if manifest.source is None else manifest.source.weights_sha256
-    adapters = read_adapters(train.adapters, str(folder / TRAIN_MANIFEST))
-    job = Job(spec, graph, graph, report, _examples(folder, manifest, graph), {}, {}, source_sha256=source, adapters=adapters)
+    adapters = _fitting(read_adapters(train.adapters, str(folder / TRAIN_MANIFEST)), graph, folder / TRAIN_MANIFEST)
+    examples = _examples(folder, manifest, graph)
+    job = Job(spec, graph, graph, read_report(report_file), examples, {}, {}, source_sha256=source, adapters=adapters)
     return job, adapters
 
 
-def _train_manifest(folder: Path) -> TrainManifest:
+def _no_class(line: str) -> bool:
+    return _CLASS.match(line) is None
+
+
+@contextmanager
+def _stored_errors() -> Iterator[None]:
+    """Errors of the runtime and of its readers as those of the compiler."""
     try:
-        return read_train_manifest(folder)
-    except SessionError as error:
+        yield
+    except (SessionError, StoredError) as error:
         raise InputError(str(error)) from error
 
 
-def _manifest(folder: Path) -> Manifest:
-    try:
-        return read_manifest(folder)
-    except SessionError as error:
-        raise InputError(str(error)) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+def _fitting(adapters: tuple[Adapter, ...], graph: Graph, path: Path) -> tuple[Adapter, ...]:
+    """The adapters, whose weights and methods exist. InputError."""
+    state, methods = {const.path for const in graph.state}, all_methods()
+    for adapter in adapters:
+        missing = [name for name in (*adapter.consts.values(), *adapter.base_consts.values()) if name not in state]
+        if missing or adapter.method not in methods:
+            lacking = f"weight {missing[0]!r:.80}" if missing else f"method {adapter.method!r:.80}"
+            raise InputError(f"{path}: the adapter at {adapter.site:.80} has no {lacking} here")
+    return adapters
 
 
 class _Weights(Mapping[str, torch.Tensor]):
     """Tensors by dotted name, in the type of the graph, mapped from the folder's data file. Where training starts comes first."""
 
-    def __init__(self, consts: Mapping[str, Const], folder: Path, initial: str) -> None:
+    def __init__(self, consts: Mapping[str, Const], stored: StoredFolder, initial: str) -> None:
         self._consts = consts
-        self._first = _safetensors(folder / initial)
+        with _stored_errors():
+            self._first = _safetensors(stored.checked(initial))
         self._rest: dict[str, onnx.TensorProto] = {}
-        for path in sorted(folder.glob("*.onnx")):
-            for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        for name in sorted(name for name in stored.files if name.endswith(".onnx")):
+            for tensor in _initializers(stored, name):
                 if tensor.name in consts and list(tensor.dims) == [int(d) for d in consts[tensor.name].tensor.shape]:
                     self._rest.setdefault(tensor.name, tensor)
-        self._data = folder / DATA
+        self._data = stored.path / DATA
+        if any(tensor.external_data for tensor in self._rest.values()):
+            with _stored_errors():
+                stored.checked(DATA)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._first[name] if name in self._first else _mapped(self._rest[name], self._data)
@@ -107,37 +120,57 @@ class _Weights(Mapping[str, torch.Tensor]):
         return len({**self._rest, **self._first})
 
 
-def initializers(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of `folder/model.onnx` by name. InputError where there is no such file."""
-    path = folder / MODEL
-    if not path.is_file():
-        raise InputError(f"{path}: missing, so {folder} is no artefact folder")
-    return {tensor.name: _mapped(tensor, folder / DATA) for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+def initializers(folder: Path, verify: bool = True) -> dict[str, torch.Tensor]:
+    """The weights of `folder/model.onnx` by name. InputError where there is no such file, and as `reopen`."""
+    if not (folder / MODEL).is_file():
+        raise InputError(f"{folder / MODEL}: missing, so {folder} is no artefact folder")
+    with _stored_errors():
+        _, stored = open_folder(folder, verify)
+        tensors = _initializers(stored, MODEL)
+        if any(tensor.external_data for tensor in tensors):
+            stored.checked(DATA)
+    return {tensor.name: _mapped(tensor, folder / DATA) for tensor in tensors}
+
+
+def _initializers(stored: StoredFolder, name: str) -> list[onnx.TensorProto]:
+    with _stored_errors():
+        path = stored.checked(name)
+        with reading(path):
+            return list(onnx.load(path, load_external_data=False).graph.initializer)
 
 
 def _mapped(tensor: onnx.TensorProto, data: Path) -> torch.Tensor:
-    """One initializer as a torch tensor on the mapped bytes of the data file; bfloat16, which numpy does not have, through its bits."""
+    """One initializer as a torch tensor on the mapped bytes of the data file; bfloat16, which numpy does not have, through its bits.
+    InputError for a place that is not in the file."""
     place = {entry.key: entry.value for entry in tensor.external_data}
-    if tensor.data_type == onnx.TensorProto.BFLOAT16 and place:
-        return torch.from_numpy(np.array(_bytes(data, place, np.int16, tensor))).view(torch.bfloat16)
-    if not place:
-        return torch.from_numpy(np.array(onnx.numpy_helper.to_array(tensor)))
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return torch.from_numpy(np.array(_bytes(data, place, dtype, tensor)))
+    with _stored_errors(), reading(data):
+        if not place:
+            return torch.from_numpy(np.array(onnx.numpy_helper.to_array(tensor)))
+        if tensor.data_type == onnx.TensorProto.BFLOAT16:
+            return torch.from_numpy(_bytes(data, place, np.dtype(np.int16), tensor)).view(torch.bfloat16)
+        return torch.from_numpy(_bytes(data, place, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tensor))
 
 
-def _bytes(data: Path, place: Mapping[str, str], dtype: Any, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
-    return np.memmap(data, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+def _bytes(data: Path, place: Mapping[str, str], dtype: np.dtype[Any], tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
+    where = f"{tensor.name!r:.80}: "
+    if place.get("location") != data.name:
+        raise StoredError(
+            f"{data.with_name(MODEL)}: {where}lies in {place.get('location')!r:.80}, which is not read; weights lie in {DATA}"
+        )
+    offset = place.get("offset", "0")
+    size = prod(tensor.dims) * dtype.itemsize
+    if not offset.isdecimal() or min(tensor.dims, default=1) < 0 or int(offset[:20]) + size > data.stat().st_size:
+        raise StoredError(f"{data}: {where}{size} bytes at {offset:.20} are not in the file")
+    return np.array(np.memmap(data, dtype, "r", int(offset), tuple(tensor.dims)))
 
 
 def _examples(folder: Path, manifest: Manifest, graph: Graph) -> tuple[torch.Tensor, ...]:
     """The inputs of the first check case, in the graph's order and types."""
-    try:
+    path = folder / CHECK_VECTORS
+    with _stored_errors(), reading(path):
         case = read_cases(folder, manifest)[0]
-    except SessionError as error:
-        raise InputError(str(error)) from error
-    entries = [entry for entry in graph.signature.inputs if entry.value is not None]
-    return tuple(torch.from_numpy(case.inputs[entry.name]).to(value.tensor.torch_dtype) for entry in entries if (value := entry.value))
+        entries = [entry for entry in graph.signature.inputs if entry.value is not None]
+        return tuple(torch.from_numpy(case.inputs[entry.name]).to(value.tensor.torch_dtype) for entry in entries if (value := entry.value))
 
 
 # values
@@ -154,7 +187,10 @@ def read_trained(folder: Path, graph: Graph, adapters: Sequence[Adapter], source
         return read_peft(source, adapters, all_methods(), prefix=prefix)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    return _of_adapter(source, graph, adapters) if source.suffix == ADAPTER_SUFFIX else _of_tensors(source, _train_manifest(folder))
+    if source.suffix == ADAPTER_SUFFIX:
+        return _of_adapter(source, graph, adapters)
+    with _stored_errors():
+        return _of_tensors(source, read_train_manifest(folder))
 
 
 def _of_tensors(source: Path, train: TrainManifest) -> Mapping[str, Any]:
@@ -190,6 +226,6 @@ def _of_adapter(source: Path, graph: Graph, adapters: Sequence[Adapter]) -> Mapp
 def _safetensors(path: Path) -> Mapping[str, Any]:
     try:
         tensors: Mapping[str, Any] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of a header that is damaged, or a type that torch lacks
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
     return tensors

@@ -8,6 +8,7 @@ from typing import Any
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Graph
+from matmorph.runtime.format.plain import ManifestError, from_plain, typed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +53,6 @@ def as_data(adapters: Iterable[Adapter]) -> list[dict[str, Any]]:
 def read_adapters(data: Any, where: str) -> tuple[Adapter, ...]:
     """The adapters from plain data. InputError naming `where` (a file) for what is none."""
     try:
-        return tuple(Adapter(**entry) for entry in data)
-    except TypeError as error:
+        return tuple(from_plain(Adapter, entry, f"adapters[{index}]") for index, entry in enumerate(typed(data, list, "adapters")))
+    except ManifestError as error:
         raise InputError(f"{where}: its table of adapters cannot be read: {error}") from error

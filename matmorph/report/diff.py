@@ -11,7 +11,9 @@ from pathlib import Path
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Origin, Value
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.ir.text.printing import format_node, format_value, parse_graph
+from matmorph.ir.text.printing import format_node, format_value
+from matmorph.ir.text.reading import read_graph
+from matmorph.report.reading import listed_file
 from matmorph.runtime.format.artifact import GRAPH, SOURCE_GRAPH
 
 
@@ -53,23 +55,17 @@ def difference(source: Graph, graph: Graph, path: str, around: int = 1) -> Diffe
     return Difference(path, DiffSide(before, frozenset(gone) & frozenset(before)), DiffSide(after, frozenset(new) & frozenset(after)))
 
 
-def read_graphs(folder: Path) -> tuple[Graph, Graph]:
+def read_graphs(folder: Path, verify: bool = True) -> tuple[Graph, Graph]:
     """The graphs of an artefact folder, of the source and as rewritten; their weights cannot be loaded. InputError where they are missing
-    or damaged."""
-    return _read(folder / SOURCE_GRAPH), _read(folder / GRAPH)
+    or damaged; with `verify` also where they are not those that the manifest lists."""
+    return _read(listed_file(folder, SOURCE_GRAPH, verify)), _read(listed_file(folder, GRAPH, verify))
 
 
 def _read(path: Path) -> Graph:
     if not path.is_file():
         raise InputError(f"{path}: missing", ["folders that `matmorph compile` writes hold it since version 0.1"])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    try:  # what the model is called with does not matter here, and its classes may be those of a package that is not installed
-        return parse_graph("".join(line for line in text.splitlines(keepends=True) if not line.startswith(("call ", "result "))))
-    except InputError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    # what the model is called with does not matter here, and its classes may be those of a package that is not installed
+    return read_graph(path, lambda line: not line.startswith(("call ", "result ")))
 
 
 def changes(source: Graph, graph: Graph) -> tuple[list[Node], list[Node]]:

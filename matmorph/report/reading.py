@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matmorph.errors import InputError
-from matmorph.ir.site import Bound, Sample, Spectrum
-from matmorph.report.model import Parity, PartRow, Report, SiteRow, Totals
+from matmorph.report.model import Report
 from matmorph.runtime.format.artifact import MANIFEST, PAGE, PARETO, REPORT, RUN, SPEC, shown
-
-T = TypeVar("T")
+from matmorph.runtime.format.folder import StoredFolder
+from matmorph.runtime.format.plain import ManifestError, check_numbers, from_plain, typed
+from matmorph.runtime.format.reading import StoredError, read_json, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +27,23 @@ class Context:
     pareto: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_folder(folder: Path) -> tuple[Report, Context]:
-    """The report of an artefact folder and what goes with it. InputError where there is no report, or one that cannot be read; what else
-    is missing or damaged is left empty (`matmorph verify` judges that)."""
+def read_folder(folder: Path, verify: bool = True) -> tuple[Report, Context]:
+    """The report of an artefact folder and what goes with it. InputError where there is no report, or one that cannot be read or, with
+    `verify`, is not the one that the manifest lists; what else is missing or damaged is left empty (`matmorph verify` judges that)."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not (folder / REPORT).is_file():
         raise InputError(f"{folder}: not an artefact folder ({REPORT} is missing)", ["name a folder that `matmorph compile` wrote"])
-    return read_report(folder / REPORT), read_context(folder)
+    return read_report(listed_file(folder, REPORT, verify)), read_context(folder)
+
+
+def listed_file(folder: Path, name: str, verify: bool) -> Path:
+    """The path of a file, which is as the manifest says, where that says something of it. InputError."""
+    stored = StoredFolder(folder, shown(_table(folder / MANIFEST))[1], MANIFEST, verify)
+    try:
+        return stored.checked(name) if name in stored.files else folder / name
+    except StoredError as error:
+        raise InputError(str(error)) from error
 
 
 def read_context(folder: Path) -> Context:
@@ -54,54 +62,28 @@ def read_context(folder: Path) -> Context:
 def read_report(path: Path) -> Report:
     """report.json as the Report that it was written from. InputError for a file that is none; keys that are not known are left out."""
     try:
-        return _report(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _report(data: Mapping[str, Any]) -> Report:
-    parity = data.get("parity")
-    return _known(
-        Report,
-        {
-            **data,
-            "sites": tuple(_row(row) for row in data["sites"]),
-            "totals": _known(Totals, data["totals"]),
-            "parity": _known(Parity, parity) if parity else None,
-        },
-    )
-
-
-def _row(data: Mapping[str, Any]) -> SiteRow:
-    bound, spectrum, sample = data.get("bound"), data.get("spectrum"), data.get("sample")
-    return _known(
-        SiteRow,
-        {
-            **data,
-            "parts": tuple(_known(PartRow, part) for part in data["parts"]),
-            "bound": _known(Bound, bound) if bound else None,
-            "spectrum": _known(Spectrum, spectrum) if spectrum else None,
-            "sample": _known(Sample, sample) if sample else None,
-        },
-    )
-
-
-def _known(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A dataclass from plain data, lists as the tuples that they were."""
-    names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in names})
+        return from_plain(Report, read_json(path, lambda data: data))
+    except StoredError as error:
+        raise InputError(str(error)) from error
+    except ManifestError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return read_text(path)
+    except StoredError:
         return ""
 
 
 def _table(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(_text(path) or "{}")
-    except ValueError:
+        return read_json(path, _checked_table)
+    except StoredError:
         return {}
-    return data if isinstance(data, dict) else {}
+
+
+def _checked_table(data: Any) -> Mapping[str, Any]:
+    check_numbers(data, "")
+    table: Mapping[str, Any] = typed(data, dict, "")
+    return table

@@ -19,8 +19,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from matmorph.runtime.errors import CheckpointError
+from matmorph.runtime.errors import CheckpointError, first_line
 from matmorph.runtime.feeds import Array
+from matmorph.runtime.format.plain import typed
+from matmorph.runtime.format.reading import StoredError, parse_json
 
 CHECKPOINT_FORMAT = 1
 """Version of a checkpoint, which only this module writes and reads."""
@@ -58,13 +60,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[s
         with safetensors.safe_open(file, framework="np") as archive:
             metadata = archive.metadata() or {}
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - it cannot be iterated
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    except Exception as error:  # of a header that is damaged, or a type that numpy lacks
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}") from error
+    if _KEY not in metadata:
+        raise CheckpointError(f"{file}: not a checkpoint of matmorph (its metadata has no {_KEY!r})")
     try:
-        about = json.loads(metadata.get(_KEY, ""))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a checkpoint of matmorph (its metadata has no {_KEY!r})") from error
-    if not isinstance(about, dict) or about.get("format") != CHECKPOINT_FORMAT:
+        about = parse_json(metadata[_KEY], file, lambda data: typed(data, dict, _KEY))
+    except StoredError as error:
+        raise CheckpointError(str(error)) from error
+    if about.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{file}: this matmorph reads checkpoints of format {CHECKPOINT_FORMAT}, the file has another")
     return tensors, about
 

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.runtime.errors import CheckpointError, InputMismatch
+from matmorph.runtime.format.artifact import of_format
+from matmorph.runtime.format.plain import from_plain, typed
+from matmorph.runtime.format.reading import StoredError, read_json
 from matmorph.runtime.supernet import Configuration, Supernet
 
 if TYPE_CHECKING:
@@ -248,6 +251,19 @@ def _within(supernet: Supernet, configuration: Configuration, limit: int | None,
 
 
 @dataclass(frozen=True, slots=True)
+class _Entry:
+    """A judged configuration as it stands in the file; `words`: a digit per tensor."""
+
+    words: str
+    fitness: float
+
+
+def _state(data: Any) -> tuple[Mapping[str, Any], tuple[_Entry, ...]]:
+    table = of_format(data, SEARCH_FORMAT, "search")
+    return table, tuple(from_plain(_Entry, one, f"scored[{k}]") for k, one in enumerate(typed(table.get("scored"), list, "scored")))
+
+
+@dataclass(frozen=True, slots=True)
 class _Keeper:
     """The file of a search."""
 
@@ -300,21 +316,17 @@ class _Keeper:
         if self.path is None:
             raise InputMismatch("resume needs the state of a search to go on from")
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format"] != SEARCH_FORMAT:
-                raise CheckpointError(f"{self.path}: this matmorph reads format {SEARCH_FORMAT}, the file has {data['format']!r}")
-            entries = [(str(one["words"]), float(one["fitness"])) for one in data["scored"]]
-            there = {key: data.get(key) for key in self._belongs()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read as the state of a search: {error}") from error
+            data, entries = read_json(self.path, _state)
+        except StoredError as error:
+            raise CheckpointError(f"{error} (read as the state of a search)") from error
         for key, here in self._belongs().items():
-            if there[key] != here:
-                raise CheckpointError(f"{self.path}: belongs to another search: its {key} is {there[key]}, here {here}")
-        return {self._configuration(words): fitness for words, fitness in entries}
+            if data.get(key) != here:
+                raise CheckpointError(f"{self.path}: belongs to another search: its {key} is {data.get(key)!r:.80}, here {here}")
+        return {self._configuration(one.words): one.fitness for one in entries}
 
     def _configuration(self, text: str) -> Configuration:
         tensors = [tensor for site in self.supernet.sites for tensor in site.tensors]
-        if len(text) != len(tensors) or not text.isdigit():
+        if len(text) != len(tensors) or not (text.isascii() and text.isdigit()):
             raise CheckpointError(f"{self.path}: an entry does not fit the supernet: {text!r:.40}")
         try:
             flat = [tensor.words[int(letter)] for tensor, letter in zip(tensors, text, strict=True)]

@@ -113,11 +113,17 @@ _ARITHMETIC: Mapping[type, Callable[[int, int], int]] = {
 }
 
 
+_LONGEST, _LARGEST_POWER, _LARGEST_BASE = 2000, 16, 1 << 64
+"""Of an expression that a manifest gives: what it takes to evaluate it is bounded."""
+
+
 def size_of(expression: str, sizes: Mapping[str, int]) -> int | None:
     """The value of `2*seq + 1`; None, and then nothing is checked, where a name has no size or this is more than integer arithmetic."""
+    if len(expression) > _LONGEST:
+        return None
     try:
         return _evaluate(ast.parse(expression, mode="eval").body, sizes)
-    except (KeyError, SyntaxError, ZeroDivisionError):
+    except (KeyError, SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
@@ -127,5 +133,8 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(node, ast.Name):
         return sizes[node.id]
     if isinstance(node, ast.BinOp):
-        return _ARITHMETIC[type(node.op)](_evaluate(node.left, sizes), _evaluate(node.right, sizes))
+        left, right = _evaluate(node.left, sizes), _evaluate(node.right, sizes)
+        if isinstance(node.op, ast.Pow) and not (0 <= right <= _LARGEST_POWER and abs(left) < _LARGEST_BASE):
+            raise KeyError("a power that no size has")
+        return _ARITHMETIC[type(node.op)](left, right)
     raise KeyError(type(node).__name__)

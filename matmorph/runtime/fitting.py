@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,8 +91,3 @@ def groups(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
             group.clear()
     if group:
         yield tuple(group)
-
-
-def position_from(data: Mapping[str, Any] | None) -> RunPosition | None:
-    """What `RunPosition.to_dict` gave."""
-    return None if data is None else RunPosition(**data)

@@ -1,16 +1,17 @@
-"""`manifest.json` of an artefact folder, read."""
+"""`manifest.json` of an artefact folder, read, and the folder with it: whoever reads a file of one asks here for its path."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from matmorph.runtime.errors import ArtifactError
-from matmorph.runtime.format.artifact import MANIFEST, MODEL, Manifest
-from matmorph.runtime.format.plain import ManifestError
+from matmorph.runtime.format import reading
+from matmorph.runtime.format.artifact import DATA, MANIFEST, MODEL, Manifest
+from matmorph.runtime.format.folder import StoredFolder
 
 T = TypeVar("T")
 
@@ -30,18 +31,42 @@ def artifact_folder(folder: str | os.PathLike[str]) -> Path:
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Reads `folder/manifest.json`. Raises ArtifactError with the file's path and what is wrong in it."""
     path = artifact_folder(folder) / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing")
+    with stored_errors():
+        reading.inside(path.parent, MANIFEST)
     return read_json(path, Manifest.from_dict)
+
+
+def open_folder(folder: str | os.PathLike[str], verify: bool = True) -> tuple[Manifest, StoredFolder]:
+    """(the manifest, the folder whose files are held against it). Raises ArtifactError."""
+    manifest = read_manifest(folder)
+    return manifest, StoredFolder(Path(folder), manifest.files, MANIFEST, verify)
+
+
+def checked_model(stored: StoredFolder) -> Path:
+    """The path of model.onnx, which is as it was written, and so is its data file. Raises ArtifactError."""
+    with stored_errors():
+        path = stored.checked(MODEL)
+        if DATA in stored.files:
+            stored.checked(DATA)
+    return path
+
+
+def checked_file(folder: str | os.PathLike[str], name: str) -> Path:
+    """The path of one file of a folder, which is as the manifest says. Raises ArtifactError."""
+    with stored_errors():
+        return open_folder(folder)[1].checked(name)
 
 
 def read_json(path: Path, read: Callable[[Any], T]) -> T:
     """What `read` makes of the data. Raises ArtifactError, with the path, for an unreadable file and for a ManifestError of `read`."""
+    with stored_errors():
+        return reading.read_json(path, read)
+
+
+@contextmanager
+def stored_errors() -> Iterator[None]:
+    """StoredError as ArtifactError, which users of the runtime know."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
-    try:
-        return read(data)
-    except ManifestError as error:
-        raise ArtifactError(f"{path}: {error}") from error
+        yield
+    except reading.StoredError as error:
+        raise ArtifactError(str(error)) from error

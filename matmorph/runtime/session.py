@@ -14,8 +14,8 @@ import onnxruntime
 from matmorph.runtime.adapters import LoadedAdapter, load_adapter, read_slots
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
-from matmorph.runtime.format.artifact import MODEL, Manifest, TensorInfo
-from matmorph.runtime.manifest import read_manifest
+from matmorph.runtime.format.artifact import Manifest, TensorInfo
+from matmorph.runtime.manifest import checked_model, open_folder
 from matmorph.runtime.providers import Provider, name_of, requested
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.target import Target
@@ -31,9 +31,10 @@ class Session:
 
     `providers`: None takes CUDA when it truly loads, else CPU and says so through `log`. A list ("cpu", "cuda", ONNX Runtime's own names,
     or pairs of name and options) is taken as it stands. `threads`: CPU threads of one operator (None: ONNX Runtime decides).
-    `optimize=False` switches graph optimisations off. `session_options` replaces both.
+    `optimize=False` switches graph optimisations off. `session_options` replaces both. `verify=False`: sizes and hashes of the model and
+    its data are not held against the manifest before they are loaded.
 
-    Raises ArtifactError (folder, manifest or model), ProviderError (a provider that was asked for did not load).
+    Raises ArtifactError (folder, manifest or model, a file that changed), ProviderError (a provider that was asked for did not load).
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Session:
         optimize: bool = True,
         session_options: onnxruntime.SessionOptions | None = None,
         log: Callable[[str], None] = to_stderr,
+        verify: bool = True,
     ) -> None:
-        self._manifest = read_manifest(folder)
+        self._manifest, stored = open_folder(folder, verify)
         for info in self._manifest.inputs:
             check_dtype(info)
-        path = Path(folder) / MODEL
+        path = checked_model(stored)
         self._folder = Path(folder)
         self._adapter: LoadedAdapter | None = None
         self._mine = threading.local()

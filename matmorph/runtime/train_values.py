@@ -12,9 +12,11 @@ import safetensors
 import safetensors.numpy
 
 from matmorph.runtime.checkpoint import read_tensors
-from matmorph.runtime.errors import ArtifactError, InputMismatch, nearest
+from matmorph.runtime.errors import ArtifactError, InputMismatch, first_line, nearest
 from matmorph.runtime.feeds import Array
+from matmorph.runtime.format.folder import StoredFolder
 from matmorph.runtime.format.training import THETA, TRAIN_MANIFEST, TrainManifest
+from matmorph.runtime.manifest import stored_errors
 
 Mask = Mapping[str, Array] | Array
 """1 trains, 0 does not: a flat vector [n], or arrays by parameter name (of its shape, or one number); what is not named trains."""
@@ -22,36 +24,23 @@ SegmentFactors = Mapping[str, float] | Array
 """One factor per segment: an array [segments], or numbers by segment name; what is not named has 1."""
 
 
-def check_files(folder: Path, manifest: TrainManifest) -> None:
-    """Raises ArtifactError for a listed file that is missing or has another size: a copy that was cut off."""
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing")
-        if path.stat().st_size != record.bytes:
-            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, {TRAIN_MANIFEST} says {record.bytes}")
-
-
-def initial_theta(folder: Path, manifest: TrainManifest) -> Array:
+def initial_theta(stored: StoredFolder, manifest: TrainManifest) -> Array:
     """The flat vector as training starts, float32 [n]. Raises ArtifactError for a file that does not hold it."""
-    path = folder / manifest.initial
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing")
+    with stored_errors():
+        path = stored.checked(manifest.initial)
     try:
         tensors = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:  # of a header that is damaged, or a type that numpy lacks
+        raise ArtifactError(f"{path}: cannot be read: {first_line(error)}") from error
     wrong = sorted({one.name for one in manifest.parameters} ^ set(tensors))
     if wrong:
         raise ArtifactError(f"{path}: does not hold the trainable parameters of {TRAIN_MANIFEST}; differs in {', '.join(wrong[:5])}")
-    theta = np.empty(manifest.length, np.float32)
     for one in manifest.parameters:
         tensor = tensors[one.name]
         if tensor.shape != one.shape or tensor.dtype != np.float32:
             expected = f"float32{list(one.shape)}"
             raise ArtifactError(f"{path}: {one.name} is {tensor.dtype}{list(tensor.shape)}, {TRAIN_MANIFEST} says {expected}")
-        theta[one.offset : one.offset + one.size] = tensor.reshape(-1)
-    return theta
+    return np.concatenate([tensors[one.name].reshape(-1) for one in manifest.parameters])  # they lie one after the other
 
 
 def put_in(manifest: TrainManifest, theta: Array, source: Mapping[str, Array] | str | os.PathLike[str]) -> Array:

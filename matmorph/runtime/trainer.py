@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,21 @@ from matmorph.runtime.batches import Batch, Loader, epoch_batches
 from matmorph.runtime.checkpoint import read_tensors, write_tensors
 from matmorph.runtime.errors import CheckpointError, InputMismatch, TrainingError
 from matmorph.runtime.feeds import Array, check_feeds
-from matmorph.runtime.fitting import FitPlan, RunPosition, StepInfo, groups, plan_fit, position_from
+from matmorph.runtime.fitting import FitPlan, RunPosition, StepInfo, groups, plan_fit
+from matmorph.runtime.format.plain import to_plain
 from matmorph.runtime.format.training import THETA, TrainManifest
 from matmorph.runtime.labels import check_labels
+from matmorph.runtime.manifest import stored_errors
 from matmorph.runtime.progress import ProgressLine
 from matmorph.runtime.providers import Provider
-from matmorph.runtime.scaling import MAX_SKIPS, LossScale, initial_scale
+from matmorph.runtime.resuming import OPTIONAL, Settings, State, check_vectors, read_state
+from matmorph.runtime.scaling import MAX_SKIPS, initial_scale
 from matmorph.runtime.schedules import Schedule
 from matmorph.runtime.session import check_dtype, to_stderr
 from matmorph.runtime.supernet import Chooser, Configuration, Named, Supernet, supernet_of
 from matmorph.runtime.train_graphs import ApplyGraph, EvalGraph, GradGraph, Sessions, StateVectors
-from matmorph.runtime.train_manifest import read_train_manifest
-from matmorph.runtime.train_values import Mask, SegmentFactors, check_files, flat_factors, flat_mask, initial_theta, named, put_in
+from matmorph.runtime.train_manifest import open_training, read_train_manifest
+from matmorph.runtime.train_values import Mask, SegmentFactors, flat_factors, flat_mask, initial_theta, named, put_in
 
 AllReduce = Callable[[Array], None]
 """Replaces a float32 vector by its sum over all processes, in place."""
@@ -43,8 +46,7 @@ Callback = Callable[["Trainer", StepInfo], bool | None]
 """Called after each update; a true result ends `fit`."""
 Metric = Callable[[Mapping[str, Array], Batch], Any]
 """(outputs, batch) -> an array of figures, for instance whether each row was right; `evaluate` gives the mean over all of them."""
-_OPTIONAL = ("mask", "segment_lr", "segment_decay")
-_SETTINGS = ("lr", "weight_decay", "clip", "max_skips", "seed", "configuration")
+_SETTINGS = tuple(entry.name for entry in fields(Settings))
 
 
 class Trainer:
@@ -59,9 +61,10 @@ class Trainer:
     vector [n + 2] (gradient times count, count, loss times count) and must replace it by the sum over the processes.
 
     A supernet (`glora: {search: true}`) trains one configuration per step, drawn from `seed` and the step's number, and leaves all other
-    parameters and their moments as they are; `configuration` trains one throughout.
+    parameters and their moments as they are; `configuration` trains one throughout. `verify=False` leaves out the sizes and hashes of the
+    folder's files.
 
-    Raises ArtifactError (folder, train.json or graphs), ProviderError, InputMismatch (a setting that does not work).
+    Raises ArtifactError (folder, train.json or graphs, a file that changed), ProviderError, InputMismatch (a setting that does not work).
     """
 
     def __init__(
@@ -82,10 +85,14 @@ class Trainer:
         configuration: Named | None = None,
         threads: int | None = None,
         log: Callable[[str], None] = to_stderr,
+        verify: bool = True,
     ) -> None:
         self._alone, self._fitting = threading.RLock(), threading.Lock()
-        self._folder, self._manifest = Path(folder), read_train_manifest(folder)
-        check_files(self._folder, self._manifest)
+        self._folder = Path(folder)
+        self._manifest, stored = open_training(folder, verify)
+        with stored_errors():
+            stored.check_all(self._manifest.files)
+        theta = initial_theta(stored, self._manifest)
         for info in self._manifest.inputs:
             check_dtype(info)
         optimizer = self._manifest.optimizer
@@ -104,7 +111,7 @@ class Trainer:
         self._apply = ApplyGraph(self._sessions, self._manifest, self._optional)
         self._eval: EvalGraph | None = None
         self._vectors = StateVectors((THETA, *self._manifest.states), self._manifest.length, self._grad.device)
-        self._vectors.set(THETA, initial_theta(self._folder, self._manifest))
+        self._vectors.set(THETA, theta)
         self._step = self._skips = self._epochs = 0
         self._position: RunPosition | None = None
         self._saved: tuple[int, Path] | None = None
@@ -287,17 +294,19 @@ class Trainer:
         read or belongs to another base, other parameters or another optimizer, and what `Trainer` raises.
         """
         tensors, about = read_tensors(checkpoint)
-        _check_belongs(Path(checkpoint), about, Path(folder), read_train_manifest(folder))
-        saved = {**about["settings"], **{name: tensors.pop(name) for name in _OPTIONAL if name in tensors}}
+        state, manifest = read_state(Path(checkpoint), about), read_train_manifest(folder)
+        _check_belongs(Path(checkpoint), state, Path(folder), manifest)
+        check_vectors(Path(checkpoint), tensors, manifest)
+        saved = {**to_plain(state.settings), **{name: tensors.pop(name) for name in OPTIONAL if name in tensors}}
         trainer = cls(folder, providers, **{**saved, **settings})
         for name, vector in tensors.items():
             trainer._vectors.set(name, vector)
-        counts = about["counts"]
-        trainer._step, trainer._skips, trainer._epochs = counts["step"], counts["skips"], counts["epochs"]
-        trainer._position = position_from(about["position"])
+        counts = state.counts
+        trainer._step, trainer._skips, trainer._epochs = counts.step, counts.skips, counts.epochs
+        trainer._position = state.position
         trainer._saved = (trainer._step, Path(checkpoint))
         if settings.get("loss_scale") is None:
-            trainer._scale = LossScale(**about["loss_scale"])
+            trainer._scale = state.loss_scale
         return trainer
 
     def _fingerprints(self) -> dict[str, Any]:
@@ -413,21 +422,18 @@ def _optional(
     return found if mask is None else {"mask": flat_mask(manifest, mask), **found}
 
 
-def _check_belongs(checkpoint: Path, about: Mapping[str, Any], folder: Path, manifest: TrainManifest) -> None:
+def _check_belongs(checkpoint: Path, state: State, folder: Path, manifest: TrainManifest) -> None:
     """Raises CheckpointError, naming what differs."""
-    if missing := {"settings", "counts", "loss_scale", "position"} - set(about):
-        raise CheckpointError(f"{checkpoint}: holds parameters, but no state to resume from ({', '.join(sorted(missing))} missing)")
     pairs = (
-        ("base", "fingerprint", manifest.fingerprint),
-        ("trainable parameters", "trainable_fingerprint", manifest.trainable_fingerprint),
+        ("base", "fingerprint", state.fingerprint, manifest.fingerprint),
+        ("trainable parameters", "trainable_fingerprint", state.trainable_fingerprint, manifest.trainable_fingerprint),
     )
-    for what, key, here in pairs:
-        if about.get(key) != here:
-            there = str(about.get(key))
+    for what, key, there, here in pairs:
+        if there != here:
             raise CheckpointError(
                 f"{checkpoint}: was trained on another model: the {key} of its {what} is {there:.16}, {folder} has {here:.16}"
             )
-    given = {key: value for key, value in dict(about.get("optimizer", {})).items() if key not in _SETTINGS}
+    given = {key: value for key, value in state.optimizer.items() if key not in _SETTINGS}
     wanted = {key: value for key, value in manifest.update_rule.items() if key not in _SETTINGS}
     differing = [key for key in {**given, **wanted} if given.get(key) != wanted.get(key)][:3]  # there may be one for every tensor
     if differing:

@@ -15,7 +15,7 @@ import numpy as np
 from matmorph.runtime.errors import ArtifactError, SessionError, first_line
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.cases import TrainingCase, TrainingVectors, read_training_arrays
-from matmorph.runtime.format.plain import ManifestError
+from matmorph.runtime.format.reading import read_arrays, reading
 from matmorph.runtime.format.training import (
     APPLY_MODEL,
     COUNT,
@@ -27,10 +27,12 @@ from matmorph.runtime.format.training import (
     THETA,
     TRAIN_CHECK_VECTORS,
     TRAIN_MANIFEST,
+    TrainManifest,
 )
+from matmorph.runtime.manifest import stored_errors
 from matmorph.runtime.session import Session, load_session, session_settings
 from matmorph.runtime.targets.cpu import CPU
-from matmorph.runtime.train_manifest import read_train_manifest
+from matmorph.runtime.train_manifest import open_training
 from matmorph.runtime.train_values import initial_theta
 
 Distance = Callable[[Array, Array], float]
@@ -53,9 +55,10 @@ def is_training_folder(folder: Path) -> bool:
 def check_training(folder: Path, model: Session, tolerance: float, difference: Distance) -> TrainingResult:
     """Runs every training graph on the provider of `model`, the folder's model.onnx; `tolerance` and `difference` are its check's."""
     try:
-        manifest = read_train_manifest(folder)
-        theta = initial_theta(folder, manifest)
+        manifest, stored = open_training(folder, verify=False)  # the files have been looked at before
+        theta = initial_theta(stored, manifest)
         vectors, allowed = _vectors(folder / TRAIN_CHECK_VECTORS)
+        _refuse_unfit(folder / TRAIN_CHECK_VECTORS, vectors, manifest)
         moved = theta + np.resize(vectors.nudge, len(theta))
         worst, problems = _gradients(_open(folder / GRAD_MODEL, model), vectors, moved, allowed)
         evaluation = _open(folder / EVAL_MODEL, model)
@@ -72,13 +75,18 @@ def check_training(folder: Path, model: Session, tolerance: float, difference: D
 def _vectors(path: Path) -> tuple[TrainingVectors, float]:
     if not path.is_file():
         raise ArtifactError(f"{path}: missing, so no gradient can be checked")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return read_training_arrays({key: archive[key] for key in archive.files})
-    except ManifestError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-    except Exception as error:  # zip, header, key and value errors alike
-        raise ArtifactError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+    with stored_errors(), reading(path):
+        return read_training_arrays(read_arrays(path))
+
+
+def _refuse_unfit(path: Path, vectors: TrainingVectors, manifest: TrainManifest) -> None:
+    """Entries of a gradient of another length, and cases without an input, can be compared with nothing."""
+    if vectors.index.size and not 0 <= int(vectors.index.min()) <= int(vectors.index.max()) < manifest.length:
+        raise ArtifactError(f"{path}: index names entries beyond the {manifest.length} of {TRAIN_MANIFEST}")
+    names = {info.name for info in manifest.inputs}
+    for number, case in enumerate(vectors.cases):
+        if not names <= set(case.inputs):
+            raise ArtifactError(f"{path}: case {number} lacks the input {sorted(names - set(case.inputs))[0]}")
 
 
 def _open(path: Path, model: Session) -> RunGraph:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from matmorph.runtime.format.plain import from_plain, stored, to_plain
+from matmorph.runtime.format.plain import ManifestError, from_plain, stored, to_plain
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 ADAPTER_FORMAT = 1
@@ -52,4 +53,7 @@ class Slots:
     @classmethod
     def from_dict(cls, data: Any) -> Slots:
         """Raises ManifestError for data that says no slots."""
-        return from_plain(cls, data, "adapters")
+        found = from_plain(cls, data, "adapters")
+        if not re.fullmatch("[0-9a-f]{64}", found.fingerprint):
+            raise ManifestError(f"adapters.fingerprint: unexpected value {found.fingerprint!r:.80}")
+        return found

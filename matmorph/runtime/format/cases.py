@@ -61,9 +61,9 @@ def read_case_arrays(arrays: Mapping[str, Array]) -> dict[int, Case]:
     found: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
     for key, array in arrays.items():
         side, name, number = _split(key)
-        if side not in ("input", "output") or not name or not number.isdecimal():
-            raise ManifestError(f"unexpected key {key!r}")
-        found.setdefault(int(number), ({}, {}))[side == "output"][name] = array
+        if side not in ("input", "output") or not name:
+            raise ManifestError(f"unexpected key {key!r:.80}")
+        found.setdefault(_number(key, number), ({}, {}))[side == "output"][name] = array
     if not found:
         raise ManifestError("holds no case")
     return {number: Case(*found[number]) for number in sorted(found)}
@@ -86,19 +86,41 @@ def training_arrays(vectors: TrainingVectors, tolerance: float) -> dict[str, Arr
 
 
 def read_training_arrays(arrays: Mapping[str, Array]) -> tuple[TrainingVectors, float]:
-    """(the vectors, their tolerance) of train_check.npz. KeyError for an array that is missing, ManifestError where there is no case."""
+    """(the vectors, their tolerance) of train_check.npz. ManifestError for an array that is missing or does not fit the others, and where
+    there is no case."""
     inputs: dict[int, dict[str, Array]] = {}
     for key, array in arrays.items():
         side, name, number = _split(key)
         if side == "input":
-            inputs.setdefault(int(number), {})[name] = array
+            inputs.setdefault(_number(key, number), {})[name] = array
     if not inputs:
         raise ManifestError("holds no case")
+    nudge, index = _vector(arrays, "nudge", "f"), _vector(arrays, "index", "iu")
     cases = tuple(
-        TrainingCase(inputs[k], float(arrays[f"loss:{k}"]), float(arrays[f"count:{k}"]), arrays[f"grad:{k}"], arrays[f"reference:{k}"])
+        TrainingCase(
+            inputs[k],
+            _figure(arrays, f"loss:{k}"),
+            _figure(arrays, f"count:{k}"),
+            _vector(arrays, f"grad:{k}", "f", len(index)),
+            _vector(arrays, f"reference:{k}", "f", len(index)),
+        )
         for k in sorted(inputs)
     )
-    return TrainingVectors(arrays["nudge"], arrays["index"], float(arrays["loss_scale"]), cases), float(arrays["tolerance"])
+    return TrainingVectors(nudge, index, _figure(arrays, "loss_scale"), cases), _figure(arrays, "tolerance")
+
+
+def _figure(arrays: Mapping[str, Array], key: str) -> float:
+    found = arrays.get(key)
+    if found is None or found.shape != () or found.dtype.kind not in "fiu":
+        raise ManifestError(f"{key}: expected one number")
+    return float(found)
+
+
+def _vector(arrays: Mapping[str, Array], key: str, kinds: str, length: int | None = None) -> Array:
+    found = arrays.get(key)
+    if found is None or found.ndim != 1 or found.dtype.kind not in kinds or not len(found) or length not in (None, len(found)):
+        raise ManifestError(f"{key}: expected a vector of {length or 'some'} numbers")
+    return found
 
 
 def _split(key: str) -> tuple[str, str, str]:
@@ -106,3 +128,9 @@ def _split(key: str) -> tuple[str, str, str]:
     side, _, rest = key.partition(":")
     name, _, number = rest.rpartition(":")
     return side, name, number
+
+
+def _number(key: str, text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise ManifestError(f"unexpected key {key!r:.80}")
+    return int(text)

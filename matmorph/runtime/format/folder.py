@@ -35,7 +35,7 @@ class StoredFolder:
             raise StoredError(f"{path}: is not listed in {self.listed_in}, so nothing says what it should be")
         fault = changed(path, self.files[name], self.listed_in)
         if fault is not None:
-            raise StoredError(f"{path}: {fault}")
+            raise StoredError(f"{path}: was changed: it {fault}")
         return path
 
     def check_all(self, names: Iterable[str]) -> None:

@@ -63,6 +63,18 @@ def typed(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     return value
 
 
+def check_numbers(data: Any, where: str) -> None:
+    """Raises ManifestError for a number that `typed` would refuse, at any depth of data that no record describes."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            check_numbers(value, f"{where}.{key}" if where else key)
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            check_numbers(value, f"{where}[{index}]")
+    elif isinstance(data, int | float) and not isinstance(data, bool):
+        typed(data, (int, float), where)
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """One field of a record: its name there, its key in the file, and how it is read and written."""

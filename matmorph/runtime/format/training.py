@@ -10,6 +10,7 @@ from typing import Any
 
 from matmorph.runtime.format.artifact import FILES_CODEC, RANGES_CODEC, FileRecord, Range, TensorInfo, of_format
 from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, many, stored, to_plain, typed
+from matmorph.runtime.format.reading import check_name
 
 TRAIN_FORMAT = 2
 """Version of train.json, and of the table of adapters and the graph that it goes with."""
@@ -128,7 +129,7 @@ class TrainManifest:
     segments: tuple[Segment, ...]
     adapters: Any = ()
     supernet: SearchSpace | None = field(default=None, metadata=stored(omitted=True))
-    initial: str
+    initial: str = field(metadata=stored(codec=Codec(lambda data, where: check_name(data, f"{where}: {data!r:.80}"))))
     files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     @property
