@@ -35,6 +35,11 @@ def visible(x: Tensor) -> Tensor:
     return (seen & first.unsqueeze(-1)).unsqueeze(1)
 
 
+def forbidden(x: Tensor) -> Tensor:
+    """The same as numbers, -inf where nothing is seen, finite and differing elsewhere."""
+    return torch.where(visible(x), x[..., 2].unsqueeze(1).unsqueeze(1), -torch.inf)
+
+
 def image(x: Tensor, height: int = 6) -> Tensor:
     """[batch, 4, height, 6] of any sequence length."""
     return x.mean(1, keepdim=True).unsqueeze(1) * torch.linspace(-1, 1, 4 * height, dtype=x.dtype).view(4, height, 1)
@@ -129,6 +134,9 @@ CASES = {
         SQUARE,
         SQUARE,
     ),
+    "attention forbidden": (lambda x, b, *w: attention(x, *w, attn_mask=b + forbidden(x)), (2, 1, 1), SQUARE, SQUARE, SQUARE),
+    "attention causal masked": (lambda x, *w: attention(x, *w, attn_mask=visible(x), is_causal=True), SQUARE, SQUARE, SQUARE),
+    "attention causal forbidden": (lambda x, *w: attention(x, *w, attn_mask=forbidden(x), is_causal=True), SQUARE, SQUARE, SQUARE),
     "attention few keys": (few_keys, (12, WIDTH), SQUARE, SQUARE),
     # no rule of their own
     "einsum": (lambda x, w: torch.einsum("bsi,oi->bos", x, w), W),

@@ -185,7 +185,7 @@ def test_compile_prints_table_parity_and_folder(run: Run, api: StandIn, tmp_path
     done = run("compile", "minilm", "--spec", "low-rank-60", "--out", out)
     assert (done.code, done.err) == (0, "")
     assert "rewrote 36 of 37 sites" in done.out
-    assert "ONNX Runtime agrees with torch to 2.4e-07 at 3 shapes (CPUExecutionProvider)" in done.out
+    assert "ONNX Runtime agrees with torch to 2.4e-07 on 3 batches (CPUExecutionProvider)" in done.out
     assert f"wrote {out}/ (check it anywhere with: matmorph verify {out})" in done.out
     _, options = api.given("compile")
     assert options["calibration"] == ["own batch"]

@@ -11,11 +11,22 @@ from gradient_cases import CASES, SHAPES
 from matmorph.ir.training.losses import Loss
 
 MSE = Loss("mse")
-IN_DEFAULT = {"relu", "softmax", "log softmax", "slices", "select", "embedding padded"}
+IN_DEFAULT = {"relu", "softmax", "log softmax", "slices", "select", "embedding padded", "attention forbidden"}
 """Also run in ONNX Runtime by default: each operator that has an ONNX form of its own."""
 
 ONLY_FULL = {
-    *("attention", "attention scaled", "attention few keys", "conv dilated", "conv strided", "maximum", "largest", "cumsum", "index"),
+    *(
+        "attention",
+        "attention scaled",
+        "attention few keys",
+        "attention causal masked",
+        "conv dilated",
+        "conv strided",
+        "maximum",
+        "largest",
+        "cumsum",
+        "index",
+    ),
     *("activations", "hard activations", "glu", "spread", "normalize", "erf", "flip", "max pool", "matmul by vectors", "broadcast matmul"),
 }
 """Variants of other cases, and operators without a rule of their own, of which einsum and group norm stay."""

@@ -66,9 +66,9 @@ def test_errors_and_ranks() -> None:
 
 def test_parity_line() -> None:
     assert parity_line(Parity(2.4e-7, 1e-4, 3, "CPUExecutionProvider")) == (
-        "ONNX Runtime agrees with torch to 2.4e-07 at 3 shapes (CPUExecutionProvider)"
+        "ONNX Runtime agrees with torch to 2.4e-07 on 3 batches (CPUExecutionProvider)"
     )
-    assert "1 shape (" in parity_line(Parity(0.0, 1e-4, 1, "CPUExecutionProvider"))
+    assert "1 batch (" in parity_line(Parity(0.0, 1e-4, 1, "CPUExecutionProvider"))
 
 
 def test_groups_keep_every_row_once() -> None:

@@ -109,7 +109,7 @@ def test_page_says_what_the_report_says() -> None:
     assert "36 of 37 matmuls rewritten · 1 rejected" in words
     assert "0.100median 0.075; largest at encoder.layer.5.attention.self.query" in words, "0.05 + layer / 100 over layers 0 .. 5"
     assert "2.4e-07" in words
-    assert "1e-04 allowed; 3 shapes, CPUExecutionProvider" in words
+    assert "1e-04 allowed; 3 batches, CPUExecutionProvider" in words
     assert "dense takes 589,824 <b>" in words
     assert "version: 1" in words
     assert "torch2.13.0" in words

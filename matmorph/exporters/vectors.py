@@ -6,8 +6,9 @@ precision answers in float32, as its export does: torch's own rounding to 3 digi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Range, Value
 from matmorph.ir.evaluate import Runner, evaluate
+from matmorph.ir.sites.attention_masks import attention_masks
 from matmorph.ir.types import Dim, TensorType, dim_symbols, symbol
 from matmorph.runtime.format.cases import Case
 
@@ -32,10 +34,11 @@ class Vectors:
 
 
 def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str = "fp32", run: Runner | None = None) -> Vectors:
-    """Cases at up to three shapes: the example's, the smallest first axis with half of every other, and a larger one.
+    """Cases at up to three shapes: the example's, the smallest first axis with half of every other, and a larger one; where inputs are
+    attention masks, the example once more with rows that are padded on the left and on the right.
 
     examples: flat tensor inputs in `graph.inputs` order, on the graph's device. precision: of the export; under "keep" a model in half
-    precision answers in it. run: what computes a node in place of torch's own operator. A static model has one case. Raises InputError for
+    precision answers in it. run: what computes a node in place of torch's own operator. A static model has one shape. Raises InputError for
     a graph whose weights are on the meta device.
     """
     if graph.device == "meta":
@@ -43,23 +46,61 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
     own = example_sizes(graph.inputs, examples)
     running = graph if precision == "keep" else widened(graph)
     examples = [tensor.float() if running is not graph and tensor.dtype in HALVES else tensor for tensor in examples]
-    cases: list[Case] = []
+    answered = partial(_case, running, run=run)
+    _, *others = check_shapes(own, graph.ranges)
+    cases = [answered(examples)]
     notes: list[str] = []
-    for sizes in check_shapes(own, graph.ranges):
+    for sizes in others:
         inputs = [resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
         try:
-            with torch.no_grad():
-                results = evaluate(running, inputs, run=run)
+            cases.append(answered(inputs))
         except (RuntimeError, IndexError) as error:
-            if sizes == own:
-                raise
             at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             notes.append(f"not checked at {at}: the model itself fails there ({str(error).splitlines()[0]})")
-            continue
-        named = zip((entry.name for entry in graph.signature.inputs if entry.value is not None), inputs, strict=True)
-        outputs = zip(graph.signature.outputs, results, graph.outputs, strict=True)
-        cases.append(Case({n: _array(t) for n, t in named}, {n: _array(t) for n, t, output in outputs if isinstance(output, Value)}))
+    for inputs in padded_examples(graph, examples):
+        case = answered(inputs)
+        if _is_finite(case) or not _is_finite(cases[0]):
+            cases.append(case)
+        else:
+            notes.append("not checked with padding: the model itself answers NaN or infinity there")
     return Vectors(tuple(cases), tuple(notes))
+
+
+def _case(graph: Graph, inputs: Sequence[torch.Tensor], run: Runner | None) -> Case:
+    with torch.no_grad():
+        results = evaluate(graph, inputs, run=run)
+    named = zip((entry.name for entry in graph.signature.inputs if entry.value is not None), inputs, strict=True)
+    outputs = zip(graph.signature.outputs, results, graph.outputs, strict=True)
+    return Case({n: _array(t) for n, t in named}, {n: _array(t) for n, t, output in outputs if isinstance(output, Value)})
+
+
+def _is_finite(case: Case) -> bool:
+    return all(np.isfinite(array).all() for array in case.outputs.values() if array.dtype.kind == "f")
+
+
+def padded_examples(graph: Graph, examples: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The examples with half of each row masked, every other row on its left, the rest on the right; a lone row once each. Nothing where no
+    input is an attention mask of zeros and ones."""
+    masks = [value for value in attention_masks(graph) if _is_binary(dict(zip(graph.inputs, examples, strict=True))[value])]
+    if not masks:
+        return
+    rows = max(tensor.shape[0] for tensor, value in zip(examples, graph.inputs, strict=True) if value in masks)
+    for start in (0, 1) if rows == 1 else (0,):
+        yield [_padded(tensor, start) if value in masks else tensor for tensor, value in zip(examples, graph.inputs, strict=True)]
+
+
+def _is_binary(tensor: torch.Tensor) -> bool:
+    return tensor.shape[-1] > 1 and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _padded(mask: torch.Tensor, start: int) -> torch.Tensor:
+    """What most of the mask says means visible; a boolean one may be either way round."""
+    hidden = 0 if mask.float().mean() >= 0.5 else 1
+    half = mask.shape[-1] // 2
+    padded = mask.clone()
+    padded[start::2, ..., :half] = hidden
+    padded[1 - start :: 2, ..., -half:] = hidden
+    return padded
 
 
 def example_sizes(values: Sequence[Value], examples: Sequence[torch.Tensor]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Arg, Const, Graph, Node, Range, Value
 from matmorph.ir.ops import resolve
+from matmorph.ir.size_algebra import agree
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
 
 _FIRST_HINT = 1009
@@ -50,6 +51,7 @@ class Inference:
             self._outer: dict[sympy.Symbol, sympy.Symbol] = {}
             for (name, bounds), hint in zip(symbols.items(), _hints(symbols.values()), strict=True):
                 self._bind(symbol(name), self._backed(name, bounds, hint))
+        self._bounds = {name: (bounds.low, bounds.high) for name, bounds in symbols.items()}
         self._interned: dict[Any, FakeTensor] = {}
         self._private: dict[int, Any] = {}
         self._types: dict[int, TensorType] = {}
@@ -95,9 +97,10 @@ class Inference:
         return self._env.create_symfloatnode(self._to_inner(expression), hint=None)
 
     def _size(self, dim: Dim) -> Any:
-        if isinstance(dim, int):
-            return dim
-        return self._env.create_symintnode(self._to_inner(dim), hint=None)
+        return dim if isinstance(dim, int) else self._size_of_inner(self._to_inner(dim))
+
+    def _size_of_inner(self, dim: Dim) -> Any:
+        return dim if isinstance(dim, int) else self._env.create_symintnode(dim, hint=None)
 
     def _intern(self, result: Any) -> Any:
         if not isinstance(result, FakeTensor):
@@ -147,7 +150,25 @@ class Inference:
         self._check_symbols(op)
         if result is None:
             return ()
-        return tuple(self._intern(item) for item in (result if isinstance(result, tuple | list) else (result,)))
+        return tuple(self._intern(self._plain(item)) for item in (result if isinstance(result, tuple | list) else (result,)))
+
+    def _plain(self, result: Any) -> Any:
+        """A result with its sizes in normal form: what reads it compares them as they are written."""
+        if isinstance(result, torch.SymInt):
+            return self._plain_size(result)
+        if not isinstance(result, FakeTensor) or self._unbacked_of(result):
+            return result
+        sizes, strides = ([self._plain_size(size) for size in found] for found in (result.shape, result.stride()))
+        if all(new is old for new, old in zip((*sizes, *strides), (*result.shape, *result.stride()), strict=True)):
+            return result
+        with self._mode:
+            return torch.empty_strided(sizes, strides, dtype=result.dtype, device=result.device)
+
+    def _plain_size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        found = as_dim(size.node.expr)
+        return size if found == size.node.expr else self._size_of_inner(found)
 
     def _check_symbols(self, op: str) -> None:
         """No named symbol may have become a number or another symbol."""
@@ -200,7 +221,7 @@ class Inference:
         return as_dim(size)
 
     def equal(self, left: Type, right: Type) -> bool:
-        """Whether two types are the same: equal, or with dims that the ranges prove equal though they are written differently."""
+        """Whether two types are the same: equal, or with dims that are equal within the ranges though they are written differently."""
         if left == right:
             return True
         if isinstance(left, ScalarType) or isinstance(right, ScalarType):
@@ -219,8 +240,11 @@ class Inference:
     def _equal_dims(self, left: Dim, right: Dim) -> bool:
         if left == right:
             return True
-        claim = sympy.Eq(self._to_inner(sympy.sympify(left)), self._to_inner(sympy.sympify(right)))
-        return bool(claim is sympy.true or self._env._maybe_evaluate_static(claim) is sympy.true)
+        one, other = sympy.sympify(left), sympy.sympify(right)
+        claim = sympy.Eq(self._to_inner(one), self._to_inner(other))
+        if claim is sympy.true or self._env._maybe_evaluate_static(claim) is sympy.true:
+            return True
+        return agree(one, other, self._bounds)
 
     # symbols
 

@@ -17,6 +17,8 @@ import torch
 from sympy.printing.str import StrPrinter
 from torch.utils._sympy import functions as torch_functions
 
+from matmorph.ir.size_algebra import normal_form
+
 Dim: TypeAlias = "int | sympy.Expr"
 ScalarKind = Literal["int", "float", "bool"]
 
@@ -27,11 +29,12 @@ def symbol(name: str) -> sympy.Symbol:
 
 
 def as_dim(value: Any) -> Dim:
-    """Canonical form: a plain int where the expression is a number, else an expanded expression."""
+    """Canonical form: a plain int where the expression is a number, else its normal form."""
     expression = sympy.sympify(value)
-    if expression.is_Integer:
-        return int(expression)
-    return sympy.expand(expression)
+    if expression.is_Integer or expression.is_Symbol:
+        return int(expression) if expression.is_Integer else expression
+    found = normal_form(expression)
+    return int(found) if found.is_Integer else found
 
 
 _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {

@@ -168,8 +168,8 @@ def _parity_card(report: Report) -> Card:
     parity = report.parity
     if parity is None:
         return Card("Parity with torch", "-", "not checked on this machine")
-    shapes = "1 shape" if parity.cases == 1 else f"{parity.cases} shapes"
-    return Card("Parity with torch", f"{parity.max_difference:.1e}", f"{parity.tolerance:.0e} allowed; {shapes}, {parity.provider}")
+    batches = "1 batch" if parity.cases == 1 else f"{parity.cases} batches"
+    return Card("Parity with torch", f"{parity.max_difference:.1e}", f"{parity.tolerance:.0e} allowed; {batches}, {parity.provider}")
 
 
 def _time_card(run: Mapping[str, Any]) -> Card:

@@ -86,8 +86,8 @@ def rank_text(rows: Sequence[SiteRow]) -> str:
 
 
 def parity_line(parity: Parity) -> str:
-    shapes = "1 shape" if parity.cases == 1 else f"{parity.cases} shapes"
-    return f"ONNX Runtime agrees with torch to {parity.max_difference:.1e} at {shapes} ({parity.provider})"
+    batches = "1 batch" if parity.cases == 1 else f"{parity.cases} batches"
+    return f"ONNX Runtime agrees with torch to {parity.max_difference:.1e} on {batches} ({parity.provider})"
 
 
 # ---- groups

@@ -16,6 +16,7 @@ import sympy
 from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.adapters import expose_adapters
 from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
+from matmorph.exporters.onnx.attention import attention_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower
@@ -91,8 +92,8 @@ def write_model(
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
     training = has_gradients(graph)
-    ours = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings(), **backward_lowerings()}
-    lowerings = {**ours, **(onnx_lowerings or {})}
+    products = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings()}
+    lowerings = {**products, **backward_lowerings(), **attention_lowerings(export.opset), **(onnx_lowerings or {})}
     model = lower(to_exported_program(graph), export.opset, lowerings)
     for value in model.graph.initializers.values():
         value.const_value = None

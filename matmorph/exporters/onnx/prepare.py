@@ -15,6 +15,7 @@ import torch.fx
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functionalize
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.onnx._internal.fx.passes import type_promotion
@@ -46,7 +47,9 @@ def remove_checks(module: torch.fx.GraphModule) -> None:
 def decompose_unknown(module: torch.fx.GraphModule, known: Known) -> tuple[torch.fx.Node, ...]:
     """Replaces, in place, each node that has no translation by its decomposition; returns the nodes that stay without one.
 
-    Decompositions are torch's own table and its composite kernels (`aten.__and__` is `bitwise_and`), traced on the node's fake values.
+    Decompositions are torch's own table and its composite kernels (`aten.__and__` is `bitwise_and`), traced on fake values of the node's
+    types that lie in memory row by row: ONNX knows no other layout, and some kernels answer in the layout they were given. What a
+    decomposition writes in place is made functional, what it only checks is dropped.
     """
     stuck = []
     table: dict[Any, Callable[..., Any]] | None = None
@@ -74,8 +77,12 @@ def _replace(node: torch.fx.Node, table: dict[Any, Callable[..., Any]], known: K
 
     with _fake_mode(node.graph), enable_python_dispatcher():
         # The tracer tells arguments apart by identity, and two nodes of one type may share their fake value.
-        fresh = [torch.empty_like(value) if isinstance(value := leaf.meta["val"], torch.Tensor) else value for leaf in leaves]
+        fresh = [_in_rows(leaf.meta["val"]) for leaf in leaves]
         traced = make_fx(run, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
+        if any(_writes(inner) for inner in traced.graph.nodes):
+            functional = functionalize(traced, remove="mutations_and_views")
+            traced = make_fx(functional, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
+    remove_checks(traced)
     new = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     if any(inner.op == "get_attr" for inner in traced.graph.nodes) or any(
         inner.target is not operator.getitem and not known(inner.target) for inner in new
@@ -83,6 +90,16 @@ def _replace(node: torch.fx.Node, table: dict[Any, Callable[..., Any]], known: K
         return False
     _splice(node, traced.graph, leaves)
     return True
+
+
+def _in_rows(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _splice(node: torch.fx.Node, body: torch.fx.Graph, leaves: list[torch.fx.Node]) -> None:

@@ -125,7 +125,7 @@ def _attention(t: Tape, node: Node) -> TapeStep:
     """o = p v with p = softmax(s q k' + mask), scaled once, on q.
 
     ds = p (dp - d) with d = sum(dp p) = sum(do o) over a row (Dao et al., 2022, FlashAttention, appendix B.2): the second form is a sum
-    over the width of a head instead of one over the sequence. Rows whose mask allows nothing give 0, as in torch.
+    over the width of a head instead of one over the sequence. Rows that see nothing give 0, as in torch, and so do their gradients.
     """
     q, k, v = node.args[:3]
     mask, dropout, causal = (argument(node, at, name, default) for at, name, default in _ATTENTION)
@@ -133,6 +133,9 @@ def _attention(t: Tape, node: Node) -> TapeStep:
         raise ExportError(
             f"attention with dropout {dropout} cannot be trained", [f"in {node.origin.path}: set dropout to 0 and trace again"]
         )
+    if mask is not None and causal:
+        rest = {name: arg for name, arg in node.attrs.items() if name != "is_causal"}
+        return composite(t, t.call(node.op, q, k, v, _below(t, mask, q, k), **rest))
     width = q.tensor.shape[-1]
     factor = node.attrs.get("scale") or 1.0 / math.sqrt(int(width))
     if node.attrs.get("enable_gqa") and k.tensor.shape[-3] != q.tensor.shape[-3]:
@@ -144,11 +147,9 @@ def _attention(t: Tape, node: Node) -> TapeStep:
     alive: Value | None = None
     if causal:
         scores = t.b("aten.add.Tensor", scores, _bias(t, _triangle(t, q, k), working))
-    elif mask is not None and mask.tensor.dtype == "bool":
+    elif mask is not None:
         scores = t.b("aten.add.Tensor", scores, _bias(t, mask, working))
         alive = _alive(t, mask, v.tensor.dtype)
-    elif mask is not None:
-        scores = t.b("aten.add.Tensor", scores, mask)
     p = t.b("aten.softmax.int", scores, -1)
     low = t.cast(p, v.tensor.dtype)
     o = product(t, low, v)
@@ -180,16 +181,31 @@ _ATTENTION = ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", Fa
 
 
 def _bias(t: Tape, mask: Value, dtype: str) -> Value:
-    """0 where the mask allows, the lowest finite number elsewhere: a row without anything allowed stays free of NaN."""
-    lowest = torch.finfo(torch.float32).min
-    return t.once(("bias", mask, dtype), lambda: t.cast(t.b("aten.where.Scalar", mask, 0.0, lowest), dtype))
+    """What is added to the scores. The lowest finite number stands for -inf and where the mask forbids: as far from all others, and a row
+    without anything allowed stays free of NaN."""
+
+    def make() -> Value:
+        if mask.tensor.dtype == "bool":
+            return t.cast(t.b("aten.where.Scalar", mask, 0.0, torch.finfo(torch.float32).min), dtype)
+        return t.b("aten.clamp_min.default", mask, torch.finfo(mask.tensor.torch_dtype).min)
+
+    return t.once(("bias", mask, dtype), make)
+
+
+def _below(t: Tape, mask: Value, q: Value, k: Value) -> Value:
+    """A mask that allows nothing behind a row's own place either."""
+    triangle = _triangle(t, q, k)
+    if mask.tensor.dtype == "bool":
+        return t.b("aten.logical_and.default", mask, triangle)
+    return t.call("aten.add.Tensor", mask, t.cast(t.b("aten.where.Scalar", triangle, 0.0, -math.inf), mask.tensor.dtype))
 
 
 def _alive(t: Tape, mask: Value, dtype: str) -> Value:
     """1 for rows with something allowed, else 0: [.., rows, 1]."""
 
     def make() -> Value:
-        return t.b("aten.amax.default", t.b("aten._to_copy.default", mask, dtype=getattr(torch, dtype)), [-1], True)
+        allowed = mask if mask.tensor.dtype == "bool" else t.b("aten.gt.Scalar", mask, -math.inf)
+        return t.b("aten.amax.default", t.b("aten._to_copy.default", allowed, dtype=getattr(torch, dtype)), [-1], True)
 
     return t.once(("alive", mask, dtype), make)
 

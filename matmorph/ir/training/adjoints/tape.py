@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder
@@ -26,7 +26,14 @@ from matmorph.ir.rewiring import rewired
 from matmorph.ir.types import Dim, TensorType, format_dim
 
 _HALVES = ("float16", "bfloat16")
-_ARITHMETIC = {sympy.Add: "operator.add", sympy.Mul: "operator.mul", FloorDiv: "operator.floordiv"}
+_ARITHMETIC = {
+    sympy.Add: "operator.add",
+    sympy.Mul: "operator.mul",
+    sympy.Pow: "operator.pow",
+    FloorDiv: "operator.floordiv",
+    Mod: "operator.mod",
+    PythonMod: "operator.mod",
+}
 
 Cotangents = tuple[Value | None, ...]
 Pull = Callable[[Cotangents], None]

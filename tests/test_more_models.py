@@ -1,0 +1,104 @@
+"""Architectures that ask for what the zoo does not: sizes that simplify only as polynomials (BLOOM), pooling after a permute (ConvNeXt,
+Swin, SwinV2, and as torchvision writes their heads). Traced once, run at other sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exporting import answers, difference, feeds, randn, seeded, session
+from torch import Tensor, nn
+from zoo import HIDDEN, LAYERS, TEXT_AXES, VOCAB, hugging_face, text
+
+from matmorph.exporters.onnx.onnx_model import export_onnx
+from matmorph.ir.tracing.trace import trace
+from matmorph.ir.verify import verify
+from matmorph.specs.schema import Export
+
+PARITY = 1e-4
+"""The tolerance of an artefact."""
+
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "num_labels": 9}
+CONVNEXT = {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "num_stages": 3, "image_size": 32, "num_labels": 9}
+BLOOM = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+class Classifier(nn.Module):
+    """A head over [batch, height, width, channels] as torchvision's SwinTransformer has it: norm, permute, pool, flatten."""
+
+    def __init__(self, pooled: int | tuple[int, int] = 1) -> None:
+        super().__init__()
+        self.features, self.norm, self.pool = nn.Linear(6, 8), nn.LayerNorm(8), nn.AdaptiveAvgPool2d(pooled)
+        self.head = nn.LazyLinear(5)
+        self.forward(randn(1, 4, 4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.features(x)).permute(0, 3, 1, 2)
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+class Lines(nn.Module):
+    """Pooling of [batch, seq, channels], as the pooler of transformers' Swin has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), 1).flatten(1)
+
+
+class Classes(nn.Module):
+    def forward(self, weights: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.one_hot(labels, 5).float() @ weights
+
+
+def pixels(batch: int) -> dict[str, Tensor]:
+    return {"pixel_values": randn(batch, 3, 32, 32)}
+
+
+IMAGES = ({"pixel_values": {0: "batch"}}, pixels(2), [pixels(1), pixels(3)])
+TEXTS = (
+    TEXT_AXES,
+    text(3, 7, torch.Generator().manual_seed(1)),
+    [text(b, s, torch.Generator().manual_seed(2)) for b, s in ((1, 5), (2, 12))],
+)
+MODELS: dict[str, tuple[Any, tuple[Any, Any, list[Any]]]] = {
+    "bloom": (hugging_face("BloomForCausalLM", "BloomConfig", "eager", **BLOOM), TEXTS),
+    "convnext": (hugging_face("ConvNextForImageClassification", "ConvNextConfig", "eager", **CONVNEXT), IMAGES),
+    "swin": (hugging_face("SwinForImageClassification", "SwinConfig", "eager", **SWIN), IMAGES),
+    "swinv2": (hugging_face("Swinv2ForImageClassification", "Swinv2Config", "eager", **SWIN), IMAGES),
+    "head": (
+        Classifier,
+        (({0: "batch", 1: "height", 2: "width"},), (randn(2, 5, 7, 6),), [(randn(1, 4, 4, 6),), (randn(3, 9, 2, 6),)]),
+    ),
+    "head of parts": (lambda: Classifier((3, 2)), (({0: "batch"},), (randn(2, 5, 7, 6),), [(randn(3, 5, 7, 6),)])),
+    "lines": (Lines, (({0: "batch", 1: "seq"},), (randn(2, 5, 6),), [(randn(1, 8, 6),)])),
+    "classes": (
+        Classes,
+        (
+            (None, {0: "batch", 1: "seq"}),
+            (randn(5, 4), torch.tensor([[1, 2, 3], [0, 4, 2]])),
+            [(randn(5, 4), torch.tensor([[1, 4, 0, 2]]))],
+        ),
+    ),
+}
+FULL = ("convnext", "swinv2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in MODELS])
+def test_parity_at_other_sizes(name: str, tmp_path: Path) -> None:
+    factory, (axes, example, others) = MODELS[name]
+    module = seeded(factory)
+    graph = trace(module, example, axes)
+    verify(graph)
+    export_onnx(graph, tmp_path, Export())
+    running = session(tmp_path / "model.onnx")
+    for inputs in others:
+        assert difference(running.run(None, feeds(running, inputs)), answers(module, inputs)) <= PARITY
