@@ -20,14 +20,12 @@ from matmorph.errors import CheckError, ExportError, InputError, VerifyError
 from matmorph.exporters.artifact import (
     Artifact,
     WrittenReport,
-    is_artifact,
     json_bytes,
     npz_bytes,
-    refuse_existing,
-    staged_folder,
     write_artifact,
 )
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
+from matmorph.exporters.staging import is_artifact, refuse_existing, staged_folder
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime.check import check
@@ -230,23 +228,6 @@ def test_unwritable_parent(artifact: Artifact, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="no permission"):
         write_artifact(tmp_path / "out", artifact)
-
-
-def test_old_artefact_comes_back_when_the_last_rename_fails(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    write_artifact(out, artifact)
-    before, rename = read(out), Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
-            raise OSError(errno.EIO, "broken")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(InputError, match="broken"):
-        write_artifact(out, replace(artifact, spec="new"), force=True)
-    assert read(out) == before
-    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_permissions_are_those_of_any_new_folder(tmp_path: Path) -> None:

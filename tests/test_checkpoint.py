@@ -24,6 +24,7 @@ from matmorph.optimizers import AdamW
 from matmorph.runtime import Batches, CheckpointError, StepInfo, Trainer, cosine
 from matmorph.runtime import checkpoint as checkpoint_module
 from matmorph.runtime.checkpoint import read_tensors, write_tensors
+from matmorph.runtime.disk import files as files_module
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,16 +216,17 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from matmorph.runtime import checkpoint
+from matmorph.runtime.disk import files
 
 path, where = sys.argv[1:]
 checkpoint.write_tensors(path, {"theta": np.zeros(1000, np.float32)}, {"step": 1})
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if where == "before the flush":
-    checkpoint._flush = die
+    files._flush = die
 if where == "before the rename":
-    checkpoint.os.replace = die
+    files.os.replace = die
 if where == "after the rename":
-    checkpoint._flush_folder = die
+    files._flush_folder = die
 checkpoint.write_tensors(path, {"theta": np.ones(1000, np.float32)}, {"step": 2})
 """
 
@@ -297,7 +299,7 @@ def test_a_full_disk_while_training(folder: Path, tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_flush", full)
+        patch.setattr(files_module, "_flush", full)
         with pytest.raises(CheckpointError, match=r"the disk is full .*; the older file is as it was"):
             trainer.fit([batch(3)], checkpoint=tmp_path / "run")
     assert Trainer.resume(folder, tmp_path / "run", "cpu").updates == 1

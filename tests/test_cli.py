@@ -20,9 +20,11 @@ from reports import make_report
 
 import matmorph
 from matmorph import __version__
-from matmorph.cli.main import main, progress_bars
+from matmorph.cli.main import main
+from matmorph.cli.working import working
 from matmorph.errors import CheckError, InputError, MatmorphError, Position, SpecError, VerifyError
 from matmorph.models.resolve import Model
+from matmorph.progress import silent
 
 Run = Callable[..., "Done"]
 
@@ -98,6 +100,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(matmorph, "api", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "matmorph.api", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr("matmorph.spec.load_spec", lambda source: stand_in.load_spec(source))
     monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name: MODEL)
     return stand_in
 
@@ -196,7 +199,7 @@ def test_compile_json_is_the_report_alone(run: Run, api: StandIn, tmp_path: Path
     done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--json")
     assert done.err == ""
     assert json.loads(done.out) == json.loads(json.dumps(make_report().to_dict()))
-    assert api.given("compile")[1]["progress"] is None
+    assert api.given("compile")[1]["progress"] is silent
 
 
 def test_calibration_file_replaces_the_models_own(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -296,11 +299,55 @@ def test_debug_anywhere_shows_the_traceback_too(run: Run, api: StandIn, tmp_path
         assert done.err.splitlines()[-1] == "m: no such model"
 
 
-def test_interrupt_is_quiet(run: Run, api: StandIn, tmp_path: Path) -> None:
+def test_an_interrupt_is_one_line(run: Run, api: StandIn, tmp_path: Path) -> None:
     api.raises = KeyboardInterrupt()
     done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out")
-    assert done.code == 130
-    assert "Traceback" not in done.err
+    assert done == Done(130, "", "interrupted; nothing is half-written\n")
+
+
+def test_code_of_the_model_does_not_end_the_program(run: Run, api: StandIn, tmp_path: Path) -> None:
+    api.raises = SystemExit(0)
+    done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    first, second = done.err.splitlines()
+    assert first == "code of the model or its data ended the program: SystemExit(0)"
+    assert "raise self.raises" in second
+
+
+CHATTY = """
+import os, sys
+import torch
+import matmorph as mm
+
+print("on import")
+
+class Loud(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("a\\x1b[31mb", torch.nn.Linear(4, 4))
+
+    def forward(self, x):
+        print("in forward")
+        return next(self.children())(x)
+
+def make():
+    print("in the factory")
+    os.system("echo by the system")
+    return mm.Model(Loud(), (torch.ones(2, 4),))
+"""
+
+
+def test_what_a_model_prints_is_kept_out_of_the_results(tmp_path: Path) -> None:
+    """And what is in its names out of the terminal's hands."""
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    command = [sys.executable, "-m", "matmorph", "inspect", "chatty:make"]
+    plain, as_json = (
+        subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=True) for more in ([], ["--json"])
+    )
+    assert json.loads(as_json.stdout)["sites"][0]["path"] == "a\x1b[31mb"
+    assert all(words in as_json.stderr for words in ("on import", "in the factory", "by the system", "in forward"))
+    assert "a\\x1b[31mb" in plain.stdout
+    assert "\x1b" not in plain.stdout
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -313,18 +360,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bars() as show:
-        assert show is None
+    with working() as show:
+        assert show is silent
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress_bars(quiet=True) as show:
-        assert show is None
-    with progress_bars() as show:
-        assert show is not None
+    with working(quiet=True) as show:
+        assert show is silent
+    with working(first="loading a model") as show:
         show("calibrate", 0, None)
         show("calibrate", 3, 7)
     said = capsys.readouterr()
     assert said.out == ""
     assert "3/7" in said.err
+    assert "loading a model" in said.err
 
 
 # ---- specs

@@ -6,7 +6,6 @@ what training gave: a .safetensors file of `matmorph train`, a checkpoint, an .o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matmorph.cli.output import new_file, refuse_file, say, say_json
 from matmorph.cli.verifying import NoVerify, verifying
+from matmorph.cli.working import step, working
 from matmorph.errors import InputError
 from matmorph.runtime.targets import target_names
 
@@ -51,22 +52,24 @@ def merge_command(
 
     A dense weight takes them in exactly, a quantised one is quantised anew; the error of each is listed. The result is checked as compile
     checks it."""
-    from matmorph.exporters.artifact import refuse_existing
-    from matmorph.folders.after_training import merged_job
-    from matmorph.folders.save import save
-    from matmorph.progress import silent
+    from matmorph.exporters.staging import refuse_existing
 
     refuse_existing(out, force)
-    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
     chosen = None if configuration is None else read_configuration(configuration)
-    merged, found = merged_job(job, adapters, values or None, chosen)
-    report = save(out, merged, force, silent)
+    with working(as_json, f"opening {folder}") as show:
+        from matmorph.folders.after_training import merged_job
+        from matmorph.folders.save import save
+
+        job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
+        with step(show, "merging"):
+            merged, found = merged_job(job, adapters, values or None, chosen)
+        report = save(out, merged, force, show)
     if as_json:
         parity = None if report.parity is None else asdict(report.parity)
-        print(json.dumps({"folder": str(out), "sites": [asdict(line) for line in found], "parity": parity}, indent=2))
+        say_json({"folder": str(out), "sites": [asdict(line) for line in found], "parity": parity})
         return
     _print_merged(found)
-    print(f"wrote {out}/ (check it anywhere with: matmorph verify {out})")
+    say(f"wrote {out}/ (check it anywhere with: matmorph verify {out})")
 
 
 adapter_app.command(name="merge")(merge_command)
@@ -77,13 +80,13 @@ def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force
     """Write trained adapters of DIR as one .onnx_adapter file.
 
     Sessions of a model with `export.adapters: inputs` load it."""
-    from matmorph.folders.after_training import save_adapters
+    refuse_file(out, force)
+    with working(first=f"opening {folder}"), _readable():
+        from matmorph.folders.after_training import save_adapters
 
-    _refuse_file(out, force)
-    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
-    with _readable():
-        fingerprint = save_adapters(job, adapters, values, str(trained or folder), out)
-    print(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
+        job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
+        fingerprint = save_adapters(job, adapters, values, str(trained or folder), out, force)
+    say(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
 
 
 @adapter_app.command(name="load")
@@ -101,11 +104,11 @@ def load_command(
     with _readable():
         adapter = load_adapter(file, read_slots(read_manifest(folder).adapters, str(folder)))
     if as_json:
-        print(json.dumps({"file": str(file), "ranks": dict(adapter.ranks)}, indent=2))
+        say_json({"file": str(file), "ranks": dict(adapter.ranks)})
         return
     for site, rank in adapter.ranks.items():
-        print(f"{site}: rank {rank}")
-    print(f"{file}: fits {folder} ({len(adapter.ranks)} pairs of factors)")
+        say(f"{site}: rank {rank}")
+    say(f"{file}: fits {folder} ({len(adapter.ranks)} pairs of factors)")
 
 
 @adapter_app.command(name="switch")
@@ -119,12 +122,12 @@ def switch_command(
     """Run the check inputs of DIR with each adapter in turn, in one session.
 
     Prints how far each moves the outputs, and that the base comes back. Needs no torch."""
-    from matmorph.runtime.check import difference, read_cases
-    from matmorph.runtime.format.artifact import CHECK_VECTORS
-    from matmorph.runtime.manifest import checked_file
-    from matmorph.runtime.session import Session
+    with working(as_json, f"opening {folder}"), _readable():
+        from matmorph.runtime.check import difference, read_cases
+        from matmorph.runtime.format.artifact import CHECK_VECTORS
+        from matmorph.runtime.manifest import checked_file
+        from matmorph.runtime.session import Session
 
-    with _readable():
         session = Session(folder, provider, verify=verifying(no_verify, folder))
         if not no_verify:
             checked_file(folder, CHECK_VECTORS)
@@ -136,11 +139,11 @@ def switch_command(
     moved = {str(file): max(difference(answer[name], base[name]) for name in base) for file, answer in zip(files, answers, strict=True)}
     back = max(difference(again[name], base[name]) for name in base)
     if as_json:
-        print(json.dumps({"moved": moved, "base_difference": back}, indent=2))
+        say_json({"moved": moved, "base_difference": back})
         return
     for file, distance in moved.items():
-        print(f"{file}: outputs move by {distance:.3g} (relative to the base's largest)")
-    print(f"one session, {len(files)} adapters; the base afterwards differs by {back:.3g}")
+        say(f"{file}: outputs move by {distance:.3g} (relative to the base's largest)")
+    say(f"one session, {len(files)} adapters; the base afterwards differs by {back:.3g}")
 
 
 @adapter_app.command(name="unmerge")
@@ -154,15 +157,20 @@ def unmerge_command(
     """Get the adapters back: factors of what DIR2's weights have more than the stored base in DIR.
 
     They are exact but for the rounding of the merged weights."""
-    from matmorph.folders.after_training import unmerge_files
+    refuse_file(out, force)
+    with working(first=f"opening {folder}"):
+        from safetensors.torch import save_file
 
-    _refuse_file(out, force)
-    verify = verifying(no_verify, folder, merged)
-    job, adapters, _ = _opened(folder, None, verify)
-    lines = unmerge_files(job.graph, adapters, merged, out, verify)
+        from matmorph.folders.after_training import unmerged
+
+        verify = verifying(no_verify, folder, merged)
+        job, adapters, _ = _opened(folder, None, verify)
+        values, lines = unmerged(job.graph, adapters, merged, verify)
+        with new_file(out, force) as partial:
+            save_file(values, partial)
     for site, rest in lines.items():
-        print(f"{site}: {rest:.2e} of the difference is not in the factors")
-    print(f"wrote {out}")
+        say(f"{site}: {rest:.2e} of the difference is not in the factors")
+    say(f"wrote {out}")
 
 
 @adapter_app.command(name="to-peft")
@@ -172,17 +180,21 @@ def to_peft_command(
     trained: Trained = None,
     base_model: Annotated[str | None, typer.Option("--base-model", metavar="NAME", help="What PEFT is to load them beside.")] = None,
     prefix: Prefix = "",
+    force: Force = False,
     no_verify: NoVerify = False,
 ) -> None:
     """Write the LoRA adapters of DIR as a PEFT folder."""
-    from matmorph.exporters.peft import write_peft
-    from matmorph.passes.methods import all_methods
+    with working(first=f"opening {folder}"):
+        from matmorph.exporters.peft import PEFT_FOLDER, write_peft
+        from matmorph.exporters.staging import refuse_existing
+        from matmorph.passes.methods import all_methods
 
-    job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
-    own = {name for adapter in adapters for name in adapter.consts.values()}
-    start = {const.path: const.load() for const in job.graph.state if const.path in own}
-    write_peft(out, adapters, {**start, **values}, all_methods(), initial=start, base_model=base_model, prefix=prefix)
-    print(f"wrote {out}/ ({len(adapters)} modules)")
+        refuse_existing(out, force, PEFT_FOLDER)
+        job, adapters, values = _opened(folder, trained, verifying(no_verify, folder))
+        own = {name for adapter in adapters for name in adapter.consts.values()}
+        start = {const.path: const.load() for const in job.graph.state if const.path in own}
+        write_peft(out, adapters, {**start, **values}, all_methods(), initial=start, base_model=base_model, prefix=prefix, force=force)
+    say(f"wrote {out}/ ({len(adapters)} modules)")
 
 
 @adapter_app.command(name="from-peft")
@@ -197,25 +209,27 @@ def from_peft_command(
     """Read a PEFT folder as trained values of DIR (.safetensors) or as an .onnx_adapter file, by the ending of --out.
 
     An .onnx_adapter file may have any rank."""
-    from matmorph.exporters.adapters import adapter_arrays, serve
-    from matmorph.exporters.peft import read_peft
-    from matmorph.folders.after_training import write_values
-    from matmorph.passes.adapters.values import with_values
-    from matmorph.passes.methods import all_methods
-    from matmorph.runtime.adapters import read_slots, save_adapter
+    refuse_file(out, force)
+    with working(first=f"opening {folder}"), _readable():
+        from safetensors.torch import save_file
 
-    _refuse_file(out, force)
-    job, adapters, _ = _opened(folder, None, verifying(no_verify, folder))
-    methods = all_methods()
-    values = read_peft(source, adapters, methods, prefix=prefix)
-    if out.suffix == ".onnx_adapter":
-        served = serve(job.graph, adapters, job.spec.export.precision, methods)
-        with _readable():
-            save_adapter(out, adapter_arrays(adapters, values, methods), read_slots(served.to_dict(), str(folder)))
-    else:
-        with_values(job.graph, values, str(source))  # refuses what the model does not take
-        write_values(out, values)
-    print(f"wrote {out} ({len(values) // 2} modules)")
+        from matmorph.exporters.adapters import adapter_arrays, serve
+        from matmorph.exporters.peft import read_peft
+        from matmorph.passes.adapters.values import with_values
+        from matmorph.passes.methods import all_methods
+        from matmorph.runtime.adapters import read_slots, save_adapter
+
+        job, adapters, _ = _opened(folder, None, verifying(no_verify, folder))
+        methods = all_methods()
+        values = read_peft(source, adapters, methods, prefix=prefix)
+        if out.suffix == ".onnx_adapter":
+            served = serve(job.graph, adapters, job.spec.export.precision, methods)
+            save_adapter(out, adapter_arrays(adapters, values, methods), read_slots(served.to_dict(), str(folder)), force)
+        else:
+            with_values(job.graph, values, str(source))  # refuses what the model does not take
+            with new_file(out, force) as partial:
+                save_file(values, partial)
+    say(f"wrote {out} ({len(values) // 2} modules)")
 
 
 # ---- shared by the commands
@@ -246,21 +260,12 @@ def _opened(folder: Path, trained: Path | None, verify: bool) -> tuple[Job, tupl
     return job, adapters, read_trained(folder, job.graph, adapters, trained)
 
 
-def _refuse_file(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder")
-    if path.exists() and not force:
-        raise InputError(f"{path}: the file exists", ["choose another name, or replace it with --force"])
-
-
 def _print_merged(found: Sequence[Merged]) -> None:
     for line in found:
         how = "dense" if line.quantizer is None else f"quantised anew ({line.quantizer['quantizer']})"
-        print(
-            f"{line.site}: {' + '.join(line.methods)} merged, {how}, error {line.error:.2e}, the update is {line.change:.2e} of the weight"
-        )
+        say(f"{line.site}: {' + '.join(line.methods)} merged, {how}, error {line.error:.2e}, the update is {line.change:.2e} of the weight")
     worst = max(found, key=lambda line: line.error)
-    print(f"{len(found)} sites merged; largest error {worst.error:.2e} ({worst.site})")
+    say(f"{len(found)} sites merged; largest error {worst.error:.2e} ({worst.site})")
 
 
 @contextmanager

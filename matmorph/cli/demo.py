@@ -20,14 +20,16 @@ from rich.console import Console
 
 from matmorph import api
 from matmorph.errors import InputError
-from matmorph.exporters.artifact import refuse_existing, rewrite_page
+from matmorph.exporters.artifact import rewrite_page
 from matmorph.exporters.onnx.onnx_model import export_onnx
+from matmorph.exporters.staging import refuse_existing
 from matmorph.models.resolve import calibration_sentences, minilm, tokenize
 from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.reading import read_folder
 from matmorph.report.table import make_console, parity_line, print_plan
 from matmorph.runtime import Session
+from matmorph.runtime.disk.files import write_whole
 from matmorph.runtime.format.artifact import MODEL, RUN
 from matmorph.runtime.format.cases import Array
 from matmorph.specs.schema import Export
@@ -107,7 +109,7 @@ def _record(out: Path, figures: Mapping[str, Any]) -> None:
     """Marks the folder as a demo's and keeps its timings, in run.json (which no hash covers)."""
     path = out / RUN
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**data, "demo": dict(figures)}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps({**data, "demo": dict(figures)}, indent=2) + "\n").encode())
 
 
 def sentence_vectors(hidden: Array, mask: Array) -> Array:

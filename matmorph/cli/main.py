@@ -1,35 +1,37 @@
 """The command line. Heavy imports happen inside the commands, so that `matmorph --help` answers at once.
 
-Exit codes: 0 done, 1 a check failed, 2 the input is wrong. An error is printed on stderr as plain lines, its first line never wrapped;
+Exit codes: 0 done, 1 a check failed, 2 the input is wrong, 130 interrupted. An error is printed on stderr as plain lines, the first never
+wrapped;
 `--debug` anywhere on the line shows the Python traceback as well. With `--json` stdout holds JSON only.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from matmorph.cli.adapters import adapter_app, merge_command
+from matmorph.cli.output import complain, say, say_json
 from matmorph.cli.report import compare_command, diff_command, report_command
 from matmorph.cli.search import search_command
 from matmorph.cli.train import train_command
+from matmorph.cli.working import step, working
 from matmorph.errors import InputError, MatmorphError
 
 if TYPE_CHECKING:
-    from matmorph.models.resolve import Inputs, Model
     from matmorph.passes.budget.pareto import Front
-    from matmorph.progress import Progress
     from matmorph.report.model import Report
+
+INTERRUPTED = 130
+INTERRUPTION = "interrupted; nothing is half-written"
 
 app = typer.Typer(
     name="matmorph",
@@ -61,7 +63,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from matmorph.runtime.format.version import __version__
 
-        print(f"matmorph {__version__}")
+        say(f"matmorph {__version__}")
         raise typer.Exit
 
 
@@ -77,11 +79,14 @@ def inspect_command(model: ModelName, every: Every = False, as_json: Json = Fals
     """List every matmul site of MODEL.
 
     Path, role, form, shape, parameters and number of uses."""
-    from matmorph import api
-    from matmorph.report.table import print_inspect
+    with working(as_json, f"loading {model}") as show:
+        from matmorph import api
+        from matmorph.models.resolve import resolve
+        from matmorph.report.table import print_inspect
 
-    found = _resolve(model)
-    report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
+        found = resolve(model)
+        with step(show, "tracing"):
+            report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
     _show(report, as_json, every, print_inspect)
 
 
@@ -90,12 +95,17 @@ def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json =
     """Say what SPEC would do and cost.
 
     Rows and totals like those of compile, without errors: no weight is read."""
-    from matmorph import api
-    from matmorph.report.table import print_plan
+    from matmorph.spec import load_spec
 
-    loaded = api.load_spec(spec)
-    found = _resolve(model)
-    report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
+    loaded = load_spec(spec)
+    with working(as_json, f"loading {model}") as show:
+        from matmorph import api
+        from matmorph.models.resolve import resolve
+        from matmorph.report.table import print_plan
+
+        found = resolve(model)
+        with step(show, "tracing and planning"):
+            report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
     _show(report, as_json, every, print_plan)
 
 
@@ -109,12 +119,20 @@ def explain(
     """Say why a site is (not) rewritten.
 
     Each rule in order, condition by condition, with the values that decided."""
-    from matmorph import api
+    from matmorph.spec import load_spec
 
-    loaded = api.load_spec(spec)
-    found = _resolve(model)
-    explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node, kwargs=found.kwargs)
-    print(json.dumps(explanation.to_dict(), indent=2) if as_json else "\n".join(explanation.lines()))
+    loaded = load_spec(spec)
+    with working(as_json, f"loading {model}") as show:
+        from matmorph import api
+        from matmorph.models.resolve import resolve
+
+        found = resolve(model)
+        with step(show, "tracing"):
+            explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node, kwargs=found.kwargs)
+    if as_json:
+        say_json(explanation.to_dict())
+    else:
+        say("\n".join(explanation.lines()))
 
 
 @app.command(name="compile")
@@ -138,20 +156,23 @@ def compile_command(
     """Rewrite MODEL by SPEC and write DIR.
 
     The result is checked against torch on ONNX Runtime first; where a check fails nothing is written."""
-    from matmorph import api
-    from matmorph.exporters.artifact import refuse_existing
-    from matmorph.passes.budget.pareto import refuse_unswept
-    from matmorph.report.table import print_plan
+    from matmorph.exporters.staging import refuse_existing
+    from matmorph.spec import load_spec
 
     refuse_existing(out, force)
-    loaded = api.load_spec(spec)
+    loaded = load_spec(spec)
     if train and loaded.train is None:
         raise InputError(f"--train: {spec} says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
-    if pareto is not None:
-        refuse_unswept(loaded, pareto)
-    found = _resolve(model)
-    batches = _calibration(found, calibration)
-    with progress_bars(quiet=as_json) as show:
+    with working(as_json, f"loading {model}") as show:
+        from matmorph import api
+        from matmorph.models.resolve import read_calibration, resolve
+        from matmorph.passes.budget.pareto import refuse_unswept
+        from matmorph.report.table import print_plan
+
+        if pareto is not None:
+            refuse_unswept(loaded, pareto)
+        found = resolve(model)
+        batches = found.calibration if calibration is None else read_calibration(calibration, found)
         inputs = (found.example_inputs, found.dynamic_shapes)
         compiled = api.compile(found.module, loaded, *inputs, calibration=batches, kwargs=found.kwargs, progress=show)
         front = None if pareto is None else compiled.pareto(pareto)
@@ -180,7 +201,7 @@ def verify(
         result = checking.check(folder)
     except SessionError as error:
         raise InputError(str(error)) from error
-    print(json.dumps({"ok": result.ok, **asdict(result)}, indent=2))
+    say_json({"ok": result.ok, **asdict(result)})
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -194,9 +215,9 @@ def demo(
     """Take a real model through everything.
 
     The embedded sentence encoder: compile, export, check, compare with the original."""
-    from matmorph.cli.demo import run_demo
+    with working(first="loading minilm") as show:
+        from matmorph.cli.demo import run_demo
 
-    with progress_bars() as show:
         finish = run_demo(out, spec, show)
     finish()
 
@@ -210,10 +231,10 @@ def specs_list() -> None:
     texts = {name: library_text(name) for name in library_names()}
     measured = figures(texts)
     for name, text in texts.items():
-        print(name)
-        print(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
-        print(textwrap.fill(figures_line(measured.get(name)), width=79, initial_indent="  ", subsequent_indent="  "))
-    print(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
+        say(name)
+        say(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
+        say(textwrap.fill(figures_line(measured.get(name)), width=79, initial_indent="  ", subsequent_indent="  "))
+    say(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
 
 
 @specs_app.command(name="show")
@@ -221,7 +242,7 @@ def specs_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a library spec."""
     from matmorph.specs.load import library_text
 
-    print(library_text(name), end="")
+    say(library_text(name), end="")
 
 
 @specs_app.command(name="check")
@@ -234,7 +255,7 @@ def specs_check(file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML
     spec = api.load_spec(file)
     rules = [rule for stage in spec.stages for rule in stage.rules]
     methods = sorted({use.method for rule in rules for use in rule.rewrite})
-    print(f"{file}: fine ({len(rules)} rule{'s' if len(rules) != 1 else ''}; methods: {', '.join(methods) or 'none'})")
+    say(f"{file}: fine ({len(rules)} rule{'s' if len(rules) != 1 else ''}; methods: {', '.join(methods) or 'none'})")
 
 
 @specs_app.command(name="schema")
@@ -245,7 +266,7 @@ def specs_schema() -> None:
     from matmorph.passes.methods import method_table
     from matmorph.specs.json_schema import schema_text
 
-    print(schema_text(method_table()), end="")
+    say(schema_text(method_table()), end="")
 
 
 # ---- shared by the commands
@@ -258,23 +279,9 @@ def _about(text: str) -> str:
     return words.strip().split(". ")[0].rstrip(".") + "."
 
 
-def _resolve(name: str) -> Model:
-    from matmorph.models.resolve import resolve
-
-    return resolve(name)
-
-
-def _calibration(model: Model, file: Path | None) -> Any:
-    """Batches from the file, else the model's own, else None."""
-    from matmorph.models.resolve import read_calibration
-
-    batches: list[Inputs] | None = read_calibration(file, model) if file is not None else None
-    return batches if batches is not None else model.calibration
-
-
 def _show(report: Report, as_json: bool, every: bool, draw: Callable[..., None]) -> None:
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        say_json(report.to_dict())
         return
     from matmorph.report.table import make_console
 
@@ -294,36 +301,13 @@ def _print_saved(folder: Path, report: Report) -> None:
     from matmorph.runtime.train_manifest import read_train_manifest
 
     if report.parity is not None:
-        print(parity_line(report.parity))
-    print(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
+        say(parity_line(report.parity))
+    say(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")
     if (folder / TRAIN_MANIFEST).is_file():
         training = read_train_manifest(folder)
         how = f"{training.loss.name}, {training.optimizer['name']}"
         names = f"{training.length:,} numbers of {len(training.parameters)} parameters train ({how})"
-        print(f"{names}: matmorph train {folder} --data FILE --out FILE.safetensors")
-
-
-@contextmanager
-def progress_bars(quiet: bool = False) -> Iterator[Progress | None]:
-    """A callable that draws bars on stderr, gone when done; None where stderr is no terminal or `quiet`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
+        say(f"{names}: matmorph train {folder} --data FILE --out FILE.safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -334,6 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app([word for word in given if word != "--debug"], prog_name="matmorph")
     except MatmorphError as error:
         _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail(INTERRUPTION, INTERRUPTED, debug)
+    except SystemExit as end:  # typer's own; it turns an interruption into a code
+        if end.code == INTERRUPTED:
+            complain(INTERRUPTION)
+        raise
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug)
@@ -346,5 +336,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _fail(text: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(text, file=sys.stderr)
+    complain(text)
     sys.exit(code)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matmorph.cli.output import refuse_file, say, say_json, write_file
 from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.errors import InputError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matmorph.report.comparing import ComparedModel
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace FILE where it exists.")]
 Open = Annotated[bool, typer.Option("--open", help="Show the page in the browser.")]
 _STYLES = {"-": "red", "+": "green"}
 
@@ -23,6 +24,7 @@ def report_command(
     folder: Folder,
     show: Open = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the page there and leave DIR as it is.")] = None,
+    force: Force = False,
     no_verify: NoVerify = False,
 ) -> None:
     """Draw report.html of DIR anew, with the times of run.json.
@@ -33,11 +35,13 @@ def report_command(
     from matmorph.report.reading import read_folder
     from matmorph.runtime.format.artifact import PAGE
 
+    if out is not None:
+        refuse_file(out, force)
     page = html_page(*read_folder(folder, verifying(no_verify, folder)))
     if out is None:
         rewrite_page(folder, page)
     else:
-        _write(out, page)
+        write_file(out, page.encode(), force)
     _say(out or folder / PAGE, show)
 
 
@@ -47,6 +51,7 @@ def compare_command(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the comparison as a page too.")] = None,
     show: Open = False,
     every: Annotated[bool, typer.Option("--all", help="List every matmul, also those treated alike.")] = False,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
     no_verify: NoVerify = False,
 ) -> None:
@@ -56,12 +61,14 @@ def compare_command(
 
     if show and html is None:
         raise InputError("--open shows the page that --html FILE writes: give --html too")
+    if html is not None:
+        refuse_file(html, force)
     verify = verifying(no_verify, left, right)
     first, second = _side(left, verify), _side(right, verify)
     if html is not None:
-        _write(html, comparison_page(first, second))
+        write_file(html, comparison_page(first, second).encode(), force)
     if as_json:
-        print(json.dumps(comparison(first, second), indent=2))
+        say_json(comparison(first, second))
         return
     print_comparison(make_console(), first, second, every)
     if html is not None:
@@ -73,6 +80,7 @@ def diff_command(
     node: Annotated[str | None, typer.Option("--node", metavar="PATH", help="A matmul or module, as in report.html.")] = None,
     around: Annotated[int, typer.Option("--around", metavar="N", min=0, help="Steps of neighbours to show.")] = 1,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw it too.")] = None,
+    force: Force = False,
     no_verify: NoVerify = False,
 ) -> None:
     """Show the graph around one matmul before and after.
@@ -84,6 +92,8 @@ def diff_command(
 
     if node is None and svg is not None:
         raise InputError("--svg draws the graph around one matmul: name it with --node PATH")
+    if svg is not None:
+        refuse_file(svg, force)
     source, graph = read_graphs(folder, verifying(no_verify, folder))
     console = make_console()
     if node is None:
@@ -94,8 +104,8 @@ def diff_command(
     for line in lines(found):
         console.print(line, style=_STYLES.get(line[0]), soft_wrap=True)
     if svg is not None:
-        _write(svg, difference_svg(found))
-        print(f"wrote {svg}")
+        write_file(svg, difference_svg(found).encode(), force)
+        say(f"wrote {svg}")
 
 
 # ---- shared by the commands
@@ -108,19 +118,8 @@ def _side(folder: Path, verify: bool) -> ComparedModel:
     return ComparedModel(str(folder), *read_folder(folder, verify))
 
 
-def _write(path: Path, text: str) -> None:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, a file is wanted")
-    partial = path.with_name(f".{path.name}.partial")  # else a full disk leaves an empty file
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _say(page: Path, show: bool) -> None:
     import webbrowser
 
     opened = show and webbrowser.open(page.resolve().as_uri())
-    print(f"wrote {page}{' (no browser could be opened here)' if show and not opened else ''}")
+    say(f"wrote {page}{' (no browser could be opened here)' if show and not opened else ''}")

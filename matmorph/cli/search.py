@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matmorph.cli.output import say, say_json, write_file
 from matmorph.cli.train import loader_of, metrics_of, readable_errors
 from matmorph.cli.verifying import NoVerify, verifying
+from matmorph.cli.working import working
 from matmorph.errors import InputError
 from matmorph.runtime.format.artifact import SPEC
 from matmorph.runtime.targets import target_names
@@ -50,7 +51,7 @@ def search_command(
 
     Evolutionary search on DATA; the result is a plain spec, and values that a model compiled by it starts from."""
     _refuse_out(out, resume, force)
-    with readable_errors():
+    with working(as_json, f"opening {folder}"), readable_errors():
         from matmorph.runtime.batches import Batches
         from matmorph.runtime.evolution import SearchSettings, search
         from matmorph.runtime.manifest import checked_file
@@ -125,21 +126,19 @@ def _write(folder: Path, spec_file: Path, out: Path, trainer: Trainer, result: S
     supernet = trainer.supernet
     if supernet is not None:
         write_tensors(out / VALUES, supernet.values(trainer.parameters(), result.best.configuration), {})
-    (out / SPEC).write_text(dump_resolved(spec), encoding="utf-8")
+    write_file(out / SPEC, dump_resolved(spec).encode(), force=True)
 
 
 def _show(result: SearchResult, out: Path, folder: Path, what: str, as_json: bool) -> None:
     if as_json:
-        print(
-            json.dumps({**_plain(result.best), "configuration": result.named, "pareto": [_plain(one) for one in result.pareto]}, indent=2)
-        )
+        say_json({**_plain(result.best), "configuration": result.named, "pareto": [_plain(one) for one in result.pareto]})
         return
-    print(f"{'parameters':>12}  {what:>9}")
+    say(f"{'parameters':>12}  {what:>9}")
     for one in result.pareto:
-        print(f"{one.parameters:>12,}  {one.fitness:>9.4f}")
-    print(f"{len(result.scored)} configurations judged; best: {what} {result.best.fitness:.4f} with {result.best.parameters:,} parameters")
-    print(f"wrote {out / SPEC} (compile it, and start from {out / VALUES}); merge as it is with: ", end="")
-    print(f"matmorph merge {folder} --trained FILE --configuration {out / STATE}")
+        say(f"{one.parameters:>12,}  {one.fitness:>9.4f}")
+    say(f"{len(result.scored)} configurations judged; best: {what} {result.best.fitness:.4f} with {result.best.parameters:,} parameters")
+    say(f"wrote {out / SPEC} (compile it, and start from {out / VALUES}); merge as it is with: ", end="")
+    say(f"matmorph merge {folder} --trained FILE --configuration {out / STATE}")
 
 
 def _plain(one: Scored) -> Mapping[str, Any]:

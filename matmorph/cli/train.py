@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from matmorph.cli.output import refuse_file, say, say_json
 from matmorph.cli.verifying import NoVerify, verifying
+from matmorph.cli.working import working
 from matmorph.errors import CheckError, InputError, did_you_mean
 from matmorph.runtime.targets import target_names
 
@@ -65,35 +66,35 @@ def train_command(
     resume: Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="Go on from this checkpoint.")] = None,
     provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads of one operator.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE of --out where it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE of --out and --checkpoint where they exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     no_verify: NoVerify = False,
 ) -> None:
     """Train on DATA what DIR was exported to train.
 
     The trained parameters go into one file, for `matmorph merge`; DIR stays as it is. Needs no torch."""
-    refuse_existing_file(out, force)
+    refuse_file(out, force, ".safetensors")
+    if checkpoint is not None and checkpoint != resume:
+        refuse_checkpoint(checkpoint, force)
     settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads, "seed": seed, "verify": verifying(no_verify, folder)}
     began = time.perf_counter()
-    with readable_errors():
+    with working(as_json, f"opening {folder}"), readable_errors():
         loader = loader_of(data, batch_size, seed, trim)
         refuse_wrong_labels(folder, loader, data)
         judge = _judge(folder, validation, batch_size, trim)
         trainer = _trainer(folder, resume, provider, {name: value for name, value in settings.items() if value is not None})
         how = {"schedule": schedule_of(schedule, warmup), "accumulate": accumulate, "clip": clip, "checkpoint": checkpoint or resume}
         rows = _fitted(trainer, loader, epochs, judge, how)
-        trainer.save_parameters(out)
+        trainer.save_parameters(out, force)
     _show(rows, out, folder, trainer.updates, time.perf_counter() - began, as_json)
 
 
-def refuse_existing_file(path: Path, force: bool) -> None:
-    """Raises InputError for a file that is there, unless `force`, and for anything else in its place; before the work, not after it."""
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: trained parameters go into a file that ends in .safetensors")
+def refuse_checkpoint(path: Path, force: bool) -> None:
+    """Raises InputError for a file that is there, unless `force`: what an earlier run learnt is not lost by a slip."""
     if path.is_dir():
-        raise InputError(f"{path}: is a folder")
+        raise InputError(f"{path}: is a folder, a checkpoint is one file")
     if path.exists() and not force:
-        raise InputError(f"{path}: the file exists", ["choose another name, or replace it with --force"])
+        raise InputError(f"{path}: the checkpoint exists", [f"go on from it with --resume {path}, or replace it with --force"])
 
 
 def loader_of(data: str, batch_size: int, seed: int, trim: str | None) -> Loader:
@@ -225,7 +226,7 @@ def _fitted(trainer: Trainer, loader: Loader, epochs: int, judge: Validator | No
 def _show(rows: list[EpochRow], out: Path, folder: Path, updates: int, seconds: float, as_json: bool) -> None:
     if as_json:
         result = {"epochs": [asdict(row) for row in rows], "updates": updates, "seconds": round(seconds, 3), "parameters": str(out)}
-        print(json.dumps(result, indent=2))
+        say_json(result)
         return
     names = list(dict.fromkeys(name for row in rows for name in row.validation))
     lines = [("epoch", "loss", *(f"validation {name}" for name in names))]
@@ -234,5 +235,5 @@ def _show(rows: list[EpochRow], out: Path, folder: Path, updates: int, seconds: 
         lines.append((str(row.epoch), f"{row.loss:.4f}", *figures))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(f"{updates} updates in {seconds:.1f} s; wrote {out} (put it into the model with: matmorph merge {folder} --trained {out})")
+        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    say(f"{updates} updates in {seconds:.1f} s; wrote {out} (put it into the model with: matmorph merge {folder} --trained {out})")

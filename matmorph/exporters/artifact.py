@@ -1,27 +1,25 @@
-"""The artefact folder, written whole or not at all: everything goes into a temporary sibling folder, which takes the name at the end."""
+"""What an artefact folder holds, written whole or not at all (`exporters.staging`)."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matmorph.errors import InputError, VerifyError
+from matmorph.errors import VerifyError
 from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
+from matmorph.exporters.staging import staged_folder
 from matmorph.ir.core import Graph
 from matmorph.ir.text.printing import print_graph
+from matmorph.runtime.disk.files import write_whole
 from matmorph.runtime.format.artifact import (
     CHECK_VECTORS,
     DATA,
@@ -36,7 +34,6 @@ from matmorph.runtime.format.artifact import (
     Source,
     TensorInfo,
     file_record,
-    is_manifest,
     with_file,
 )
 from matmorph.runtime.format.cases import Case, case_arrays
@@ -175,13 +172,7 @@ def rewrite_page(folder: Path, html: str) -> None:
 
 
 def _exchanged(path: Path, data: bytes) -> FileRecord:
-    """Written beside, then renamed; what was there stays where that fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, data)
     return file_record(data)
 
 
@@ -194,98 +185,3 @@ def npz_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
             np.lib.format.write_array(entry, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), entry.getvalue())
     return buffer.getvalue()
-
-
-def refuse_existing(folder: str | Path, force: bool) -> None:
-    """Raises InputError where `staged_folder` would refuse: worth asking before hours of work.
-
-    An existing folder needs `force`, and even then only an empty one or an earlier artefact (it has a manifest.json of ours) is replaced.
-    """
-    path = Path(folder)
-    if not path.exists() and not path.is_symlink():
-        return
-    if path.is_symlink() or not path.is_dir():
-        raise InputError(f"{path} exists and is not a folder")
-    if not force:
-        raise InputError(f"{path}: the folder exists", ["choose another folder, or replace it with --force (force=True)"])
-    if any(path.iterdir()) and not is_artifact(path):
-        raise InputError(
-            f"{path} holds something other than an artefact and is not replaced, even with --force",
-            ["choose another folder, or empty this one yourself"],
-        )
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether the folder has a manifest.json that matmorph wrote."""
-    try:
-        return read_json(folder / MANIFEST, is_manifest)
-    except StoredError:
-        return False
-
-
-@contextlib.contextmanager
-def staged_folder(folder: str | Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when it does not.
-
-    Parent folders are made where they lack. Raises InputError for a folder that exists (see `refuse_existing`), that cannot be written,
-    and for a full disk; an older artefact stays as it was in each case.
-    """
-    path = Path(folder)
-    refuse_existing(path, force)
-    target = path.absolute()
-    made = [parent for parent in target.parents if not parent.exists()]
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        staging.chmod(0o777 & ~_umask(staging))
-        yield staging
-        _exchange(staging, target)
-    except OSError as error:
-        raise InputError(_reason(path, error)) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-
-
-def _umask(folder: Path) -> int:
-    """The process's file mask, read from a file made under it: asking for it would change it for other threads."""
-    probe = folder / "probe"
-    probe.touch(mode=0o777)
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    return 0o777 & ~mode
-
-
-def _exchange(staging: Path, target: Path) -> None:
-    """Renames; an old folder is moved aside first, comes back if the new one cannot take its place, and goes only then."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    old = aside / target.name
-    try:
-        target.rename(old)
-        try:
-            staging.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-
-
-def _reason(folder: Path, error: OSError) -> str:
-    if error.errno in _FULL:
-        return f"{folder} cannot be written: the disk is full ({error.strerror}); nothing was left behind"
-    if error.errno in _DENIED:
-        return f"{folder} cannot be written: no permission ({error.strerror})"
-    return f"{folder} cannot be written: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")

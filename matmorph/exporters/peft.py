@@ -23,7 +23,8 @@ from torch import Tensor
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.adapters import two_factors_of
-from matmorph.exporters.artifact import json_bytes, staged_folder
+from matmorph.exporters.artifact import json_bytes
+from matmorph.exporters.staging import FolderKind, staged_folder
 from matmorph.ir.adapter import Adapter
 from matmorph.passes.methods.protocol import Methods, Peft, SiteMethod, site_method
 from matmorph.runtime.format.plain import ManifestError, from_plain, typed
@@ -59,6 +60,14 @@ class _Scaling:
 # out
 
 
+def _is_peft(folder: Path) -> bool:
+    names = {entry.name for entry in folder.iterdir()}
+    return CONFIG in names and names <= {CONFIG, WEIGHTS, "README.md"}
+
+
+PEFT_FOLDER = FolderKind("a PEFT adapter", _is_peft)
+
+
 def write_peft(
     folder: str | os.PathLike[str],
     adapters: Sequence[Adapter],
@@ -68,10 +77,12 @@ def write_peft(
     initial: Mapping[str, Any] | None = None,
     base_model: str | None = None,
     prefix: str = "",
+    force: bool = False,
 ) -> Path:
     """Writes the two files for PEFT to load beside the source model. `values`: trained factors by dotted name. `initial`: those that
     training started from, needed where the base lacks them (init: pissa | olora): the difference has twice the rank. `prefix`: leading part
-    of our paths that PEFT's model does not have ("encoder." where it wraps that submodule). `base_model`: its name or folder.
+    of our paths that PEFT's model does not have ("encoder." where it wraps that submodule). `base_model`: its name or folder. `force`:
+    replace such a folder that is there.
 
     InputError: adapters that LoRA on one module cannot say, a path without the prefix, a place that cannot be written.
     """
@@ -85,7 +96,7 @@ def write_peft(
         for part, matrix in (("lora_A", module.a), ("lora_B", module.b)):
             tensors[f"{_PREFIX}{module.path}.{part}.weight"] = matrix.reshape(*matrix.shape, *pixels).contiguous()
     config = _config(adapters, modules, base_model)
-    with staged_folder(Path(folder)) as staging:
+    with staged_folder(Path(folder), force, PEFT_FOLDER) as staging:
         (staging / CONFIG).write_bytes(json_bytes(config))
         (staging / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
     return Path(folder)

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from matmorph.errors import InputError
@@ -104,10 +102,11 @@ def merged_job(
     return replace(start, spec=_inline(job.spec), graph=graph, report=merged_report(job, graph, found)), found
 
 
-def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, Any], where: str, path: Path) -> str:
+def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, Any], where: str, path: Path, over: bool = True) -> str:
     """Writes the factors of all adapters as one .onnx_adapter file; the fingerprint of their base.
 
-    values: by dotted name; a factor that they lack is as it was compiled. InputError where something beside the factors was trained, which
+    values: by dotted name; a factor that they lack is as it was compiled. over False: what has come to that name stays.
+    InputError where something beside the factors was trained, which
     the file could not hold; AdapterError for a place that cannot be written.
     """
     own = {name for adapter in adapters for name in adapter.consts.values()}
@@ -120,7 +119,8 @@ def save_adapters(job: Job, adapters: Sequence[Adapter], values: Mapping[str, An
     start = {const.path: const.load() for const in job.graph.state if const.path in own}
     methods = all_methods()
     arrays = adapter_arrays(adapters, {**start, **{name: values[name] for name in values if name in own}}, methods)
-    save_adapter(path, arrays, read_slots(serve(job.graph, adapters, job.spec.export.precision, methods).to_dict(), where))
+    served = serve(job.graph, adapters, job.spec.export.precision, methods)
+    save_adapter(path, arrays, read_slots(served.to_dict(), where), over)
     return base_fingerprint(job.graph, adapters)
 
 
@@ -177,9 +177,9 @@ def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
 # back out of a merged folder
 
 
-def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: Path, verify: bool = True) -> dict[str, float]:
-    """Writes trained values of `graph` (a reopened training folder) that give the weights of the folder `merged`: factors, and every other
-    parameter that differs. Per site, the share of the difference that the factors do not hold.
+def unmerged(graph: Graph, adapters: Sequence[Adapter], merged: Path, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Trained values of `graph` (a reopened training folder) that give the weights of the folder `merged`: factors, and every other
+    parameter that differs. With them, per site, the share of the difference that the factors do not hold.
 
     InputError: nothing to unmerge, adapters whose merged form is no sum of base and factors, a folder of another model.
     """
@@ -198,21 +198,7 @@ def unmerge_files(graph: Graph, adapters: Sequence[Adapter], merged: Path, out: 
         factors, rest[adapter.site] = factors_of(_read(site, weights, name, merged), site.weight().detach(), adapter, rank)
         values.update({adapter.consts[part]: factor.float().contiguous() for part, factor in factors.items()})
     values.update(_others(state, weights, taken))
-    write_values(out, values)
-    return rest
-
-
-def write_values(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Trained values as a .safetensors file, whole or not at all. InputError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save(dict(values)))
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return values, rest
 
 
 def _refuse_unfit(adapters: Sequence[Adapter]) -> None:

@@ -17,10 +17,11 @@ import torch
 
 from matmorph.errors import CheckError
 from matmorph.exporters.adapters import Served, serve
-from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, refuse_existing, write_artifact
+from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, write_artifact
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
+from matmorph.exporters.staging import refuse_existing
 from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors

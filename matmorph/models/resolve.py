@@ -160,7 +160,7 @@ def call_named(name: str, gives: str, forms: Sequence[str] = ()) -> Any:
             raise InputError(f"{name}: {attribute} is a {type(factory).__name__}, not a callable that returns {gives}")
         try:
             return factory()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a factory that ends the program has not made a model
             raise InputError(f"{name}: {attribute}() raised {_one_line(error)}", _where(error)) from error
 
 
@@ -182,17 +182,20 @@ def _import_user_module(name: str, module_name: str) -> Any:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise InputError(f"{name}: no module named {error.name} (looked in {os.getcwd()} and the installed packages)") from error
         raise InputError(f"{name}: importing {module_name} failed: {_one_line(error)}", _where(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name}: importing {module_name} failed: {_one_line(error)}", _where(error)) from error
 
 
 def _attribute(name: str, module: Any, attribute: str) -> Any:
     found = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        try:
+            found = getattr(found, part)
+        except (Exception, SystemExit) as error:
             names = [known for known in dir(found) if not known.startswith("_")]
-            raise InputError(f"{name}: {module.__name__} has no {attribute}{did_you_mean(part, names)}")
-        found = getattr(found, part)
+            if part in names or not isinstance(error, AttributeError):  # a lazy module that cannot load what it lists
+                raise InputError(f"{name}: {module.__name__} cannot give its {attribute}: {_one_line(error)}") from error
+            raise InputError(f"{name}: {module.__name__} has no {attribute}{did_you_mean(part, names)}") from error
     return found
 
 

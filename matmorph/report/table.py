@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from matmorph.report.model import Pair, Parity, Report, SiteRow
+from matmorph.runtime.format.printable import printable
 
 LONG = 24
 """A report with more sites than this is summarised unless every row is asked for."""
@@ -22,11 +24,18 @@ LONG = 24
 _PIPE_WIDTH = 10_000  # no wrapping in a pipe: a line there is a record
 
 
+class PlainConsole(Console):
+    """Shows names as they are: a terminal obeys the control characters in them, and this one does not hand them on."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 def make_console(file: IO[str] | None = None) -> Console:
     """A console that wraps and colours on a terminal only. `file` None = the standard output at the time of the call."""
-    console = Console(file=file or sys.stdout, highlight=False, markup=False)
+    console = PlainConsole(file=file or sys.stdout, highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(file=file or sys.stdout, highlight=False, markup=False, no_color=True, width=_PIPE_WIDTH)
+        console = PlainConsole(file=file or sys.stdout, highlight=False, markup=False, no_color=True, width=_PIPE_WIDTH)
     return console
 
 

@@ -7,7 +7,6 @@ it computes the base. ONNX Runtime ignores adapters in runs with IO binding, so 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from matmorph.runtime.disk.files import whole_file
 from matmorph.runtime.errors import AdapterError, ArtifactError, first_line, nearest
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.adapters import ADAPTER_FORMAT, Slot, Slots
@@ -43,9 +43,11 @@ def read_slots(data: Mapping[str, Any] | None, where: str) -> Slots:
         raise ArtifactError(f"{where}: its adapters cannot be read: {error}") from error
 
 
-def save_adapter(path: str | os.PathLike[str], arrays: Mapping[str, Array], slots: Slots) -> None:
+def save_adapter(path: str | os.PathLike[str], arrays: Mapping[str, Array], slots: Slots, replace: bool = True) -> None:
     """Writes an adapter, whole or not at all. `arrays`: by input name, the scale folded into `up`; pairs that are left out keep their
-    default. AdapterError for names and shapes that do not fit, and a place that cannot be written."""
+    default. `replace` False: what has come to that name stays.
+
+    AdapterError for names and shapes that do not fit, and a place that cannot be written."""
     target = Path(path)
     _ranks(target, {name: (array.dtype, array.shape) for name, array in arrays.items()}, slots, any_float=True)
     dtypes = {name: slot.dtype for slot in slots.slots for name in (slot.down, slot.up)}
@@ -57,14 +59,12 @@ def save_adapter(path: str | os.PathLike[str], arrays: Mapping[str, Array], slot
     out.set_adapter_version(ADAPTER_FORMAT)
     out.set_model_version(slots.model_version)
     out.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(cast[name]) for name in sorted(cast)})
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        out.export_adapter(str(partial))
-        os.replace(partial, target)
+        with whole_file(target, replace) as partial:
+            out.export_adapter(str(partial))
+    except FileExistsError as error:
+        raise AdapterError(f"{target} came to be while this ran and is not replaced") from error
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise AdapterError(f"{target} cannot be written: {first_line(error)}") from error
 
 

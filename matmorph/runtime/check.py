@@ -22,6 +22,7 @@ from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.artifact import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest
 from matmorph.runtime.format.cases import Case, read_case_arrays
 from matmorph.runtime.format.folder import changed
+from matmorph.runtime.format.printable import printable
 from matmorph.runtime.format.reading import StoredError, inside, read_arrays, reading
 from matmorph.runtime.manifest import artifact_folder, read_manifest, stored_errors
 from matmorph.runtime.providers import Provider
@@ -175,12 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = check(options.folder, options.provider)
     except SessionError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     for line in result.lines:
-        print(line)
+        print(printable(line))
     for problem in result.problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     print("ok" if result.ok else f"failed: {len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}")
     return 0 if result.ok else 1
 

@@ -1,17 +1,17 @@
 """A checkpoint: one .safetensors file with the flat vectors, and JSON in its metadata for everything else. Whole or not there.
 
 A file is written under another name beside its own, flushed to the disk, and takes its name last: a process that is killed, or a disk
-that is full, leaves the older file as it was. Written by one process at a time.
+that is full, leaves the older file as it was.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from matmorph.runtime.disk.files import whole_file
+from matmorph.runtime.disk.locks import Held, held
 from matmorph.runtime.errors import CheckpointError, first_line
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.plain import typed
@@ -31,24 +33,39 @@ _KEY = "matmorph"  # of the metadata
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], about: Mapping[str, Any]) -> None:
-    """Writes the file, whole or not at all; `about` must be plain data. Raises CheckpointError where it cannot be written."""
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], about: Mapping[str, Any], replace: bool = True) -> None:
+    """Writes the file, whole or not at all; `about` must be plain data. `replace` False: what has come to that name stays.
+
+    Raises CheckpointError where it cannot be written.
+    """
     target = Path(path)
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; a checkpoint is one file")
-    partial = target.with_name(f".{target.name}.partial")  # always the same name: what a killed process left is overwritten
     metadata = {_KEY: json.dumps({"format": CHECKPOINT_FORMAT, **about}, allow_nan=False)}
+    older = target.exists()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
-        _flush(partial)
-        os.replace(partial, target)
-        _flush_folder(target.parent)
+        with whole_file(target, replace) as partial:
+            safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
+    except FileExistsError as error:
+        raise CheckpointError(f"{target} came to be while this ran and is not replaced") from error
     except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "; the older file is as it was" if target.exists() else "; nothing was left behind"
+        kept = "; the older file is as it was" if older else "; nothing was left behind"
         raise CheckpointError(f"{target} cannot be written: {_reason(error)}{kept}") from error
+
+
+@contextmanager
+def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Nobody else who asks writes to this path meanwhile. Raises CheckpointError where another process does."""
+    target = Path(path)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(target))
+        except Held as error:
+            raise CheckpointError(f"{target}: {error.who} is writing to this file; give each run a file of its own") from error
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {_reason(error)}") from error
+        yield
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -71,22 +88,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[s
     if about.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{file}: this matmorph reads checkpoints of format {CHECKPOINT_FORMAT}, the file has another")
     return tensors, about
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """The new name itself must reach the disk too; Windows has no way to ask for that."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: Exception) -> str:

@@ -39,8 +39,8 @@ class CheckpointError(SessionError, ValueError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`"; did you mean input_ids?"`, or an empty string when nothing is near."""
-    near = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    """`"; did you mean input_ids?"`, or an empty string when nothing is near. The word itself is no suggestion."""
+    near = get_close_matches(word, [choice for choice in choices if choice != word], n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -12,12 +12,15 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from matmorph.runtime.checkpoint import only_writer
+from matmorph.runtime.disk.files import write_whole
 from matmorph.runtime.errors import CheckpointError, InputMismatch
 from matmorph.runtime.format.artifact import of_format
 from matmorph.runtime.format.plain import from_plain, typed
@@ -122,7 +125,7 @@ def search(
     keeps what was judged; with `resume` a search goes on from it.
 
     Raises InputMismatch: no supernet, no configuration under the limit, a fitness that is not finite; CheckpointError: a state that cannot
-    be read or belongs to other parameters or settings.
+    be read, belongs to other parameters or settings, or that another process writes.
     """
     supernet = trainer.supernet
     if supernet is None:
@@ -152,6 +155,21 @@ def evolve(
         raise InputMismatch(f"no configuration has at most {settings.limit} parameters: the smallest has {smallest}")
     keeper = _Keeper(state, supernet, settings, about or {})
     known = keeper.read() if resume else {}
+    with nullcontext() if state is None else only_writer(state):
+        scored = _judge_all(supernet, judge, settings, keeper, known, watch)
+    result = SearchResult(tuple(scored), {})
+    return SearchResult(result.scored, supernet.named(result.best.configuration))
+
+
+def _judge_all(
+    supernet: Supernet,
+    judge: Judge,
+    settings: SearchSettings,
+    keeper: _Keeper,
+    known: Mapping[Configuration, float],
+    watch: Watch | None,
+) -> list[Scored]:
+    """Round by round; what was judged is kept however it ends."""
     scored: list[Scored] = []
     try:
         for number in range(settings.rounds):
@@ -168,8 +186,7 @@ def evolve(
     finally:
         if len(scored) > len(known):
             keeper.write(scored)
-    result = SearchResult(tuple(scored), {})
-    return SearchResult(result.scored, supernet.named(result.best.configuration))
+    return scored
 
 
 def candidates(supernet: Supernet, settings: SearchSettings, number: int, scored: Sequence[Scored]) -> Iterator[Configuration]:
@@ -303,11 +320,8 @@ class _Keeper:
             "configuration": self.supernet.named(best.configuration),
             "scored": entries,
         }
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
+            write_whole(self.path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 

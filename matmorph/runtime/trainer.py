@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from matmorph.runtime.batches import Batch, Loader, epoch_batches
-from matmorph.runtime.checkpoint import read_tensors, write_tensors
+from matmorph.runtime.checkpoint import only_writer, read_tensors, write_tensors
 from matmorph.runtime.errors import CheckpointError, InputMismatch, TrainingError
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.fitting import FitPlan, RunPosition, StepInfo, groups, plan_fit
@@ -167,6 +167,7 @@ class Trainer:
         `schedule`: factor of the learning rate per update. `accumulate`: batches per update. `clip`: in place of the Trainer's.
         `checkpoint`: a file that is written after every epoch and every `checkpoint_every` updates. `progress` None: shown on a terminal.
         After `resume` it goes on where the checkpoint was written, if that was within a `fit`; loader and settings must be the same.
+        A checkpoint has one writer: CheckpointError where another process trains with the same file.
 
         Raises what `step` and `save` raise, and InputMismatch for settings and loaders that do not work.
         """
@@ -193,7 +194,10 @@ class Trainer:
         if position.epoch >= position.first_epoch + epochs:
             self._log(f"nothing left to train: all {epochs} epochs were done when the checkpoint was written")
         losses: list[float] = []
-        try:
+        with ExitStack() as stack:
+            stack.callback(run.bar.close)
+            if run.checkpoint is not None:
+                stack.enter_context(only_writer(run.checkpoint))
             while position.epoch < position.first_epoch + epochs:
                 position, stopped = self._epoch(run, position)
                 losses.append(position.loss)
@@ -202,8 +206,6 @@ class Trainer:
                     self.save(run.checkpoint)
                 if stopped:
                     break
-        finally:
-            run.bar.close()
         self._position, self._epochs = None, position.epoch
         return losses
 
@@ -254,11 +256,12 @@ class Trainer:
         with self._alone:
             self._vectors.set(THETA, put_in(self._manifest, self._vectors.get(THETA), source))
 
-    def save_parameters(self, path: str | os.PathLike[str]) -> None:
-        """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError."""
+    def save_parameters(self, path: str | os.PathLike[str], replace: bool = True) -> None:
+        """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError, with
+        `replace` False for a file that is there."""
         with self._alone:
             parameters, about = self.parameters(), {**self._fingerprints(), "step": self._step}
-        write_tensors(path, parameters, about)
+        write_tensors(path, parameters, about, replace)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint: everything that `resume` needs to go on to the bit. Raises CheckpointError; the older file is then whole."""

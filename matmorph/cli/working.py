@@ -1,0 +1,86 @@
+"""While a command works: progress on the terminal, and whatever the model's own code prints kept out of the results."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+from matmorph.errors import InputError
+from matmorph.progress import Progress, silent
+
+
+@contextmanager
+def working(quiet: bool = False, first: str = "starting") -> Iterator[Progress]:
+    """Tells how far it is, on stderr where that is a terminal and unless `quiet`, from the first moment on: `first` is what goes on until
+    something else is said. Prints of factories, forward passes and data loaders go to stderr meanwhile: stdout is for results.
+
+    Raises InputError where such code ends the program.
+    """
+    with ExitStack() as stack:
+        show = silent if quiet else stack.enter_context(_bars(first))
+        stack.enter_context(foreign_output())
+        try:
+            yield show
+        except SystemExit as error:  # of a forward pass, a loader: not for them to decide
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename}:{last.lineno}: {last.line}"
+            raise InputError(f"code of the model or its data ended the program: SystemExit({error.code!r})", [where]) from error
+
+
+@contextmanager
+def step(show: Progress, what: str) -> Iterator[None]:
+    """One thing that is done or not."""
+    show(what, 0, 1)
+    yield
+    show(what, 1, 1)
+
+
+@contextmanager
+def foreign_output() -> Iterator[None]:
+    """What anything writes to stdout, by Python or by the system, goes to stderr for the block."""
+    with ExitStack() as stack:
+        if (number := _descriptor(sys.stdout)) is not None and (other := _descriptor(sys.stderr)) is not None:
+            sys.stdout.flush()
+            kept = os.dup(number)
+            os.dup2(other, number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)
+            stack.callback(sys.stdout.flush)  # what was written to it by name meanwhile
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+def _descriptor(stream: Any) -> int | None:
+    """Of a stream of the system's; None where something in this process stands in for one."""
+    try:
+        found: int = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
+
+
+@contextmanager
+def _bars(first: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {first: bars.add_task(first, total=1)}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[first], completed=1)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
