@@ -24,7 +24,7 @@ from matmorph.ir.tracing.trace import trace
 from matmorph.passes.budget.knapsack import Allocation, Candidate, allocate
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import whitening_factor
-from matmorph.passes.methods.low_rank import LowRank, LowRankSpec
+from matmorph.passes.methods.low_rank.method import LowRank, LowRankSpec
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.specs.schema import Rank
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from matmorph.errors import InputError, SpecError, did_you_mean
-from matmorph.passes.methods import method_table
-from matmorph.passes.methods.protocol import Method
+from matmorph.passes.methods import languages, method_table
+from matmorph.passes.methods.language import MethodLanguage
 from matmorph.specs import schema
 from matmorph.specs.document import LANGUAGE_VERSION, RewriteKind
 from matmorph.specs.load import load_spec as read_spec
@@ -30,11 +30,11 @@ def load_spec(source: SpecSource) -> schema.Spec:
     if isinstance(source, schema.Spec):
         return source
     if isinstance(source, str):
-        return read_spec(source, method_table())
+        return read_spec(source, languages())
     if isinstance(source, os.PathLike):
-        return read_spec(Path(source), method_table())
+        return read_spec(Path(source), languages())
     if isinstance(source, Mapping):
-        return read_spec(plain(source), method_table())
+        return read_spec(plain(source), languages())
     if isinstance(source, list | tuple):
         return Spec(rules=source)
     raise InputError(f"a spec is a library name, a path, a dict or a list of rules, got {type(source).__name__}")
@@ -61,7 +61,7 @@ class Configurable:
     """A method that is to be given its settings: the fields of its `Spec`, by name."""
 
     name: str
-    method: type[Method]
+    method: type[MethodLanguage]
 
     def __call__(self, **settings: Any) -> MethodUse:
         """The method with these settings, for a `Rule`. SpecError for a setting that it does not have, or that cannot be."""
@@ -77,12 +77,12 @@ class Configurable:
 
 def methods() -> tuple[str, ...]:
     """The names of all methods: those of matmorph, and those that installed packages bring."""
-    return tuple(method_table())
+    return tuple(languages())
 
 
 def method(name: str) -> Configurable:
     """The method of this name, to be called with its settings. SpecError for an unknown name, with the nearest."""
-    table = method_table()
+    table = languages()
     if name not in table:
         raise SpecError(f"no method is called {name!r}{did_you_mean(str(name), table)}", details=[f"methods: {', '.join(table)}"])
     return Configurable(name, table[name])

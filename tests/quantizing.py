@@ -11,9 +11,9 @@ import torch
 
 from matmorph.ir.core import Const, Graph, map_values
 from matmorph.ir.site import Site
-from matmorph.passes.methods.loftq import LoftQ, LoftQSpec
-from matmorph.passes.methods.qlora import QLora, QLoraSpec
-from matmorph.passes.methods.quantize import Quantize, QuantizeSpec
+from matmorph.passes.methods.loftq.method import LoftQ, LoftQSpec
+from matmorph.passes.methods.qlora.method import QLora, QLoraSpec
+from matmorph.passes.methods.quantize.method import Quantize, QuantizeSpec
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.specs.schema import MethodUse, Rank
 

@@ -15,7 +15,7 @@ from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.verify import verify
-from matmorph.passes.methods.low_rank import LowRank, LowRankSpec
+from matmorph.passes.methods.low_rank.method import LowRank, LowRankSpec
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.rewrite import Outcome, rewrite
 from matmorph.specs.schema import MethodUse, Rank, Rule

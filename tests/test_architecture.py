@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from matmorph.passes.methods import method_table
+from matmorph.passes.methods import languages, method_table
+from matmorph.passes.methods.protocol import BlockMethod, ReplaceMethod, UpdateMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "matmorph"
@@ -181,6 +182,62 @@ def test_light_modules_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'onnx', 'yaml', 'sympy', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+HEAVY = ("torch", "onnx", "onnxruntime", "transformers", "numpy", "networkx", "sympy", "scipy", "rich")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["compile", "--help"],
+        ["specs", "list"],
+        ["specs", "schema"],
+        ["specs", "check", "budget-40"],
+        ["specs", "check", "bad.yaml"],
+        ["plan", "minilm", "--spec", "bad.yaml"],
+        ["compile", "minilm", "--spec", "bad.yaml", "--out", "out"],
+    ],
+    ids=" ".join,
+)
+def test_a_spec_is_read_without_what_models_need(command: list[str], tmp_path: Path) -> None:
+    """So that a mistake in it is said at once."""
+    (tmp_path / "bad.yaml").write_text(BAD)
+    run = "from matmorph.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(sys.modules.keys() & heavy)"
+    code = f"import sys\nheavy = set({HEAVY!r})\n{run}"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.splitlines()[-1] == "set()"
+    if "bad.yaml" in command:
+        assert done.stderr.startswith("bad.yaml:8:26: rules[1].rewrite.low_rank.rnak: unknown key; did you mean rank?")
+
+
+BAD = """version: 1
+rules:
+  - match: {effective_rank: "> 3", pattern: "g = matmul(x)\\nh = mul(silu(g), u)"}
+    optional: true
+    rewrite:
+      - {loftq: {quantizer: nf4, rank: 4}}
+  - match: {op: linear}
+    rewrite: {low_rank: {rnak: 2}}
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "matmorph.passes.methods") and name.endswith(".settings")])
+def test_a_method_and_its_settings_say_the_same(name: str) -> None:
+    folder = name.removesuffix(".settings")
+    key = folder.rpartition(".")[2]
+    language, method = languages()[key], method_table()[key]
+    assert issubclass(method, language)
+    assert language.name == method.name == key
+    assert method.__mro__[1] is language
+    family = next(base for base in (ReplaceMethod, UpdateMethod, BlockMethod) if issubclass(method, base))
+    assert language.kind == family.kind
+
+
+def test_all_our_methods_have_settings_of_their_own() -> None:
+    folders = {name.split(".")[3] for name in SOURCES if within(name, "matmorph.passes.methods") and name.endswith(".settings")}
+    assert {name for name, method in method_table().items() if within(method.__module__, "matmorph")} == folders
 
 
 def test_the_format_loads_no_onnx_runtime() -> None:

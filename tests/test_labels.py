@@ -16,7 +16,7 @@ from matmorph.ir.core import Graph, Value
 from matmorph.ir.training.losses import label_inputs
 from matmorph.passes.budget.decide import without_labels
 from matmorph.passes.methods import method_table
-from matmorph.passes.methods.low_rank import LowRank
+from matmorph.passes.methods.low_rank.method import LowRank
 from matmorph.passes.statistics.loss_gradients import classes_of, dropped, labelled_batch, loss_of
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import Train

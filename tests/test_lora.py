@@ -24,7 +24,7 @@ from matmorph.ir.site import Reject
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import print_graph
 from matmorph.passes.methods import method_table
-from matmorph.passes.methods.lora import Lora, LoraSpec
+from matmorph.passes.methods.lora.method import Lora, LoraSpec
 from matmorph.passes.methods.protocol import Method
 from matmorph.passes.rewriting.rewrite import appraise, rewrite
 from matmorph.specs.load import load_spec

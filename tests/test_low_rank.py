@@ -15,7 +15,7 @@ from rewriting import LINEAR, METHODS, graph_of, low_rank, moment, only_site, re
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.site import Choice, Reject, Site, Statistic
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods.low_rank import LowRank
+from matmorph.passes.methods.low_rank.method import LowRank
 from matmorph.passes.methods.protocol import dense_cost, refuse_larger
 
 METHOD = LowRank()

@@ -19,18 +19,8 @@ from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.ir import op_table
 from matmorph.ir.core import Node, Value
 from matmorph.ir.evaluate import evaluate
-from matmorph.ir.op_table import (
-    BARE_PRODUCTS,
-    BROADCASTING,
-    LAYOUT_OPS,
-    OPERATORS,
-    PRODUCTS,
-    axes_over,
-    having,
-    of_kind,
-    operands_of,
-    permutation,
-)
+from matmorph.ir.op_reading import axes_over, operands_of, permutation
+from matmorph.ir.op_table import BARE_PRODUCTS, BROADCASTING, LAYOUT_OPS, OPERATORS, PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.sites import matmul_forms, roles, weight_view
 from matmorph.ir.sites.matmuls import find_sites

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import matmorph as mm
 from matmorph.errors import RewriteError
-from matmorph.passes.methods import loftq as method
+from matmorph.passes.methods.loftq import method as method
 
 LAYERS = 4
 

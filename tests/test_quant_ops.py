@@ -25,7 +25,8 @@ from matmorph.ir.to_torch import to_torch
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.types import format_dim
 from matmorph.ir.verify import verify
-from matmorph.passes.linalg.codebook import CODEBOOK_BITS, normal_float
+from matmorph.passes.linalg.choices import CODEBOOK_BITS
+from matmorph.passes.linalg.codebook import normal_float
 from matmorph.passes.linalg.packing import byte_table, pack_byte_table, pack_gather, pack_matmul_bnb4, pack_matmul_nbits
 from matmorph.passes.linalg.quantize import Quantizer, quantize
 

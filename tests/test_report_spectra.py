@@ -12,7 +12,7 @@ from exporting import Mlp, randn, seeded
 
 import matmorph as mm
 from matmorph.passes.linalg import svd
-from matmorph.passes.methods.low_rank import POINTS, _spectrum
+from matmorph.passes.methods.low_rank.method import POINTS, _spectrum
 
 
 def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -396,6 +396,7 @@ def test_a_method_of_another_package_is_reached_by_its_name(monkeypatch: pytest.
 
     found = dict(method_table()) | {"halving": Halving}
     monkeypatch.setattr("matmorph.spec.method_table", lambda: found)
+    monkeypatch.setattr("matmorph.spec.languages", lambda: found)
     built = mm.Spec(rules=[mm.Rule({"op": "linear"}, mm.method("halving")(rank=mm.Ratio(0.5)))])
     assert built.rules[0].rewrite[0].method == "halving"
     assert mm.Halving == mm.method("halving")

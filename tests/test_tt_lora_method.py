@@ -20,7 +20,7 @@ from zoo import ZOO, hugging_face
 import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.methods.tt_lora import two_factor_form
+from matmorph.passes.methods.tt_lora.method import two_factor_form
 
 METHOD = METHODS["tt_lora"]
 TEXT = LINEAR.replace("12", "24").replace("10", "18").replace("float32", "float64")

@@ -10,11 +10,11 @@ import numpy as np
 from quantizing import parts_of
 
 from matmorph.ir.core import Const
-from matmorph.passes.methods.loftq import LoftQ
-from matmorph.passes.methods.qlora import QLora
-from matmorph.passes.methods.tt import TT, TTSpec
-from matmorph.passes.methods.tt_base import ModesSpec
-from matmorph.passes.methods.tt_lora import TTLora, TTLoraSpec
+from matmorph.passes.methods.loftq.method import LoftQ
+from matmorph.passes.methods.qlora.method import QLora
+from matmorph.passes.methods.train_settings import ModesSpec
+from matmorph.passes.methods.tt.method import TT, TTSpec
+from matmorph.passes.methods.tt_lora.method import TTLora, TTLoraSpec
 from matmorph.specs.ranks import Ranks
 from matmorph.specs.schema import MethodUse
 

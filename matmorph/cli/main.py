@@ -250,9 +250,9 @@ def specs_check(file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML
     """Check a spec without a model.
 
     Syntax, keys, values and `extends`."""
-    from matmorph import api
+    from matmorph.spec import load_spec
 
-    spec = api.load_spec(file)
+    spec = load_spec(file)
     rules = [rule for stage in spec.stages for rule in stage.rules]
     methods = sorted({use.method for rule in rules for use in rule.rewrite})
     say(f"{file}: fine ({len(rules)} rule{'s' if len(rules) != 1 else ''}; methods: {', '.join(methods) or 'none'})")
@@ -263,10 +263,10 @@ def specs_schema() -> None:
     """Print the JSON Schema of the language.
 
     Editors use it for completion."""
-    from matmorph.passes.methods import method_table
+    from matmorph.passes.methods import languages
     from matmorph.specs.json_schema import schema_text
 
-    say(schema_text(method_table()), end="")
+    say(schema_text(languages()), end="")
 
 
 # ---- shared by the commands

@@ -19,11 +19,12 @@ import numpy as np
 
 from matmorph.runtime.errors import ArtifactError, SessionError
 from matmorph.runtime.feeds import Array
+from matmorph.runtime.format.arrays import read_arrays
 from matmorph.runtime.format.artifact import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest
 from matmorph.runtime.format.cases import Case, read_case_arrays
 from matmorph.runtime.format.folder import changed
 from matmorph.runtime.format.printable import printable
-from matmorph.runtime.format.reading import StoredError, inside, read_arrays, reading
+from matmorph.runtime.format.reading import StoredError, inside, reading
 from matmorph.runtime.manifest import artifact_folder, read_manifest, stored_errors
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session

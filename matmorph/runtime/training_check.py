@@ -14,8 +14,9 @@ import numpy as np
 
 from matmorph.runtime.errors import ArtifactError, SessionError, first_line
 from matmorph.runtime.feeds import Array
+from matmorph.runtime.format.arrays import read_arrays
 from matmorph.runtime.format.cases import TrainingCase, TrainingVectors, read_training_arrays
-from matmorph.runtime.format.reading import read_arrays, reading
+from matmorph.runtime.format.reading import reading
 from matmorph.runtime.format.training import (
     APPLY_MODEL,
     COUNT,

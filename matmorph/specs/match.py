@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from matmorph.errors import Position
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Clause, Condition, SelectionContext
 from matmorph.specs.conditions.nesting import GroupClause, MappingClause, NotClause
-from matmorph.specs.pattern_match import Occurrence
 from matmorph.specs.tree import MapTree
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+    from matmorph.specs.pattern_match import Occurrence
 
 
 @dataclass(frozen=True, slots=True)

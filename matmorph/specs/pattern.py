@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
-
-import torch
 
 from matmorph.errors import SpecError, did_you_mean
 from matmorph.ir.op_table import LAYOUT_OPS
@@ -58,11 +58,34 @@ class Pattern:
         return tuple(dict.fromkeys(arg for call in self.calls for arg in call.args if isinstance(arg, str)))
 
 
+ATEN = "aten.txt"
+"""The base names of ATen in the library's folder, below a line with the version of torch that they are of: a spec is read without torch."""
+
+
 @cache
 def aten_names() -> frozenset[str]:
-    """Base names of all ATen operators that this torch has, without outer underscores."""
-    names = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")}
-    return frozenset(name.strip("_") for name in names)
+    """Base names of all ATen operators that the installed torch has, without outer underscores."""
+    text = (resources.files("matmorph.specs") / "library" / ATEN).read_text(encoding="utf-8")
+    described, *names = text.split("\n")
+    return frozenset(names) if described == f"# torch {_torch_version()}" else frozenset(names) | frozenset(torch_names())
+
+
+def _torch_version() -> str:
+    """Without what a build adds to it; "" where there is none, and then nothing to ask either."""
+    try:
+        return version("torch").partition("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+def torch_names() -> list[str]:
+    """The names as torch itself has them, sorted; [] without torch."""
+    try:
+        import torch  # a version that the file does not describe is asked
+    except ImportError:
+        return []
+    schemas = torch._C._jit_get_all_schemas()
+    return sorted({schema.name.removeprefix("aten::").strip("_") for schema in schemas if schema.name.startswith("aten::")})
 
 
 class _Token(NamedTuple):

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from matmorph.ir.core import Graph, Node, Value, values_in
-from matmorph.ir.op_table import LAYOUT_OPS, OPERATORS, of_kind, operands_of
+from matmorph.ir.op_reading import operands_of
+from matmorph.ir.op_table import LAYOUT_OPS, OPERATORS, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import TensorType
 

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from matmorph.ir.core import Const, Node, Value
-from matmorph.ir.op_table import of_kind, permutation
+from matmorph.ir.op_reading import permutation
+from matmorph.ir.op_table import of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.site import Layout
 from matmorph.ir.types import Dim, TensorType

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Node, Value
-from matmorph.ir.op_table import BROADCASTING, having, of_kind, permutation
+from matmorph.ir.op_reading import permutation
+from matmorph.ir.op_table import BROADCASTING, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import Dim, TensorType
 

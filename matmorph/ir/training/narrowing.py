@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
-from matmorph.ir.op_table import BROADCASTING, axes_over, having, of_kind, operands_of, permutation
+from matmorph.ir.op_reading import axes_over, operands_of, permutation
+from matmorph.ir.op_table import BROADCASTING, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.rewiring import needed
 from matmorph.ir.types import Dim, TensorType

@@ -17,10 +17,10 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from matmorph.passes.linalg.choices import CODEBOOK_BITS
+
 TAIL = 0.9677083
 """Probability of the outermost quantile, (1 - 1/30 + 1 - 1/32) / 2 rounded to seven digits as published."""
-
-CODEBOOK_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
 
 _BINS = 32
 """Half the number of equal bins on [-1, 1] that find a code (a power of two: multiplying by it is exact)."""

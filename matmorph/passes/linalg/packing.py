@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from matmorph.passes.linalg.codebook import CODEBOOK_BITS
+from matmorph.passes.linalg.choices import CODEBOOK_BITS
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, stored_width
 
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)

@@ -32,12 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from matmorph.passes.linalg.codebook import CODEBOOK_BITS, nearest, normal_float
+from matmorph.passes.linalg.choices import CODEBOOK_BITS, QuantizerName, quantizer_bits
+from matmorph.passes.linalg.codebook import nearest, normal_float
 from matmorph.passes.linalg.scales import SCALE_TYPES, level_indices, uniform_scales
-
-QuantizerName = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
-NAMES: tuple[QuantizerName, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
-UNIFORM_BITS = (2, 4, 8)
 
 _CHUNK = 1 << 17
 """Numbers quantised at a time: a chunk and its scratch stay in a core's cache."""
@@ -63,24 +60,10 @@ class Quantizer:
     double: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ValueError(f"unknown quantizer {self.name!r}: one of {', '.join(NAMES)}")
-        own = CODEBOOK_BITS.get(self.name)
-        if own is not None and self.bits is None:
-            object.__setattr__(self, "bits", own)
-        allowed: Sequence[int] = (own,) if own is not None else UNIFORM_BITS if self.name == "uniform" else range(2, 9)
-        if self.bits not in allowed:
-            raise ValueError(f"{self.name} has {' or '.join(map(str, allowed))} bits, not {self.bits}")
-        if self.block_size < 8 or self.block_size % 8:
-            raise ValueError(f"block size {self.block_size}: a positive multiple of 8 is needed")
-        if self.scale not in ("absmax", "search"):
-            raise ValueError(f"unknown scale {self.scale!r}: absmax or search")
-        if self.name != "uniform" and (self.zero_point or self.scale == "search"):
-            raise ValueError(f"{self.name} has neither a zero point nor a scale search: they belong to uniform")
+        bits = quantizer_bits(self.name, self.bits, self.block_size, self.zero_point, self.scale, self.double)
+        object.__setattr__(self, "bits", bits)
         if self.scale_dtype not in SCALE_TYPES:
             raise ValueError(f"scales are float32 or float16, not {self.scale_dtype}")
-        if self.double and own is None:
-            raise ValueError(f"double quantisation is for tables (nf4, nf3, nf2), not for {self.name}")
 
     @property
     def width(self) -> int:

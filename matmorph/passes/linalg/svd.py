@@ -27,13 +27,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Solver = Literal["auto", "exact", "gram", "randomized"]
-SOLVERS: tuple[Solver, ...] = ("auto", "exact", "gram", "randomized")
+from matmorph.passes.linalg.choices import SOLVERS, Solver
 
 GUARD = 1.01
 """Every result is within 1 % of the smallest possible Frobenius error, plus rounding (`_ROUNDING` * |W|_F)."""

@@ -25,8 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from matmorph.passes.linalg.choices import Solver
 from matmorph.passes.linalg.modes import Modes, boundary
-from matmorph.passes.linalg.svd import Solver, largest
+from matmorph.passes.linalg.svd import largest
 from matmorph.passes.linalg.sweeps import SWEEPS, ErrorBudget, Sweep, cheaper_sweep, left_orthogonal, truncated
 from matmorph.passes.linalg.unfolding import ROUNDING, UnfoldingStep, left_step
 

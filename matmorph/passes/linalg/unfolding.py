@@ -23,7 +23,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from matmorph.passes.linalg.svd import GUARD, SOLVERS, Solver, choose_solver, one_thread, truncated_svd
+from matmorph.passes.linalg.choices import SOLVERS, Solver
+from matmorph.passes.linalg.svd import GUARD, choose_solver, one_thread, truncated_svd
 
 ROUNDING = 16.0
 """Errors below this many machine epsilons times |C|_F are rounding (as in `svd`)."""

@@ -20,14 +20,12 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, ConstKind, Graph, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 from matmorph.passes.linalg.hosvd import GradientStats
+from matmorph.passes.methods.language import MethodKind, MethodLanguage
 from matmorph.passes.pruning.axes import Counts
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.runtime.format.training import SearchSpace
 from matmorph.specs import schema
-
-MethodKind = Literal["replace", "update", "block"]
-"""replace: takes the place of the dense matmul; update: is added to what stays, or to what took its place; block: prunes a whole block."""
 
 Trains = Literal["adapters", "factors"]
 """The word of `train.trainable` for the weights of a method that train: adapters are put in to be trained (and exchanged, and merged),
@@ -174,23 +172,16 @@ class FragmentBuilder(Protocol):
         ...
 
 
-class Method(ABC):
-    """What methods of all kinds have in common.
+class Method(MethodLanguage, ABC):
+    """What methods of all kinds have in common, beside what the spec language knows of them.
 
-    `name`: the YAML key. `Spec`: a frozen dataclass, whose fields are the YAML keys below it; fields `tokens` and `target` get those of
-    `export` where they are None. `automatic`: the keys that may be `auto`. `example`: how a message shows what a method looks like in a
-    spec; the first of the table that has one stands for all. `trains`: what its trainable weights are, None = nothing of it
+    `trains`: what its trainable weights are, None = nothing of it
     trains. `colour`: its number in the report's palette and `code` its short name there, None = one that is free, and its first letters.
     """
 
-    name: ClassVar[str]
-    kind: ClassVar[MethodKind]
-    Spec: ClassVar[type]
-    automatic: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[Trains | None] = None
     colour: ClassVar[int | None] = None
     code: ClassVar[str | None] = None
-    example: ClassVar[str | None] = None
 
     def needs(self, spec: Any) -> frozenset[Statistic]:
         """Statistics of the calibration data that it reads."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from matmorph.ir.site import Reject, Site
 from matmorph.passes.methods.protocol import ReplaceMethod, SiteMethod, Trains
-from matmorph.passes.methods.quantize import Quantize
-from matmorph.passes.methods.quantized_base import QuantizedSpec, quantizer_settings, refuse_rank, refuse_site
+from matmorph.passes.methods.quantize.method import Quantize
+from matmorph.passes.methods.quantized_base import refuse_rank, refuse_site
+from matmorph.passes.methods.quantized_settings import QuantizedSpec, quantizer_settings
 from matmorph.passes.methods.weights import rank_beyond, scaled_pair, widened
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import floor
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,50 +17,10 @@ from matmorph.passes.linalg.contraction import TrainShape, contract
 from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, planning_target
 from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
 from matmorph.passes.methods.protocol import FragmentBuilder
+from matmorph.passes.methods.train_settings import ContractionSpec
 from matmorph.passes.methods.weights import FLOATS
-from matmorph.runtime.targets import TARGETS
 from matmorph.specs.ranks import Ranks
 from matmorph.specs.schema import Export
-
-PlanWish = Literal["auto", "contract", "rebuild"]
-
-
-@dataclass(frozen=True, slots=True)
-class ModesSpec:
-    """Factors of the two sides of the weight, one pair per core."""
-
-    out: tuple[int, ...] = field(metadata={"doc": "sizes that multiply to the output features", "minimum": 1, "min_items": 2})
-    in_: tuple[int, ...] = field(metadata={"key": "in", "doc": "sizes that multiply to the input features", "minimum": 1, "min_items": 2})
-
-    def __post_init__(self) -> None:
-        if len(self.out) != len(self.in_):
-            raise ValueError(f"a core has one output mode and one input mode: out gives {len(self.out)}, in gives {len(self.in_)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContractionSpec:
-    """How cores are multiplied with rows. `tokens` and `target` are those of `export` where nothing stands here."""
-
-    plan: PlanWish = field(
-        default="auto",
-        metadata={
-            "doc": "contract: multiply core by core even where that is predicted to be slower; rebuild: the dense matrix, when the "
-            "session loads; auto: whichever is predicted to be faster"
-        },
-    )
-    tokens: tuple[int, ...] | None = field(
-        default=None, metadata={"doc": "numbers of rows to plan for; those of export by default", "minimum": 1, "min_items": 1}
-    )
-    target: tuple[str, ...] | None = field(
-        default=None,
-        metadata={"doc": "devices to plan for; those of export by default", "choices": TARGETS.keys(), "min_items": 1},
-    )
-
-
-def refuse_wrong_count(rank: Ranks, cores: int, of: str) -> None:
-    """ValueError for a list of ranks that is not one shorter than there are cores."""
-    if rank.each and len(rank.each) != cores - 1:
-        raise ValueError(f"{cores} cores ({of}) take a list of {cores - 1}, one rank between neighbours; this list has {len(rank.each)}")
 
 
 def refuse_site(site: Site, method: str) -> Reject | None:

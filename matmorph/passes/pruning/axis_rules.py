@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matmorph.ir.core import Node, Value
-from matmorph.ir.op_table import BARE_PRODUCTS, BROADCASTING, axes_over, having, of_kind, operands_of, permutation
+from matmorph.ir.op_reading import axes_over, operands_of, permutation
+from matmorph.ir.op_table import BARE_PRODUCTS, BROADCASTING, having, of_kind
 from matmorph.ir.ops import base_name
 from matmorph.passes.pruning.axes import HEADS, PART, QK, Atom, Axes, Axis, AxisProduct, Concat, plain, product, size_of, units_of
 from matmorph.passes.pruning.axis_walk import AxisRule, AxisWalk, Place, Read, stuck

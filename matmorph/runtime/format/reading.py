@@ -12,14 +12,10 @@ import hashlib
 import json
 import re
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from matmorph.runtime.format.plain import ManifestError
 
@@ -29,8 +25,6 @@ LARGEST_TEXT = 1 << 28
 """Bytes of a JSON or text file: a report of ten thousand matmuls has a fiftieth of it."""
 DEEPEST = 64
 """Tables and lists inside each other; ours have six."""
-_UNPACKED = 1 << 24
-"""Bytes by which arrays may exceed their file: what we write is not compressed."""
 _CHUNK = 1 << 20
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a file that changes again has another time: clocks of file systems tick as slowly as this."""
@@ -106,23 +100,6 @@ def _deeper_than(data: Any, depth: int) -> bool:
 
 
 # ---- arrays
-
-
-def read_arrays(path: Path, largest: int | None = None) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file by name, never unpickled. `largest`: bytes that they may have, None = little more than the file.
-
-    Raises StoredError for a file that is missing or none.
-    """
-    if not path.is_file():
-        raise StoredError(f"{path}: {'not a file' if path.exists() else 'missing'}")
-    with reading(path):
-        most = path.stat().st_size + _UNPACKED if largest is None else largest
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > most:
-            raise StoredError(f"{path}: unpacks to {size} bytes, at most {most} are read")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in arrays.files}
 
 
 # ---- names and places

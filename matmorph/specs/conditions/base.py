@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from matmorph.errors import Position
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.values import render
 from matmorph.specs.kinds import JsonSchema, Kind
 from matmorph.specs.pattern import Pattern
-from matmorph.specs.pattern_match import Occurrence
 from matmorph.specs.tree import MapTree, Tree
 
-Measure = Callable[[torch.Tensor], float]
-"""A number of one matrix [out, in] in float64."""
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+    from matmorph.specs.pattern_match import Occurrence
 
 
 class SelectionContext(Protocol):
@@ -38,8 +35,11 @@ class SelectionContext(Protocol):
     def operator_counts(self, pattern: Pattern, /) -> Mapping[str, int]:
         """How often the graph has each operator of the pattern."""
 
-    def measured(self, measure: Measure, site: Site, /) -> float | None:
-        """A number of the site's weight; None where the weight has no numbers (meta device). Reads the weight."""
+    def spectra(self, site: Site, /) -> Sequence[Sequence[float]] | None:
+        """The singular values of the site's weight, of each matrix of a stack; None where it has no numbers (meta device). Reads it."""
+
+    def magnitudes(self, site: Site, /) -> Sequence[tuple[float, float]] | None:
+        """The largest |w| and the root mean square of each matrix, as `spectra`."""
 
     def block(self, site: Site, /) -> str | None:
         """The kind of block that the site is part of, whether or not that can be pruned."""

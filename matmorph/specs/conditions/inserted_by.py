@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_text
 from matmorph.specs.kinds import Kind
 from matmorph.specs.tree import MapTree
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, parsed
 from matmorph.specs.kinds import Kind
 from matmorph.specs.numbers import LAYER_FORMS, Layers, parse_layers
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)

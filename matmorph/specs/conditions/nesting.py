@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from matmorph.errors import did_you_mean
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Clause, Language, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_given, render
 from matmorph.specs.kinds import JsonSchema, known_keys
 from matmorph.specs.tree import MapTree, Scalar, SeqTree, Tree, describe
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import OneOrMore, as_word
 from matmorph.specs.kinds import Kind
 from matmorph.specs.tree import MapTree
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+
 
 OPS: tuple[str, ...] = ("matmul", "linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding")
 """What `op` takes: `matmul` = every weight matmul in whatever form, `embedding` = tables (also one tied to a head), else one form."""

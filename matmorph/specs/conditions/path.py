@@ -6,15 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from matmorph.errors import SpecError
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_glob
 from matmorph.specs.globs import Glob
 from matmorph.specs.kinds import Kind
 from matmorph.specs.tree import Scalar
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+
 
 NEAREST = 3
 

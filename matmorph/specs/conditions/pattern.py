@@ -5,16 +5,18 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from matmorph.errors import did_you_mean
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, Language, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_given, render
 from matmorph.specs.kinds import JsonSchema, Kind
 from matmorph.specs.pattern import Pattern, parse_pattern
-from matmorph.specs.pattern_match import Occurrence
 from matmorph.specs.tree import Scalar, SeqTree, Tree, describe
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+    from matmorph.specs.pattern_match import Occurrence
 
 
 @dataclass(frozen=True)

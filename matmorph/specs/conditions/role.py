@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from matmorph.errors import did_you_mean
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_glob
 from matmorph.specs.globs import Glob
 from matmorph.specs.kinds import Kind
 from matmorph.specs.tree import Scalar
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
+
 
 _ATTENTION = ("q", "k", "v", "qkv", "kv", "qk", "qv", "o")
 _MLP = ("gate", "up", "gate_up", "fc1", "fc2", "down")

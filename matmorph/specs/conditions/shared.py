@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.kinds import JsonSchema, Kind, plain_text, wrong
 from matmorph.specs.tree import Tree
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import OneOrMore, as_word
 from matmorph.specs.kinds import Kind
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 STACKS = ("encoder", "decoder")
 

@@ -1,19 +1,22 @@
-"""`effective_rank`, `outlier_ratio`: numbers that only the weight has. A list of comparisons holds as a whole."""
+"""`effective_rank`, `outlier_ratio`: numbers that only the weight has; of a stack of experts the largest. A list of comparisons holds as a
+whole."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from math import exp, fsum, log
+from typing import TYPE_CHECKING, ClassVar
 
 from matmorph.errors import SpecError
-from matmorph.ir.site import Site
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import COMPARISONS
 from matmorph.specs.kinds import Kind
 from matmorph.specs.numbers import COMPARISON_FORMS, Comparison
+
+if TYPE_CHECKING:
+    from matmorph.ir.site import Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,8 +29,8 @@ class _StatisticCondition(Condition):
 
     @staticmethod
     @abstractmethod
-    def measure(weight: torch.Tensor) -> float:
-        """The statistic of a finite matrix [out, in] in float64."""
+    def numbers(site: Site, context: SelectionContext) -> list[float] | None:
+        """The statistic of each matrix of the weight; None where that has no numbers."""
 
     def test(self, site: Site, context: SelectionContext) -> bool:
         number = self._read(site, context)
@@ -37,11 +40,11 @@ class _StatisticCondition(Condition):
         return f"{self._read(site, context):.4g}"
 
     def _read(self, site: Site, context: SelectionContext) -> float:
-        number = context.measured(self.measure, site)
-        if number is None:
+        found = self.numbers(site, context)
+        if found is None:
             message = f"{self.key} reads the weight of {site.path}, and this model is on the meta device"
             raise SpecError(message, at=self.at, keypath=self.keypath)
-        return number
+        return max(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +56,14 @@ class EffectiveRankCondition(_StatisticCondition):
     doc: ClassVar[str] = f"exp of the entropy of the singular values (reads the weight): {COMPARISON_FORMS}"
 
     @staticmethod
-    def measure(weight: torch.Tensor) -> float:
-        gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-        singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-        total = singular.sum()
-        share = singular[singular > 0] / total
-        return float(torch.exp(-(share * share.log()).sum())) if total > 0 else 0.0
+    def numbers(site: Site, context: SelectionContext) -> list[float] | None:
+        spectra = context.spectra(site)
+        return None if spectra is None else [_effective_rank(values) for values in spectra]
+
+
+def _effective_rank(values: Sequence[float]) -> float:
+    total = fsum(values)
+    return exp(-fsum(value / total * log(value / total) for value in values if value > 0)) if total > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +74,6 @@ class OutlierRatioCondition(_StatisticCondition):
     doc: ClassVar[str] = f"largest element over the root mean square (reads the weight): {COMPARISON_FORMS}"
 
     @staticmethod
-    def measure(weight: torch.Tensor) -> float:
-        rms = weight.square().mean().sqrt()
-        return float(weight.abs().max() / rms) if rms > 0 else 0.0
+    def numbers(site: Site, context: SelectionContext) -> list[float] | None:
+        found = context.magnitudes(site)
+        return None if found is None else [largest / rms if rms > 0 else 0.0 for largest, rms in found]

@@ -26,20 +26,29 @@ from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
 from matmorph.passes.methods.glora.nodes import Tensors
-from matmorph.passes.methods.glora.settings import COLUMNS, GATE, GATE_COLUMNS, WORDS, GloraSpec, Words, bias_of, shapes_of, words_of
+from matmorph.passes.methods.glora.settings import (
+    COLUMNS,
+    GATE,
+    GATE_COLUMNS,
+    WORDS,
+    GloraLanguage,
+    GloraSpec,
+    Words,
+    bias_of,
+    shapes_of,
+    words_of,
+)
 from matmorph.passes.methods.glora.supernet import configured, replacing_spec, training_form
 from matmorph.passes.methods.protocol import Configuration, Error, FragmentBuilder, SiteStats, TrainingForm, UpdateMethod
 from matmorph.passes.methods.weights import FLOATS, dense_matrix, stored, widened
 from matmorph.specs import schema
 
 
-class Glora(UpdateMethod):
+class Glora(GloraLanguage, UpdateMethod):
     """The dense weight scaled and shifted by tensors to be trained."""
 
-    name: ClassVar[str] = "glora"
     code: ClassVar[str | None] = "GL"
     colour: ClassVar[int | None] = 8
-    Spec: ClassVar[type] = GloraSpec
 
     @property
     def beside(self) -> GloraBeside:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
-from matmorph.ir.core import Value
-from matmorph.ir.site import Site
+from matmorph.passes.methods.language import MethodKind, MethodLanguage
+
+if TYPE_CHECKING:
+    from matmorph.ir.core import Value
+    from matmorph.ir.site import Site
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "A": ("lora", "vector", "scalar", "none"),
@@ -62,6 +65,14 @@ class GloraSpec:
         everything = WORDS if self.search else dict.fromkeys(WORDS, ("none",))
         given = {tensor: getattr(self, tensor) or everything[tensor] for tensor in WORDS}
         return {tensor: tuple(word for word in WORDS[tensor] if word in found) for tensor, found in given.items()}
+
+
+class GloraLanguage(MethodLanguage):
+    """What stands below `glora:` in a spec."""
+
+    name: ClassVar[str] = "glora"
+    kind: ClassVar[MethodKind] = "update"
+    Spec: ClassVar[type] = GloraSpec
 
 
 def bias_of(site: Site) -> Value | None:

@@ -13,8 +13,8 @@ W + delta.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Si
 from matmorph.passes.linalg.hosvd import GradientStats, top_entries
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Preliminary, SiteStats, UpdateMethod
 from matmorph.passes.methods.sparse_grad.inference import inference_graph
+from matmorph.passes.methods.sparse_grad.settings import SparseGradLanguage, SparseGradSpec
 from matmorph.passes.methods.weights import FLOATS, dense_matrix, stored, widened
-from matmorph.specs.notations import Count
 
 DELTA, INDICES, OUT, INTO = "delta", "indices", "u", "vt"
 """Short names of the weights: what trains, [out, in] or the chosen entries [k]; their flat positions; U [out, out]; V^T [in, in]."""
@@ -35,34 +35,11 @@ ADAM_VECTORS = 3
 """theta, m and v."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SparseGradSpec:
-    """Few entries of the weight's update learn at each step, in a basis in which its gradients are sparse."""
-
-    keep: Count = field(default=Count(1.0, percent=True), metadata={"doc": "how many entries of a weight learn: a percentage or a count"})
-    mask: Literal["step", "fixed"] = field(
-        default="step", metadata={"doc": "step: the largest |gradient| of each update; fixed: the largest mean |gradient| beforehand"}
-    )
-    basis: Literal["hosvd", "none"] = field(
-        default="hosvd", metadata={"doc": "hosvd: singular vectors of the gradients of the preliminary phase; none: the weight's own axes"}
-    )
-    share: Literal["shape", "layer"] = field(
-        default="shape", metadata={"doc": "shape: one basis for all weights of one shape under a rule; layer: each its own"}
-    )
-    steps: int = field(default=30, metadata={"doc": "calibration batches whose gradients make basis and fixed mask", "minimum": 1})
-
-    def count(self, entries: int) -> int:
-        """How many of so many entries learn, at least one."""
-        return max(round(entries * self.keep.value / 100), 1) if self.keep.percent else int(self.keep.value)
-
-
-class SparseGrad(UpdateMethod):
+class SparseGrad(SparseGradLanguage, UpdateMethod):
     """A dense weight of which few entries learn at a time."""
 
-    name: ClassVar[str] = "sparse_grad"
     code: ClassVar[str | None] = "SG"
     colour: ClassVar[int | None] = 9
-    Spec: ClassVar[type] = SparseGradSpec
 
     def needs(self, spec: SparseGradSpec) -> frozenset[Statistic]:
         wanted = {Statistic.GRADIENT_GRAMS: spec.basis == "hosvd", Statistic.GRADIENT_SCORES: spec.mask == "fixed"}

@@ -9,9 +9,8 @@ scale, so that a pruned graph is the original one with those activations set to 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil, gcd
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,59 +22,23 @@ from matmorph.passes.linalg.refit import refit
 from matmorph.passes.linalg.whiten import relative_output_error
 from matmorph.passes.methods.protocol import BlockMethod, Error, SiteStats
 from matmorph.passes.methods.transact.scores import Scores, block_scores, kept_units
+from matmorph.passes.methods.transact.settings import TransactLanguage, TransactSpec
 from matmorph.passes.methods.weights import FLOATS, readable, stored
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Counts, V, positions, resized, units_of
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch, make_patch
 from matmorph.passes.pruning.widths import prune_schedule
-from matmorph.specs.notations import Width
 
 _AUTO = 8
 """Steps of the width that `auto` may choose from."""
 _NAME = "transact"
 
 
-@dataclass(frozen=True, slots=True)
-class TransactSpec:
-    """Prunes the width between the two halves of attention and MLP blocks.
-
-    `width` counts input features of the last matmul (o, down, fc2). Heads round up to whole heads, everything else up to `multiple_of`.
-    """
-
-    width: Width = field(metadata={"doc": "input features of the last matmul of a block that stay: a number or a percentage"})
-    unit: Literal["heads", "head_dims"] = field(
-        default="heads", metadata={"doc": "what goes in attention: whole heads, or dimensions of every head (q and k in rotary pairs)"}
-    )
-    score: Literal["activation", "taylor", "weight"] = field(
-        default="activation",
-        metadata={
-            "doc": "what stays: the largest activations on the calibration data, |gradient x activation| (train.loss, labels), or weights"
-        },
-    )
-    compensate: Literal["least_squares", "none"] = field(
-        default="least_squares", metadata={"doc": "refit the last matmul to its old outputs on the calibration data"}
-    )
-    damping: float | None = field(
-        default=None,
-        metadata={
-            "doc": "share of the mean of the second moment's diagonal that holds the refit to the old weight; by default as the sample "
-            "asks for (OAS)",
-            "minimum": 0,
-            "maximum": 1,
-        },
-    )
-    multiple_of: int = field(default=8, metadata={"doc": "widths are multiples of this", "minimum": 1})
-    shots: int = field(default=1, metadata={"doc": "prune in so many steps, scoring the already pruned model anew", "minimum": 1})
-
-
-class Transact(BlockMethod):
+class Transact(TransactLanguage, BlockMethod):
     """Structural pruning of one block."""
 
-    name: ClassVar[str] = _NAME
     code: ClassVar[str | None] = "TA"
     colour: ClassVar[int | None] = 7
-    automatic: ClassVar[tuple[str, ...]] = ("width",)
-    Spec: ClassVar[type] = TransactSpec
 
     def needs(self, spec: TransactSpec) -> frozenset[Statistic]:
         moment = spec.score == "activation" or spec.compensate == "least_squares"

@@ -7,7 +7,7 @@ smallest output error on the calibration data (SVD-LLM, arXiv 2403.07378; see `l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import floor, log10, sqrt
 from typing import ClassVar, Literal
 
@@ -21,7 +21,6 @@ from matmorph.passes.linalg.contraction import vector_train
 from matmorph.passes.linalg.contraction_cost import plan_contraction, planning_target
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.svd import (
-    Solver,
     Truncated,
     rank_for_energy,
     rank_for_error,
@@ -29,45 +28,17 @@ from matmorph.passes.linalg.svd import (
     truncated_svd,
 )
 from matmorph.passes.linalg.whiten import Whitening, project, weighted
+from matmorph.passes.methods.low_rank.settings import LowRankLanguage, LowRankSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
 from matmorph.passes.methods.weights import FLOATS, curve_errors, rank_beyond, readable, stored, weighting_of, whitening_of, widened
 from matmorph.specs.schema import Export, Rank
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankSpec:
-    """Two factors of inner size `rank`.
-
-    `{error: e}` bounds the weight error |W - W'|/|W| of a plain rewrite and the output error on the calibration data of a whitened one;
-    `{energy: e}` counts squared singular values of W, or of W L with L L^T the damped second moment of the input. Where sensitivities were
-    gathered (`calibration.sensitivity`), whitened means C^T W L with C C^T the damped second moment of the gradients at the output, for
-    `error` too.
-    """
-
-    rank: Rank = field(metadata={"doc": "inner size of the two factors"})
-    whiten: bool = field(
-        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
-    )
-    damping: float | None = field(
-        default=None,
-        metadata={
-            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
-            "minimum": 0,
-            "maximum": 1,
-        },
-    )
-    solver: Solver = field(default="auto", metadata={"doc": "singular value solver; each proves its result within 1 % of the best"})
-
-
-class LowRank(ReplaceMethod):
+class LowRank(LowRankLanguage, ReplaceMethod):
     """Truncated SVD or activation-whitened SVD of one matmul."""
 
-    name: ClassVar[str] = "low_rank"
     code: ClassVar[str | None] = "LR"
-    example: ClassVar[str | None] = "{low_rank: {rank: 64}}"
     colour: ClassVar[int | None] = 0
-    automatic: ClassVar[tuple[str, ...]] = ("rank",)
-    Spec: ClassVar[type] = LowRankSpec
 
     def needs(self, spec: LowRankSpec) -> frozenset[Statistic]:
         return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()

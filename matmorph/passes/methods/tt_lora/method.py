@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod, sqrt
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,63 +34,27 @@ from matmorph.passes.linalg.tensor_train import (
     weight_to_vector_tensor,
 )
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
-from matmorph.passes.methods.tt import train_of
+from matmorph.passes.methods.tt.method import train_of
 from matmorph.passes.methods.tt_base import (
-    ContractionSpec,
-    ModesSpec,
     chosen_ranks,
     core_consts,
     matmul_train,
     plan_note,
     planned,
     refuse_site,
-    refuse_wrong_count,
     times_text,
     train_cost,
 )
+from matmorph.passes.methods.tt_lora.settings import CORES, TTLoraLanguage, TTLoraSpec
 from matmorph.passes.methods.weights import stored
-from matmorph.specs.ranks import Ranks
-
-CORES = 6
-Init = Literal["zero", "tt_svd", "direct"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TTLoraSpec(ContractionSpec):
-    """Cores of a tensor train to be trained beside a matmul that stays, or beside what a replacing method put in."""
-
-    rank: Ranks = field(metadata={"doc": "ranks between neighbouring cores: a number for all, or a list with one for each pair"})
-    alpha: float = field(default=1.0, metadata={"doc": "the update is scaled by alpha, which no rank divides", "exclusive_minimum": 0})
-    shape: tuple[int, ...] | None = field(
-        default=None,
-        metadata={"doc": "the papers' notation: factors of the inputs, then factors of the outputs reversed", "minimum": 1, "min_items": 2},
-    )
-    modes: ModesSpec | None = field(default=None, metadata={"doc": "a TT-matrix instead: pairs of an output and an input factor"})
-    cores: int | None = field(
-        default=None, metadata={"doc": f"number of cores where the shape is found by itself; {CORES}, half of them inputs", "minimum": 2}
-    )
-    init: Init = field(
-        default="zero", metadata={"doc": "zero: the model starts unchanged; tt_svd, direct: the authors' random starts, which change it"}
-    )
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("shape", "modes", "cores") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of shape, modes and cores, not {' and '.join(given)}")
-        if self.rank.kind != "fixed":
-            raise ValueError(f"tt_lora takes a number or a list as its rank, not {self.rank.kind}")
-        count = len(self.shape or ()) or (len(self.modes.out) if self.modes else self.cores or CORES)
-        refuse_wrong_count(self.rank, count, given[0] if given else "the default")
-
-
-class TTLora(UpdateMethod):
+class TTLora(TTLoraLanguage, UpdateMethod):
     """A tensor train to be trained, beside a matmul that stays."""
 
-    name: ClassVar[str] = "tt_lora"
     code: ClassVar[str | None] = "TL"
     colour: ClassVar[int | None] = 6
     peft: ClassVar[Peft | None] = Peft()
-    Spec: ClassVar[type] = TTLoraSpec
 
     def impossible(self, sites: Sequence[Site], spec: TTLoraSpec) -> str | None:
         """A shape or modes by hand that fit none of the sites."""

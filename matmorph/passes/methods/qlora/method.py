@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import ClassVar
 
@@ -20,48 +19,24 @@ from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
+from matmorph.passes.methods.qlora.settings import QLoraLanguage, QLoraSpec
 from matmorph.passes.methods.quantized_base import (
-    QuantizedSpec,
     base_of,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
-    refuse_impossible,
-    refuse_other_ranks,
     size_notes,
 )
 from matmorph.passes.methods.quantized_pair import QuantizedPair
 from matmorph.passes.methods.weights import readable, stored
-from matmorph.specs.schema import Rank
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QLoraSpec(QuantizedSpec):
-    """A quantised base and fresh factors of product zero beside it; the factors train."""
-
-    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
-    alpha: float | None = field(
-        default=None, metadata={"doc": "the factors' product is scaled by alpha / rank; 1 without it", "exclusive_minimum": 0}
-    )
-
-    def __post_init__(self) -> None:
-        refuse_impossible(self)
-        refuse_other_ranks("qlora", self.rank)
-
-    @property
-    def adapter_scale(self) -> float:
-        """alpha / rank; 1 without alpha."""
-        return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
-
-
-class QLora(QuantizedPair):
+class QLora(QLoraLanguage, QuantizedPair):
     """Quantised matrix and low-rank factors to be trained."""
 
-    name: ClassVar[str] = "qlora"
     code: ClassVar[str | None] = "QL"
     colour: ClassVar[int | None] = 5
     peft: ClassVar[Peft | None] = Peft(takes_in=True)
-    Spec: ClassVar[type] = QLoraSpec
 
     def choices(self, site: Site, spec: QLoraSpec) -> Iterable[Choice]:
         return [Choice(int(spec.rank.value or 1))]

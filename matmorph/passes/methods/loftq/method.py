@@ -7,8 +7,7 @@ the error of the outputs on the calibration data is minimised instead of that of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,20 +19,18 @@ from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import Whitening
+from matmorph.passes.methods.loftq.settings import LoftQLanguage, LoftQSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.quantized_base import (
-    QuantizedSpec,
     base_of,
-    bit_choices,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
-    refuse_impossible,
-    refuse_other_ranks,
     size_notes,
     with_bits,
 )
 from matmorph.passes.methods.quantized_pair import QuantizedPair
+from matmorph.passes.methods.quantized_settings import bit_choices
 from matmorph.passes.methods.weights import (
     curve_errors,
     error_between,
@@ -45,52 +42,12 @@ from matmorph.passes.methods.weights import (
 from matmorph.specs.schema import Rank
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoftQSpec(QuantizedSpec):
-    """A quantised base and factors fitted to what the quantizer leaves over; the factors train."""
-
-    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number, or auto"})
-    iterations: int = field(default=5, metadata={"doc": "alternations between quantizer and SVD; the best is kept", "minimum": 1})
-    svd_first: bool = field(default=False, metadata={"doc": "SVD of W first, then the quantizer on what is left: a variant of the paper"})
-    whiten: bool = field(
-        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
-    )
-    damping: float | None = field(
-        default=None,
-        metadata={
-            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
-            "minimum": 0,
-            "maximum": 1,
-        },
-    )
-    factors: Literal["keep", "fp16"] = field(
-        default="keep",
-        metadata={"doc": "type the factors are stored in: the weight's, or half precision (with export.precision: keep; fp32 widens them)"},
-    )
-    alpha: float | None = field(
-        default=None, metadata={"doc": "the factors' product is scaled by alpha / rank, and they are divided by it", "exclusive_minimum": 0}
-    )
-
-    def __post_init__(self) -> None:
-        refuse_impossible(self)
-        if self.rank.kind != "auto":
-            refuse_other_ranks("loftq", self.rank)
-
-    @property
-    def adapter_scale(self) -> float:
-        """alpha / rank; 1 without alpha."""
-        return 1.0 if self.alpha is None else self.alpha / int(self.rank.value or 1)
-
-
-class LoftQ(QuantizedPair):
+class LoftQ(LoftQLanguage, QuantizedPair):
     """Quantised matrix and low-rank correction, fitted together."""
 
-    name: ClassVar[str] = "loftq"
     code: ClassVar[str | None] = "LQ"
     colour: ClassVar[int | None] = 2
     peft: ClassVar[Peft | None] = Peft(refused="fitted to a quantised base that PEFT's model does not have; merge it instead")
-    automatic: ClassVar[tuple[str, ...]] = ("rank", "bits")
-    Spec: ClassVar[type] = LoftQSpec
 
     def needs(self, spec: LoftQSpec) -> frozenset[Statistic]:
         return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()

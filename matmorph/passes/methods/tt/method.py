@@ -7,9 +7,9 @@ and what trains; how they meet the rows is planned by cost (`linalg.contraction`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from matmorph.ir.core import Value
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.linalg.contraction import TrainShape, matrix_train
 from matmorph.passes.linalg.modes import Modes, balanced_modes, modes_problem, padded_modes
-from matmorph.passes.linalg.svd import Solver
 from matmorph.passes.linalg.tensor_train import Info, TensorTrain, matrix_to_tensor, reconstruct, round_tt, split_modes, tt_svd
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
+from matmorph.passes.methods.tt.settings import TTLanguage, TTSpec
 from matmorph.passes.methods.tt_base import (
-    ContractionSpec,
-    ModesSpec,
     automatic_ranks,
     chosen_ranks,
     core_consts,
@@ -32,50 +30,17 @@ from matmorph.passes.methods.tt_base import (
     plan_note,
     planned,
     refuse_site,
-    refuse_wrong_count,
     times_text,
     train_cost,
 )
 from matmorph.passes.methods.weights import error_between, readable, stored, weighting_of, widened
-from matmorph.specs.ranks import Ranks
-
-CORES = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TTSpec(ContractionSpec):
-    """Cores of a tensor train in place of the weight."""
-
-    rank: Ranks = field(metadata={"doc": "ranks between neighbouring cores: a number for all, or a list with one for each pair"})
-    modes: ModesSpec | None = field(default=None, metadata={"doc": "factors of the output and of the input features, one pair per core"})
-    cores: int | None = field(default=None, metadata={"doc": f"number of cores where modes are found by themselves; {CORES}", "minimum": 2})
-    padding: Literal["refuse", "pad"] = field(
-        default="refuse",
-        metadata={
-            "doc": "for sizes without balanced factors (primes): refuse them, or pad the weight with zeros to the next that have some"
-        },
-    )
-    solver: Solver = field(default="auto", metadata={"doc": "singular value solver of the unfoldings"})
-
-    def __post_init__(self) -> None:
-        if self.modes is not None and self.cores is not None:
-            raise ValueError("modes say how many cores there are: give modes or cores, not both")
-        refuse_wrong_count(self.rank, self.count, "modes" if self.modes else "cores" if self.cores else "the default")
-
-    @property
-    def count(self) -> int:
-        """Number of cores."""
-        return len(self.modes.out) if self.modes is not None else self.cores or CORES
-
-
-class TT(ReplaceMethod):
+class TT(TTLanguage, ReplaceMethod):
     """A TT-matrix by TT-SVD."""
 
-    name: ClassVar[str] = "tt"
     code: ClassVar[str | None] = "TT"
     colour: ClassVar[int | None] = 3
-    automatic: ClassVar[tuple[str, ...]] = ("rank",)
-    Spec: ClassVar[type] = TTSpec
 
     def impossible(self, sites: Sequence[Site], spec: TTSpec) -> str | None:
         """Modes by hand that fit none of the sites."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,56 +20,20 @@ from torch import Tensor
 from matmorph.ir.core import Const, Value
 from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Site
 from matmorph.passes.linalg.svd import one_thread, truncated_svd
+from matmorph.passes.methods.lora.settings import LoraLanguage, LoraSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
 from matmorph.passes.methods.weights import FLOATS, rank_beyond, readable, scaled_pair, stored, widened
-from matmorph.specs.schema import Rank
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Factors = tuple[Tensor, Tensor]
 """(down [.., in, rank], up [.., rank, out])."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSpec:
-    """Factors of inner size `rank` to be trained beside a matmul that stays; after a replacing method, beside what that one put in."""
-
-    rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "doc": "the factors' product is scaled by alpha / rank (rslora: alpha / sqrt(rank)); 1 without it",
-            "exclusive_minimum": 0,
-        },
-    )
-    rslora: bool = field(default=False, metadata={"doc": "scale by alpha / sqrt(rank), which keeps large ranks learning"})
-    init: Init = field(
-        default="kaiming",
-        metadata={
-            "doc": "kaiming, gaussian: a product of zero; pissa, olora: leading part of the weight, which the frozen base then lacks"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.rank.kind != "fixed":
-            raise ValueError(f"lora takes a number as its rank, not {self.rank.kind}")
-        if self.rslora and self.alpha is None:
-            raise ValueError("rslora scales alpha by sqrt(rank): give alpha")
-
-    @property
-    def adapter_scale(self) -> float:
-        """alpha / rank, under rslora alpha / sqrt(rank); 1 without alpha."""
-        rank = int(self.rank.value or 1)
-        return 1.0 if self.alpha is None else self.alpha / (sqrt(rank) if self.rslora else rank)
-
-
-class Lora(UpdateMethod):
+class Lora(LoraLanguage, UpdateMethod):
     """Low-rank factors to be trained, beside a matmul that stays."""
 
-    name: ClassVar[str] = "lora"
     code: ClassVar[str | None] = "LO"
     colour: ClassVar[int | None] = 4
     peft: ClassVar[Peft | None] = Peft(takes_in=True)
-    Spec: ClassVar[type] = LoraSpec
 
     def splits_weight(self, spec: LoraSpec) -> str | None:
         """Where the factors start from a part of the dense weight, nothing may have taken its place."""

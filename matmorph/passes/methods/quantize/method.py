@@ -6,7 +6,6 @@ Serves embedding tables too, and a table that is tied to the output head: one se
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,35 +13,26 @@ from torch import Tensor
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
 from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteMethod, SiteStats, Trains
+from matmorph.passes.methods.quantize.settings import QuantizeLanguage, QuantizeSpec
 from matmorph.passes.methods.quantized_base import (
-    QuantizedSpec,
     base_of,
-    bit_choices,
     quantized_cost,
     quantized_or_refused,
     quantizer_for,
-    quantizer_settings,
     refuse_site,
     size_notes,
     with_bits,
 )
+from matmorph.passes.methods.quantized_settings import QuantizedSpec, bit_choices, quantizer_settings
 from matmorph.passes.methods.weights import error_between, readable, weighting_of, widened
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeSpec(QuantizedSpec):
-    """Codes and scales only. Also for embedding tables (uniform codes)."""
-
-
-class Quantize(ReplaceMethod):
+class Quantize(QuantizeLanguage, ReplaceMethod):
     """One matrix as codes of a quantizer."""
 
-    name: ClassVar[str] = "quantize"
     trains: ClassVar[Trains | None] = None
     code: ClassVar[str | None] = "Q"
     colour: ClassVar[int | None] = 1
-    automatic: ClassVar[tuple[str, ...]] = ("bits",)
-    Spec: ClassVar[type] = QuantizeSpec
 
     def check(self, site: Site, spec: QuantizeSpec) -> Reject | None:
         return refuse_site(site, spec, self.name, tables=self.name)

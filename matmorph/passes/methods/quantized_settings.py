@@ -1,0 +1,66 @@
+"""The settings of a quantised base, which quantize, loftq and qlora share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from matmorph.passes.linalg.choices import CODEBOOK_BITS, UNIFORM_BITS, QuantizerName, quantizer_bits
+from matmorph.specs.notations import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedSpec:
+    """A base of integer codes and scales. The definitions of the quantizers are those of `matmorph.passes.linalg.quantize`."""
+
+    quantizer: QuantizerName = field(
+        metadata={
+            "doc": "nf4, nf3, nf2: NormalFloat tables; uniform: steps of a scale per block; uniform_clipped: per tensor, mean +- 2 std"
+        }
+    )
+    bits: Literal[2, 4, 8] | Literal["auto"] | None = field(
+        default=None, metadata={"doc": "bits of a code; the tables have their own; auto: the budget decides"}
+    )
+    block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
+    zero_point: bool = field(default=False, metadata={"doc": "an integer zero point per block (uniform)"})
+    scale: Literal["absmax", "search"] = field(
+        default="absmax", metadata={"doc": "search: the scale with the smallest squared error of its block (uniform)"}
+    )
+    double_quant: bool = field(
+        default=False, metadata={"doc": "scales rounded as 8-bit codes (tables); the ONNX kernels take them expanded"}
+    )
+
+    def __post_init__(self) -> None:
+        refuse_impossible(self)
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies it, as `passes.kernel_costs` knows it: "nf4", "uniform_2" ..."""
+        return self.quantizer if self.quantizer in CODEBOOK_BITS else f"uniform_{self.bits}"
+
+
+def refuse_impossible(spec: QuantizedSpec) -> None:
+    """ValueError for settings that do not go together, before any model is read."""
+    if spec.quantizer not in CODEBOOK_BITS and spec.bits is None:
+        raise ValueError(f"{spec.quantizer} needs bits: {', '.join(map(str, UNIFORM_BITS))}")
+    if spec.quantizer in CODEBOOK_BITS and spec.bits == "auto":
+        raise ValueError(f"{spec.quantizer} has bits of its own: auto is for uniform codes")
+    for bits in bit_choices(spec):
+        quantizer_bits(spec.quantizer, bits, spec.block_size, spec.zero_point, spec.scale, spec.double_quant)
+
+
+def bit_choices(spec: QuantizedSpec) -> tuple[Literal[2, 4, 8] | None, ...]:
+    """What `bits` may become; what it is where it is not auto."""
+    return (2, 4, 8) if spec.bits == "auto" else (spec.bits,)
+
+
+def quantizer_settings(spec: QuantizedSpec) -> Mapping[str, Any]:
+    """What the base is made anew by, of another weight: the settings of the quantizer alone, as plain data."""
+    return {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec)}
+
+
+def refuse_other_ranks(method: str, rank: Rank) -> None:
+    """ValueError unless the rank is a number: what a quantizer leaves over has no energy worth a threshold."""
+    if rank.kind != "fixed":
+        raise ValueError(f"{method} takes a number as its rank, not {rank.kind}")
