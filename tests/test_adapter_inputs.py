@@ -285,3 +285,24 @@ def test_the_layers_of_one_model_may_differ(tmp_path: Path) -> None:
     adapter = session.load_adapter(tmp_path / "a")
     assert adapter.ranks == {"0 lora": 2, "2 lora": 5}
     assert far(session.run({"input": X.numpy()}, adapter=adapter)["output"], found.load_trained(values).module(X)) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["inputs", "inline"])
+@pytest.mark.parametrize("base", [None, {"quantize": {"quantizer": "uniform", "bits": 4, "block_size": 16}}])
+def test_rows_and_total_agree_with_the_data_file(kind: str, base: Any, tmp_path: Path) -> None:
+    """What is given with a run is in no file: rows, totals and the file itself say the same, and so does the plan of the rows."""
+    rewrite = [base, {"lora": {"rank": 2}}] if base else {"lora": {"rank": 2}}
+    found = compiled(rewrite, export={"adapters": kind, "target": ["cpu"]})
+    folder = found.save(tmp_path / "out")
+    saved = json.loads((folder / "report.json").read_text())
+    biases = 4 * (16 + 8)
+    total = saved["totals"]["bytes"][1]
+    assert sum(row["bytes"][1] for row in saved["sites"]) + biases == total
+    loaded = onnx.load(folder / "model.onnx")
+    held = sum(int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize for tensor in big(loaded))
+    assert held == total
+
+
+def big(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Weights; shape constants and scalars stay in the graph's own file."""
+    return [tensor for tensor in model.graph.initializer if any(part in tensor.name for part in ("0.", "2."))]

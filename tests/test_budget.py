@@ -331,3 +331,44 @@ def test_a_rewrite_above_its_promise_is_a_bug(graph: Graph, monkeypatch: pytest.
     monkeypatch.setattr("matmorph.passes.budget.decide.decide", cheated)
     with pytest.raises(VerifyError, match="was allocated"):
         report_of(graph, AUTO, {"parameters": "50%", "of": "matched"})
+
+
+# ---- time
+
+UNIFORM = {"quantizer": "uniform", "bits": "auto", "block_size": 16}
+
+
+def chosen_bits(report: Report) -> set[str]:
+    return {
+        word
+        for note in report.notes
+        if note.startswith("budget: ") and " x quantize" in note
+        for word in ("2", "4", "8")
+        if f"{word} bits" in note
+    }
+
+
+def test_codes_without_a_kernel_are_not_chosen_unless_time_does_not_count(graph: Graph) -> None:
+    """In float32 the CPU unpacks 2 and 8 bits on every call (7 to 20 times dense at one row)."""
+    rewrite = {"any_of": [{"quantize": UNIFORM}, "keep"]}
+    silent = report_of(graph, rewrite, {"bytes": "40%", "of": "matched"}, DATA)
+    assert chosen_bits(silent) == {"4"}
+    assert all(high <= 2 for row in silent.sites for _, _, high in row.times)
+    rule = {"name": "r", "match": ALL, "rewrite": rewrite, "pays": {"time": False}}
+    free = load_spec({"version": 1, "rules": [rule], "budget": {"bytes": "40%", "of": "matched"}}, method_table())
+    report = compiled(graph, free, DATA).report
+    assert "8" in chosen_bits(report)
+    assert max(high for row in report.sites for _, _, high in row.times) == 16  # 8 bits at one row, as the target's table has it
+    assert load_spec(free.resolved, method_table()) == free
+
+
+def test_where_nothing_else_is_left_slow_codes_are_chosen(graph: Graph) -> None:
+    rewrite = {"any_of": [{"quantize": {**UNIFORM, "bits": 8}}, "keep"]}
+    report = report_of(graph, rewrite, {"bytes": "60%", "of": "matched"}, DATA)
+    assert "8" in chosen_bits(report)
+
+
+def test_int8_activations_have_the_kernels(graph: Graph) -> None:
+    rewrite = {"any_of": [{"quantize": {**UNIFORM, "block_size": 32}}, "keep"]}
+    report = report_of(graph, rewrite, {"bytes": "40%", "of": "matched"}, DATA, export={"activations": "int8"})
+    assert "8" in chosen_bits(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -16,6 +17,8 @@ import matmorph as mm
 from matmorph.cli.main import main
 from matmorph.errors import InputError, SpecError
 from matmorph.passes.budget import decide as deciding
+from matmorph.report.front import print_front
+from matmorph.report.table import make_console
 
 AXES = {"x": {0: "batch", 1: "seq"}}
 ANY = {"any_of": [WHITE, "keep"]}
@@ -151,3 +154,12 @@ def test_equal_choices_make_one_point() -> None:
     torch.manual_seed(0)
     front = compiled({"parameters": "50%", "of": "matched"}, rewrite={"any_of": [{"low_rank": {"rank": 2}}, "keep"]}).pareto(50)
     assert 1 < len(front.points) <= 2**3
+
+
+def test_fewer_points_than_were_asked_for_are_explained(half: mm.Compiled) -> None:
+    front = half.pareto(200)
+    assert front.asked == 200
+    assert len(front.points) < 200
+    file = io.StringIO()
+    print_front(make_console(file), front)
+    assert f"200 budgets make {len(front.points)} points: the candidates allow no other choice between them" in file.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from reports import make_report
@@ -129,3 +130,49 @@ def test_a_pipe_gets_unwrapped_lines_without_escapes() -> None:
     text = drawn(print_plan, make_report(), every=True)
     assert "\x1b" not in text
     assert sum(row.path in text for row in make_report().sites) == 37
+
+
+@pytest.mark.parametrize("draw", [print_plan, print_inspect])
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_path_is_whole_on_a_line_of_any_terminal(draw: Draw, width: int) -> None:
+    report = make_report(layers=1)
+    lines = drawn(draw, report, every=True, width=width).splitlines()
+    for row in report.sites:
+        [line] = [line for line in lines if row.path in line]
+        assert line.startswith(row.path)
+
+
+def test_a_path_has_a_line_of_its_own_only_where_it_must() -> None:
+    report = make_report(layers=1)
+    wide, narrow = (drawn(print_inspect, report, every=True, width=width).splitlines() for width in (120, 60))
+    assert len(narrow) == len(wide) + len(report.sites)
+    paths = [line for line in narrow if line in {row.path for row in report.sites}]
+    assert paths == [row.path for row in report.sites]
+    assert narrow[narrow.index("encoder.layer.0.attention.self.query") + 1].split() == ["attention.q", "linear", "384x384", "147", "k", "1"]
+
+
+def test_names_of_rules_are_cut() -> None:
+    report = make_report(layers=1)
+    named = [replace(row, rule="a-very-long-name-of-a-rule" if number % 2 else "b") for number, row in enumerate(report.sites)]
+    text = drawn(print_plan, replace(report, sites=tuple(named)), every=True)
+    assert "a-very-long-name-of…" in text
+    assert "a-very-long-name-of-a" not in text
+
+
+def test_time_is_a_column_where_a_kernel_is_slower_than_dense() -> None:
+    report = make_report(layers=1)
+    assert "time" not in drawn(print_plan, report).splitlines()[0]
+    fast = [replace(row, times=((1, 0.1, 0.3), (16, 0.5, 0.9))) for row in report.sites]
+    assert "time" not in drawn(print_plan, replace(report, sites=tuple(fast))).splitlines()[0]
+    slow = [replace(fast[0], times=((1, 7.0, 16.0), (16, 5.0, 12.0))), *fast[1:]]
+    lines = drawn(print_plan, replace(report, sites=tuple(slow))).splitlines()
+    assert lines[0].split()[-1] == "time"
+    assert lines[1].endswith("7..16 x")
+    assert lines[2].endswith(" -")
+
+
+def test_what_a_budget_decides_is_said() -> None:
+    report = make_report(layers=1, rewritten=False, is_plan=True)
+    left = [replace(row, open=number < 3) for number, row in enumerate(report.sites)]
+    text = drawn(print_plan, replace(report, sites=tuple(left)))
+    assert f"would rewrite 0 of {len(left)} sites, 3 more are left to the budget, which decides when the model is compiled" in text

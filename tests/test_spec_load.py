@@ -310,7 +310,7 @@ def test_everything(write: Write) -> None:
 def test_defaults(write: Write) -> None:
     spec = load(RULES, write)
     assert (spec.name, spec.tolerance, spec.calibration, spec.export) == ("a", None, Calibration(), Export())
-    assert (spec.seed, spec.strict, spec.rules[0].pays) == (0, False, Pays(False))
+    assert (spec.seed, spec.strict, spec.rules[0].pays) == (0, False, Pays(None))
 
 
 @pytest.mark.parametrize(("settings", "rank"), [

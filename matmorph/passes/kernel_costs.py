@@ -28,8 +28,19 @@ def kernel_notes(outcome: Outcome, export: Export) -> tuple[str, ...]:
 
 
 def predicted_times(spec: Any, export: Export) -> tuple[tuple[int, float], ...]:
-    """(rows, time over dense) at the measured numbers of rows nearest below those of `export.tokens`, the better end of each range, on the
-    target that was measured; () for a method without known kernels, or where no measured target runs the file."""
+    """(rows, time over dense), the better end of each range of `time_ranges`."""
+    return tuple((rows, low) for rows, low, _ in time_ranges(spec, export))
+
+
+def times_of(outcome: Outcome, export: Export) -> tuple[tuple[int, float, float], ...]:
+    """`time_ranges` of the kernel that a rewritten site will run on; () where it has no quantised part."""
+    spec = next((part.use.spec for part in outcome.parts if getattr(part.use.spec, "kernel", None)), None)
+    return time_ranges(spec, export) if spec is not None and outcome.reject is None and outcome.site.applications else ()
+
+
+def time_ranges(spec: Any, export: Export) -> tuple[tuple[int, float, float], ...]:
+    """(rows, low, high): the time over dense at the measured numbers of rows nearest below those of `export.tokens`, on the target that was
+    measured; () for a method without known kernels, or where no measured target runs the file."""
     kernel = getattr(spec, "kernel", None)
     measured = next((target for target in chosen_targets(export.target) if target.measured), None)
     if kernel is None or measured is None:
@@ -39,7 +50,7 @@ def predicted_times(spec: Any, export: Export) -> tuple[tuple[int, float], ...]:
     else:
         cost = _cost(measured, kernel, spec.block_size, export)
         ratios = cost.ratios if cost is not None else ()
-    return tuple((MEASURED_ROWS[index], ratios[index][0]) for index in _measured_at(export.tokens)) if ratios else ()
+    return tuple((MEASURED_ROWS[index], *ratios[index]) for index in _measured_at(export.tokens)) if ratios else ()
 
 
 def kernel_summary(outcomes: Iterable[Outcome], export: Export) -> list[str]:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.site import Site
+from matmorph.ir.site import Cost, Site
 from matmorph.passes.adapters.inference import inference_graph
-from matmorph.passes.kernel_costs import kernel_notes
+from matmorph.passes.kernel_costs import kernel_notes, times_of
 from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.passes.rewriting.sample import sample_notes
@@ -58,7 +58,7 @@ def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], expo
     uses = claim.rule.rewrite
     row = replace(row, rule=claim.rule.name, method=" + ".join(use.method for use in uses) or "keep")
     if outcome is None and claim.rule.is_open:
-        return replace(row, reason="left to the budget: decided when compiled")
+        return replace(row, reason="left to the budget: decided when compiled", open=True)
     if outcome is None:
         return replace(row, reason=f"kept dense by rule {claim.rule.name}")
     if outcome.reject is not None:
@@ -72,10 +72,13 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     kept = outcome.keeps_dense or (not outcome.consts and all(part.kind == "update" for part in outcome.parts))
     stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers and not kept else 0  # the table keeps its gather
     inside = {part.use.method for part in outcome.parts if part.cost.trains}  # what they learn goes into the weight that there was
-    made = [const for const in outcome.consts if const.method not in inside]
+    given = {part.use.method for part in outcome.parts if part.kind == "update" and export.adapters == "inputs"}  # with a run, in no file
+    made = [const for const in outcome.consts if const.method not in inside | given]
     new = [(const.tensor.dtype, const.numel) for const in made]  # as built; a plan has only what the methods promise
-    new += [own] if new and kept else []
-    stored = new or cost.stored or ((outcome.site.const.tensor.dtype, cost.parameters),)
+    if given and not outcome.consts:
+        new = [item for part in outcome.parts if part.kind == "replace" for item in _stored(part.cost, outcome.site)]
+    new += [own] if (new or given) and kept else []
+    stored = new or _stored(cost, outcome.site)
     size = sum(count * item_size(dtype, export.precision) for dtype, count in stored)
     trains = (
         sum(const.numel for const in outcome.consts if const.trainable)
@@ -102,7 +105,13 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
         coded=cost.coded,
         parts=tuple(PartRow(part.use.method, part.choice.rank, part.notes) for part in outcome.parts),
         notes=(*outcome.notes, *sample_notes(outcome.sample, outcome.site.in_features), *kernel_notes(outcome, export)),
+        times=times_of(outcome, export),
     )
+
+
+def _stored(cost: Cost, site: Site) -> tuple[tuple[str, int], ...]:
+    """(element type, count) of what a site takes."""
+    return cost.stored or ((site.const.tensor.dtype, cost.parameters),)
 
 
 def _requested(spec: Any) -> str | None:

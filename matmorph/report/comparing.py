@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from matmorph.report.html import render
+from matmorph.report.listing import Column, plain_table, print_listing, print_rows
 from matmorph.report.model import Report, SiteRow
 from matmorph.report.palette import palette
 from matmorph.report.reading import Context
@@ -157,7 +157,7 @@ def print_comparison(console: Console, left: ComparedModel, right: ComparedModel
 
 
 def _print_figures(console: Console, left: ComparedModel, right: ComparedModel) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
+    table = plain_table(console)
     table.add_column("")
     for name in (left.name, right.name, "ratio"):
         table.add_column(name, justify="right", overflow="fold")
@@ -176,16 +176,14 @@ def _grouped(found: Sequence[RowPair]) -> list[list[RowPair]]:
 
 
 def _print_matches(console: Console, parts: Sequence[Sequence[RowPair]], summary: bool) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
-    for name in ("role", "sites") if summary else ("path",):
-        table.add_column(name, justify="right" if name == "sites" else "left", overflow="fold", no_wrap=name != "path")
-    for name in ("method", "", "rank", "", "size", "", "output error", ""):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for part in parts:
-        head = (part[0].either.role, str(len(part))) if summary else (part[0].path,)
-        pairs = [cell(rows) for cell in _CELLS for rows in _sides(part)]
-        table.add_row(*head, *pairs)
-    console.print(table)
+    columns = [Column(name, numeric=name != "method") for name in ("method", "", "rank", "", "size", "", "output error", "")]
+    rows = [[cell(side) for cell in _CELLS for side in _sides(part)] for part in parts]
+    if summary:
+        heads = [[part[0].either.role, str(len(part))] for part in parts]
+        lines = [[*head, *cells] for head, cells in zip(heads, rows, strict=True)]
+        print_rows(console, [Column("role"), Column("sites", numeric=True), *columns], lines)
+    else:
+        print_listing(console, columns, zip((part[0].path for part in parts), rows, strict=True))
 
 
 def _sides(part: Sequence[RowPair]) -> Iterator[list[SiteRow]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, log10
 from typing import Any
 
@@ -113,7 +113,17 @@ def spectrum_panels(report: Report) -> list[Panel]:
     """A panel per role and matrix size: a curve per site, later layers stronger, the chosen rank marked on each."""
     rows = [row for row in report.sites if row.spectrum is not None and len(row.spectrum.values) > 1]
     rows.sort(key=_by_role(report))
-    return [_spectrum_panel(part) for part in group(rows, lambda row: (row.role, row.spectrum and (row.spectrum.of, row.spectrum.size)))]
+    parts = group(rows, lambda row: (row.role, row.spectrum and (row.spectrum.of, row.spectrum.size)))
+    return _told_apart([_spectrum_panel(part) for part in parts], parts)
+
+
+def _told_apart(panels: Sequence[Panel], parts: Sequence[Group]) -> list[Panel]:
+    """Where two panels would have one title, each carries the path of its first site."""
+    titles = [panel.title for panel in panels]
+    return [
+        replace(panel, title=f"{panel.title} ({part.first.path})") if titles.count(panel.title) > 1 else panel
+        for panel, part in zip(panels, parts, strict=True)
+    ]
 
 
 def _spectrum_panel(part: Group) -> Panel:

@@ -39,6 +39,8 @@ def print_front(console: Console, front: Front) -> None:
     for point in front.points:
         table.add_row(unit(point.total), f"{100 * front.share(point):.1f}", error_text(point.error), _methods(point))
     console.print(table)
+    if len(front.points) < front.asked:
+        console.print(f"{front.asked} budgets make {len(front.points)} points: the candidates allow no other choice between them")
 
 
 def _methods(point: Point) -> str:

@@ -17,7 +17,7 @@ from matmorph.report.figures import Cell, Panel, arrow, error_figures, front_fig
 from matmorph.report.model import Pair, Report, SiteRow
 from matmorph.report.palette import palette
 from matmorph.report.reading import Context
-from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size
+from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size, slowest
 
 LINE = 32
 _NOTHING = Context()
@@ -134,6 +134,8 @@ def _lead(report: Report) -> str:
     refused = sum(row.status == "rejected" for row in report.sites)
     words = [f"{done} of {len(report.sites)} matmuls {'would be ' if report.is_plan else ''}rewritten"]
     words += [f"{refused} rejected"] if refused else []
+    left = sum(row.open for row in report.sites)
+    words += [f"{left} left to the budget"] if left else []
     words += [f"{count(report.totals.trainable)} trainable"] if report.totals.trainable else []
     return " · ".join(words)
 
@@ -147,7 +149,7 @@ def _cards(report: Report, run: Mapping[str, Any]) -> Iterator[Card]:
         return
     yield _error_card(report)
     yield _parity_card(report)
-    yield _time_card(run)
+    yield _time_card(report, run)
 
 
 def _error_card(report: Report) -> Card:
@@ -172,8 +174,8 @@ def _parity_card(report: Report) -> Card:
     return Card("Parity with torch", f"{parity.max_difference:.1e}", f"{parity.tolerance:.0e} allowed; {batches}, {parity.provider}")
 
 
-def _time_card(run: Mapping[str, Any]) -> Card:
-    """Of a measured run where there is one, else of compiling; a page that is hashed holds neither."""
+def _time_card(report: Report, run: Mapping[str, Any]) -> Card:
+    """Of a measured run where there is one, else of compiling. A page that is hashed holds neither: it has what is predicted."""
     demo, seconds = run.get("demo"), _seconds(run)
     if isinstance(demo, dict) and isinstance(demo.get("dense_s"), float) and isinstance(demo.get("rewritten_s"), float):
         dense, now = demo["dense_s"], demo["rewritten_s"]
@@ -182,7 +184,12 @@ def _time_card(run: Mapping[str, Any]) -> Card:
     if seconds:
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         return Card("Time to compile", f"{sum(seconds.values()):.1f} s", parts)
-    return Card("Time", "-", "matmorph report DIR adds the times of run.json")
+    worst = max(report.sites, key=slowest, default=None)
+    if worst is None or not slowest(worst):
+        return Card("Time", "-", "none is predicted; matmorph report DIR adds the times of run.json")
+    rows, low, high = max(worst.times, key=lambda time: time[2])
+    span = f"{low:g} {TIMES}" if low == high else f"{low:g} to {high:g} {TIMES}"
+    return Card("Kernel time, slowest", span, f"dense, predicted at {rows} row{'s' * (rows > 1)}; at {worst.path}")
 
 
 def _seconds(run: Mapping[str, Any]) -> dict[str, float]:

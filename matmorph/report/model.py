@@ -31,6 +31,8 @@ class SiteRow:
     `rank_at_most`: the data decides and `rank` is the upper limit (plan). `macs`: multiply-accumulates per row of x summed over
     applications. `trainable`: trainable scalars. `bytes`: of this site's initializers in the data file, biases excluded. `coded`: how many
     of the `parameters` after the rewrite are kept as codes of a quantizer. `spectrum`: singular values, where the first method has them.
+    `times`: (rows, low, high): the kernel's predicted time over dense at numbers of rows of x; () where none is predicted.
+    `open`: left to a budget, in a plan.
     """
 
     path: str
@@ -58,6 +60,8 @@ class SiteRow:
     notes: tuple[str, ...] = ()
     spectrum: Spectrum | None = None
     sample: Sample | None = None
+    times: tuple[tuple[int, float, float], ...] = ()
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True)

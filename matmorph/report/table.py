@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from matmorph.report.listing import Column, cut, print_listing, print_rows
 from matmorph.report.model import Pair, Parity, Report, SiteRow
 from matmorph.runtime.format.printable import printable
 
@@ -94,6 +94,20 @@ def rank_text(rows: Sequence[SiteRow]) -> str:
     return f"{prefix}{low}" if low == high else f"{prefix}{low}..{high}"
 
 
+def slowest(row: SiteRow) -> float:
+    """Largest predicted time over dense, the worse end of its range; 0 where none is predicted."""
+    return max((high for _, _, high in row.times), default=0.0)
+
+
+def time_text(rows: Sequence[SiteRow]) -> str:
+    """ "7..16 x" at the number of rows where it is worst, "-" where no row is predicted to be slower than dense."""
+    worst = max(rows, key=slowest)
+    if slowest(worst) <= 1:
+        return "-"
+    _, low, high = max(worst.times, key=lambda time: time[2])
+    return f"{high:g} x" if low == high else f"{low:g}..{high:g} x"
+
+
 def parity_line(parity: Parity) -> str:
     batches = "1 batch" if parity.cases == 1 else f"{parity.cases} batches"
     return f"ONNX Runtime agrees with torch to {parity.max_difference:.1e} on {batches} ({parity.provider})"
@@ -150,19 +164,6 @@ def outcome(row: SiteRow) -> str:
 # ---- tables
 
 
-def _table(console: Console) -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True, header_style="bold" if console.is_terminal else "")
-
-
-def _columns(table: Table, console: Console, names: Iterable[str], numeric: Iterable[str] = ()) -> None:
-    """Only a path may wrap, and the two words of an error's heading on a terminal."""
-    right = set(numeric)
-    for name in names:
-        narrow = _ERROR_WIDTH if console.is_terminal and name.endswith("error") else None
-        free = name == "path" or narrow is not None
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=not free, max_width=narrow)
-
-
 def _summarised(console: Console, report: Report, groups: int, every: bool) -> bool:
     shorter = not every and len(report.sites) > LONG and groups < len(report.sites)
     if shorter:
@@ -174,23 +175,23 @@ def print_inspect(console: Console, report: Report, every: bool = False) -> None
     """Every site, or one line per (role, form, shape) of a long model."""
     console.print(f"{report.name}: {count(report.totals.parameters[0])} parameters, {size(report.totals.bytes[0])}")
     groups = group(report.sites, lambda row: (row.role, row.form, row.shape))
-    table = _table(console)
     if _summarised(console, report, len(groups), every):
-        _columns(table, console, ("role", "form", "shape", "sites", "layers", "parameters", "uses"), ("sites", "parameters", "uses"))
+        names = ("role", "form", "shape", "sites", "layers", "parameters", "uses")
+        lines = []
         for part in groups:
             row = part.first
             uses = sum(member.applications for member in part.rows)
             parameters = count(part.total("parameters")[0])
-            table.add_row(row.role, row.form, shape_text(row.shape), str(len(part.rows)), part.layers(), parameters, str(uses))
+            lines.append((row.role, row.form, shape_text(row.shape), str(len(part.rows)), part.layers(), parameters, str(uses)))
+        print_rows(console, [Column(name, name in ("sites", "parameters", "uses")) for name in names], lines)
     else:
-        _columns(table, console, ("path", "role", "form", "shape", "parameters", "uses"), ("parameters", "uses"))
-        for row in report.sites:
-            table.add_row(row.path, row.role, row.form, shape_text(row.shape), count(row.parameters[0]), str(row.applications))
-    console.print(table)
+        columns = [Column(name, name in ("parameters", "uses")) for name in ("role", "form", "shape", "parameters", "uses")]
+        cells = [(row.role, row.form, shape_text(row.shape), count(row.parameters[0]), str(row.applications)) for row in report.sites]
+        print_listing(console, columns, zip((row.path for row in report.sites), cells, strict=True))
     _print_notes(console, report)
 
 
-_FIGURES = ("rank", "weight error", "output error", "size")
+_FIGURES = ("rank", "weight error", "output error", "size", "time")
 _ERROR_WIDTH = 6
 _ROLE_BESIDE_PATH = 100
 """Columns that a terminal needs before a table of sites shows the role beside the path."""
@@ -201,22 +202,34 @@ def print_plan(console: Console, report: Report, every: bool = False) -> None:
     groups = group(report.sites, lambda row: (row.role, row.rule, outcome(row)))
     summary = _summarised(console, report, len(groups), every)
     rules = ("rule",) if len({row.rule for row in report.sites if row.rule is not None}) > 1 else ()
-    figures = [name for name in _FIGURES if not (report.is_plan and name.endswith("error"))]
+    slow = any(slowest(row) > 1 for row in report.sites)
+    figures = [name for name in _FIGURES if not (report.is_plan and name.endswith("error")) and (slow or name != "time")]
     roomy = console.width >= _ROLE_BESIDE_PATH
-    head = ("role", "sites") if summary else ("path", "role")[: 1 + roomy]
-    table = _table(console)
-    _columns(table, console, (*head, *rules, "method", *figures), ("sites", *_FIGURES))
+    columns = [
+        *(Column(name) for name in (("role",) if summary or roomy else ())),
+        *(Column(name, numeric=True) for name in (("sites",) if summary else ())),
+        *(Column(name) for name in (*rules, "method")),
+        *(Column(name, numeric=True, narrow=_ERROR_WIDTH if name.endswith("error") else None) for name in figures),
+    ]
+    lines: list[tuple[str, list[str]]] = []
     for part in groups if summary else [Group((row,)) for row in report.sites]:
         row = part.first
-        cells = {
+        figure = {
             "rank": rank_text(part.rows),
             "weight error": error_text(part.worst("weight_error")),
             "output error": error_text(part.worst("output_error")),
             "size": change(part.total("bytes"), size),
+            "time": time_text(part.rows),
         }
-        names = (row.role, str(len(part.rows))) if summary else (row.path, row.role)[: 1 + roomy]
-        table.add_row(*names, *([row.rule or "-"] if rules else []), outcome(row), *(cells[name] for name in figures))
-    console.print(table)
+        names = [row.role] if summary or roomy else []
+        names += [str(len(part.rows))] if summary else []
+        lines.append((row.path, [*names, *([cut(row.rule or "-")] if rules else []), outcome(row), *(figure[name] for name in figures)]))
+    if summary:
+        print_rows(console, columns, [cells for _, cells in lines])
+    else:
+        print_listing(console, columns, lines)
+    if slow:
+        console.print("time: over dense, predicted, at the number of rows (export.tokens) where it is worst")
     if summary and not report.is_plan:
         console.print("errors: the worst of each group, relative to the original")
     _print_reasons(console, report)
@@ -228,7 +241,9 @@ def print_totals(console: Console, report: Report) -> None:
     """Parameters, bytes and MACs of the whole model, before and after."""
     totals = report.totals
     done = sum(row.status == "rewritten" for row in report.sites)
-    console.print(f"{'would rewrite' if report.is_plan else 'rewrote'} {done} of {len(report.sites)} sites")
+    left = sum(row.open for row in report.sites)
+    more = f", {left} more {'is' if left == 1 else 'are'} left to the budget, which decides when the model is compiled" if left else ""
+    console.print(f"{'would rewrite' if report.is_plan else 'rewrote'} {done} of {len(report.sites)} sites{more}")
     figures = (("parameters", totals.parameters, count), ("bytes", totals.bytes, size), ("MACs per token", totals.macs, count))
     width = max(len(change(pair, unit)) for _, pair, unit in figures)
     for name, pair, unit in figures:

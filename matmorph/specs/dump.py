@@ -55,7 +55,7 @@ def plain_rule(rule: Rule) -> dict[str, Any]:
     """A rule with its name, where it has one, without the keys that have their default."""
     name = {"name": rule.name} if rule.name else {}
     flags = {key: True for key in ("force", "untie") if getattr(rule, key)}
-    pays = {"pays": to_plain(rule.pays)} if rule.pays.time else {}
+    pays = {"pays": to_plain(rule.pays)} if rule.pays.time is not None else {}
     expect = {} if rule.expect is None else {"expect": rule.expect}
     optional = {"optional": True} if rule.optional else {}
     written = {"match": to_data(rule.match.written), **expect, **optional, "rewrite": plain_uses(rule.rewrite)}

@@ -200,7 +200,13 @@ class Train:
 class Pays:
     """What a rewrite must gain beyond bytes, or be rejected."""
 
-    time: bool = field(default=False, metadata={"doc": "reject a rewrite that is predicted to be slower"})
+    time: bool | None = field(
+        default=None,
+        metadata={
+            "doc": "true: reject a rewrite that is predicted to be slower; left out: a budget does not choose what is predicted to take "
+            "more than twice the time; false: time does not count"
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)

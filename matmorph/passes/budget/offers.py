@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matmorph.ir.core import Const
 from matmorph.ir.site import Choice, Cost, Reject, Site
-from matmorph.passes.budget.pays import refuse_slow
+from matmorph.passes.budget.pays import much_slower, refuse_slow
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import weighted
 from matmorph.passes.methods.protocol import Error, Methods, SiteStats, dense_cost, site_method
@@ -86,8 +86,10 @@ def _macs(site: Site) -> int:
 
 
 def offer(site: Site, rule: Rule, methods: Methods, dense: Mapping[Const, int], export: Export) -> Offer:
-    """From shapes alone. Options that the methods, the bytes law or `pays` refuse are left out; where none is left, `keep` is."""
+    """From shapes alone. Options that the methods, the bytes law or `pays` refuse are left out; where none is left, `keep` is. What is
+    predicted to be much slower is left out as long as another rewrite is left."""
     options: list[Option] = []
+    slow: dict[str, str] = {}
     refused: list[str] = []
     for number, uses in enumerate(rule.alternatives):
         if not uses:
@@ -102,8 +104,14 @@ def offer(site: Site, rule: Rule, methods: Methods, dense: Mapping[Const, int], 
             if isinstance(found, Reject):
                 refused.append(found.reason)
                 continue
-            sizes = sizes_of(site, found, dense, export.precision, rule.untie)
-            options.append(Option(label(number, concrete), concrete, sizes, (number, choice)))
+            sizes = sizes_of(site, found.cost, dense, export.precision, rule.untie)
+            option = Option(label(number, concrete), concrete, sizes, (number, choice))
+            options.append(option)
+            why = much_slower(found, export, methods)
+            slow |= {option.label: why} if why is not None else {}
+    if any(option.uses and option.label not in slow for option in options):
+        options = [option for option in options if option.label not in slow]
+        refused += slow.values()
     stays = (kept([sizes_of(site, None, dense, export.precision)]),)
     return Offer(site, rule, tuple(options) or stays, tuple(dict.fromkeys(refused)))
 
@@ -116,12 +124,12 @@ def summed(sizes: Sequence[Sizes]) -> Sizes:
     return Sizes(sum(one.parameters for one in sizes), sum(one.bytes for one in sizes), sum(one.macs for one in sizes))
 
 
-def _appraised(site: Site, rule: Rule, methods: Methods, export: Export) -> Reject | Cost:
+def _appraised(site: Site, rule: Rule, methods: Methods, export: Export) -> Reject | Outcome:
     parts = appraise(site, rule, methods)
     if isinstance(parts, Reject):
         return parts
     (judged,) = refuse_slow([Outcome(site, rule, None, parts, cost=total_cost(site, parts))], export, methods)
-    return judged.reject or total_cost(site, parts)
+    return judged.reject or judged
 
 
 def settled(use: MethodUse, choice: Choice) -> MethodUse:

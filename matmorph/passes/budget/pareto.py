@@ -34,12 +34,13 @@ class Point:
 class Front:
     """Points from the smallest to the largest. `base`: what 100 % of `resource` is; `of`: "matched" or "model". The error of a point is the
     root of the weighted mean over the open sites of their squared relative errors, of outputs where there were calibration data; the
-    weights are those of the allocation."""
+    weights are those of the allocation. `asked`: budgets that were tried; those that lead to the same choice are one point."""
 
     resource: Resource
     of: str
     base: int
     points: tuple[Point, ...]
+    asked: int
 
     def share(self, point: Point) -> float:
         """Of `base`; 0 where that is 0."""
@@ -47,7 +48,7 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         points = [{**point.to_dict(), "share": self.share(point)} for point in self.points]
-        return {"resource": self.resource, "of": self.of, "base": self.base, "points": points}
+        return {"resource": self.resource, "of": self.of, "base": self.base, "asked": self.asked, "points": points}
 
 
 def refuse_unswept(spec: Spec, points: int) -> None:
@@ -83,7 +84,7 @@ def sweep(decided: Decision, points: int) -> Front:
         if not isinstance(answer, Allocation):
             raise VerifyError(f"{name} <= {left:,} cannot be held where {low:,} can")
         found.setdefault(answer.chosen, _point(decided, answer, fixed + left, fixed + answer.totals[name]))
-    return Front(name, held.budget.of, held.base[name], tuple(found.values()))
+    return Front(name, held.budget.of, held.base[name], tuple(found.values()), points)
 
 
 def _free(decided: Decision, name: Resource) -> int:
