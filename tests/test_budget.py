@@ -178,7 +178,7 @@ def test_one_decomposition_per_site(graph: Graph, monkeypatch: pytest.MonkeyPatc
         seen[tuple(w.shape)] += 1
         return real(w, *metric)
 
-    monkeypatch.setattr("matmorph.passes.methods.low_rank.directions", counted)
+    monkeypatch.setattr("matmorph.passes.methods.low_rank.method.directions", counted)
     report_of(graph, WHITE, {"parameters": "50%", "of": "matched"}, DATA)
     assert seen == {(32, 24): 1, (24, 32): 1, (16, 24): 1}
 

@@ -63,7 +63,7 @@ def test_nothing_is_decomposed_again(half: mm.Compiled, monkeypatch: pytest.Monk
         raise AssertionError("decomposed")
 
     monkeypatch.setattr(deciding, "measured", refuse)
-    monkeypatch.setattr("matmorph.passes.methods.low_rank.directions", refuse)
+    monkeypatch.setattr("matmorph.passes.methods.low_rank.method.directions", refuse)
     assert len(half.pareto(4).points) == 4
 
 
