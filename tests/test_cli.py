@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,14 +18,17 @@ import numpy as np
 import pytest
 import torch
 from reports import make_report
+from typer.main import get_command
 
 import matmorph
 from matmorph import __version__
-from matmorph.cli.main import main
+from matmorph.cli.completion import parts
+from matmorph.cli.main import app, main
 from matmorph.cli.working import working
 from matmorph.errors import CheckError, InputError, MatmorphError, Position, SpecError, VerifyError
 from matmorph.models.resolve import Model
 from matmorph.progress import silent
+from matmorph.specs.load import library_names
 
 Run = Callable[..., "Done"]
 
@@ -377,10 +381,22 @@ def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
 # ---- specs
 
 
-def test_specs_list_names_every_library_spec(run: Run) -> None:
+def test_specs_list_has_a_line_for_every_library_spec(run: Run) -> None:
     done = run("specs", "list")
+    usual, other = done.out.split("\nfor the models that they name")
+    names = [line.split()[0] for line in (*usual.splitlines(), *other.splitlines()[1:-2])]
+    assert sorted(names) == sorted(library_names())
+    assert len(names) == len(set(names))
+    assert re.search(r"^tt-lora-roberta +TT-LoRA with the authors' settings for RoBERTa-base$", other, re.MULTILINE)
+    assert re.search(r"^low-rank-60 +Low-rank factors .*, keeping 60 % of their parameters$", usual, re.MULTILINE)
+    assert "..." not in done.out
+
+
+def test_specs_list_long_says_what_each_makes_of_minilm(run: Run) -> None:
+    done = run("specs", "list", "--long")
     names = [line for line in done.out.splitlines() if not line.startswith(" ")]
-    assert {"low-rank-40", "low-rank-60", "low-rank-80", "low-rank-60-plain"} <= set(names)
+    assert sorted(names) == sorted(library_names())
+    assert "MiniLM: does not fit (shape [12," in done.out
     assert max(map(len, done.out.splitlines())) < 80
 
 
@@ -393,9 +409,94 @@ def test_specs_show_prints_the_file(run: Run) -> None:
     assert "did you mean low-rank-60?" in wrong.err
 
 
-def test_specs_schema_is_json(run: Run) -> None:
-    schema = json.loads(run("specs", "schema").out)
-    assert "rules" in schema["properties"]
+def test_specs_schema_is_json(run: Run, tmp_path: Path) -> None:
+    done = run("specs", "schema")
+    assert "rules" in json.loads(done.out)["properties"]
+    out = tmp_path / "schema.json"
+    assert run("specs", "schema", "--out", out) == Done(0, f"wrote {out}\n", "")
+    assert out.read_bytes().decode("utf-8") == done.out
+    again = run("specs", "schema", "--out", out)
+    assert (again.code, again.out) == (2, "")
+    assert again.err.startswith(f"{out}: the file exists")
+    assert run("specs", "schema", "--out", out, "--force").code == 0
+
+
+# ---- help and completion
+
+
+def leaves() -> list[tuple[str, ...]]:
+    """The words of every command."""
+
+    def below(command: Any, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        children = getattr(command, "commands", {})
+        return [leaf for name, child in children.items() for leaf in below(child, (*words, name))] or [words]
+
+    return below(get_command(app), ())
+
+
+@pytest.mark.parametrize("words", leaves(), ids=" ".join)
+def test_the_help_of_a_command_is_for_people(words: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run(*words, "--help")
+    assert (done.code, done.err) == (0, "")
+    usage = done.out.splitlines()[0]
+    assert re.fullmatch(rf"Usage: matmorph {' '.join(words)}( [A-Z][A-Z0-9.]*| --[a-z-]+ [A-Z0-9]+)* \[OPTIONS\]", usage)
+    assert re.search(r"^  --debug +Show Python's traceback", done.out, re.MULTILINE)
+    assert not re.search(r"<(str|path|int|float|text)>|INTEGER|\bTEXT\b|\.\.\.$", done.out, re.MULTILINE)
+    assert max(map(len, done.out.splitlines())) <= 80
+    for line in done.out.splitlines():
+        assert not re.match(r"^  -.*\S  $", line), "an option without a word about it"
+
+
+@pytest.mark.parametrize("group", [(), ("specs",), ("adapter",)])
+def test_a_group_lists_its_commands_whole(group: tuple[str, ...], run: Run) -> None:
+    done = run(*group, "--help")
+    listed = done.out.split("Commands:\n")[1].split("\n\n")[0]
+    assert "..." not in listed
+    assert "--debug" in done.out
+    names = [line.split()[0] for line in listed.splitlines() if re.match(r"  \S", line)]
+    assert set(names) == {words[len(group)] for words in leaves() if words[: len(group)] == group}
+
+
+def complete(script: str, *words: str) -> list[str]:
+    """What bash offers for the last word."""
+    line = " ".join(f"'{word}'" for word in words)
+    end = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); _matmorph; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{end}"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_values(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = run("completion", "bash").out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loud.yaml").touch()
+    assert set(complete(script, "matmorph", "")) == {words[0] for words in leaves()}
+    assert set(complete(script, "matmorph", "comp")) == {"compare", "compile", "completion"}
+    assert set(complete(script, "matmorph", "specs", "")) == {"list", "show", "check", "schema"}
+    assert set(complete(script, "matmorph", "compile", "minilm", "--spec", "lo")) == {"loftq-nf4", "loftq-u2", "loftq-u4", "lora-r8",
+        "low-rank-40", "low-rank-60", "low-rank-60-plain", "low-rank-80", "loud.yaml"}  # fmt: skip
+    assert complete(script, "matmorph", "train", "dir", "--schedule", "cons") == ["constant"]
+    assert complete(script, "matmorph", "adapter", "to-peft", "dir", "--fo") == ["--force"]
+    assert complete(script, "matmorph", "plan", "mini") == ["minilm"]
+    assert set(complete(script, "matmorph", "completion", "")) == {"bash", "zsh", "fish"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_option_of_every_command_can_be_completed(shell: str, run: Run) -> None:
+    script = run("completion", shell).out
+    root: Any = get_command(app)
+    found = {part.path: part for part in parts(root, "matmorph")}
+    assert {("matmorph", *words) for words in leaves()} <= {tuple(path.split()) for path in found}
+    options = {name for part in found.values() for names in part.options for name in names}
+    assert {"--spec", "--out", "--force", "--json", "--debug", "--no-train"} <= options
+    shown = {name.lstrip("-") for name in options}
+    assert all(re.search(rf"(-l |-s |-){re.escape(name)}\b", script) for name in shown)
+
+
+def test_an_unknown_shell(run: Run) -> None:
+    assert run("completion", "bosh") == Done(2, "", "bosh: there are scripts for bash, zsh, fish; did you mean bash?\n")
 
 
 # ---- the README

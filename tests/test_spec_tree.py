@@ -84,7 +84,8 @@ def test_a_file_of_too_many_values() -> None:
 
 @pytest.mark.parametrize(("data", "message"), [
     (b"a: 1\nb: caf\xe9", "f.yaml:2:7: not UTF-8 text (byte 0xe9)"),
-    ("a: 1".encode("utf-16"), "f.yaml:1:1: not UTF-8 text (byte 0xff)"),
+    ("a: 1".encode("utf-16-le"), "f.yaml:1:2: the character '\\x00' is not allowed in YAML"),
+    ("a: 1\nb: ".encode("utf-16")[:-1], "f.yaml:2:3: not UTF-16 text (byte 0x20)"),
     ("a: é\nb: é".encode() + b"\xc3", "f.yaml:2:5: not UTF-8 text (byte 0xc3)"),
 ])  # fmt: skip
 def test_not_utf_8(data: bytes, message: str) -> None:
@@ -93,8 +94,11 @@ def test_not_utf_8(data: bytes, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_a_byte_order_mark_is_no_text() -> None:
-    assert list(read_bytes(b"\xef\xbb\xbfversion: 1", "f").items) == ["version"]
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(coding: str) -> None:
+    """PowerShell's > writes UTF-16."""
+    tree = read_bytes("version: 1\nname: é".encode(coding), "f")
+    assert [(key, item.text, str(item.at)) for key, item in tree.items.items()] == [("version", "1", "f:1:10"), ("name", "é", "f:2:7")]
 
 
 TEXT = """\

@@ -24,7 +24,8 @@ import matmorph as mm
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.site import Choice, Site
 from matmorph.passes.linalg.tensor_train import tt_parameters
-from matmorph.passes.methods.train_settings import ModesSpec, chosen_ranks
+from matmorph.passes.methods.train_settings import ModesSpec
+from matmorph.passes.methods.tt_base import chosen_ranks
 
 METHOD = METHODS["tt"]
 TEXT = LINEAR.replace("12", "24").replace("10", "18")

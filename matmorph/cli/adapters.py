@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matmorph.cli.commands import Command, Group
 from matmorph.cli.output import new_file, refuse_file, say, say_json
 from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.cli.working import step, working
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matmorph.ir.adapter import Adapter
     from matmorph.passes.adapters.merging import Merged
 
-adapter_app = typer.Typer(help="Adapters: files for ONNX Runtime and PEFT, switched and merged.", no_args_is_help=True)
+adapter_app = typer.Typer(help="Adapters in files of ONNX Runtime and PEFT, or merged.", no_args_is_help=True, cls=Group)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder with training graphs (compile --train).")]
 Trained = Annotated[
@@ -33,7 +34,7 @@ Trained = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="PATH", help="What to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace it where it exists.")]
-Prefix = Annotated[str, typer.Option("--prefix", metavar="PATH.", help="Leading part of our paths that PEFT's model does not have.")]
+Prefix = Annotated[str, typer.Option("--prefix", metavar="PREFIX", help="Leading part of our paths that PEFT's model does not have.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -72,10 +73,10 @@ def merge_command(
     say(f"wrote {out}/ (check it anywhere with: matmorph verify {out})")
 
 
-adapter_app.command(name="merge")(merge_command)
+adapter_app.command(name="merge", cls=Command, short_help="Merge the adapters of DIR into its weights.")(merge_command)
 
 
-@adapter_app.command(name="save")
+@adapter_app.command(name="save", cls=Command, short_help="Write adapters of DIR as one .onnx_adapter file.")
 def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force = False, no_verify: NoVerify = False) -> None:
     """Write trained adapters of DIR as one .onnx_adapter file.
 
@@ -89,7 +90,7 @@ def save_command(folder: Folder, out: Out, trained: Trained = None, force: Force
     say(f"wrote {out} ({len(adapters)} pairs of factors for the base {fingerprint[:12]})")
 
 
-@adapter_app.command(name="load")
+@adapter_app.command(name="load", cls=Command, short_help="Check FILE against DIR and list its ranks.")
 def load_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model with `export.adapters: inputs`.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An .onnx_adapter file.")],
@@ -111,11 +112,11 @@ def load_command(
     say(f"{file}: fits {folder} ({len(adapter.ranks)} pairs of factors)")
 
 
-@adapter_app.command(name="switch")
+@adapter_app.command(name="switch", cls=Command, short_help="Run DIR with each adapter in turn, in one session.")
 def switch_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model with `export.adapters: inputs`.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapters to switch between.")],
-    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="PROVIDER", help=f"{target_names()}; repeatable.")] = None,
     as_json: Json = False,
     no_verify: NoVerify = False,
 ) -> None:
@@ -146,7 +147,7 @@ def switch_command(
     say(f"one session, {len(files)} adapters; the base afterwards differs by {back:.3g}")
 
 
-@adapter_app.command(name="unmerge")
+@adapter_app.command(name="unmerge", cls=Command, short_help="Get the adapters back out of merged weights.")
 def unmerge_command(
     folder: Folder,
     merged: Annotated[Path, typer.Option("--merged", metavar="DIR2", help="The folder that `matmorph merge` wrote from DIR.")],
@@ -173,7 +174,7 @@ def unmerge_command(
     say(f"wrote {out}")
 
 
-@adapter_app.command(name="to-peft")
+@adapter_app.command(name="to-peft", cls=Command, short_help="Write the LoRA adapters of DIR for PEFT.")
 def to_peft_command(
     folder: Folder,
     out: Out,
@@ -197,7 +198,7 @@ def to_peft_command(
     say(f"wrote {out}/ ({len(adapters)} modules)")
 
 
-@adapter_app.command(name="from-peft")
+@adapter_app.command(name="from-peft", cls=Command, short_help="Read a PEFT folder as trained values of DIR.")
 def from_peft_command(
     folder: Folder,
     source: Annotated[Path, typer.Argument(metavar="PEFT", help="A folder that PEFT saved.")],

@@ -1,12 +1,12 @@
 """The command line. Heavy imports happen inside the commands, so that `matmorph --help` answers at once.
 
 Exit codes: 0 done, 1 a check failed, 2 the input is wrong, 130 interrupted. An error is printed on stderr as plain lines, the first never
-wrapped;
-`--debug` anywhere on the line shows the Python traceback as well. With `--json` stdout holds JSON only.
+wrapped; `--debug` anywhere on the line shows the Python traceback as well. With `--json` stdout holds JSON only.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 import traceback
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from matmorph.cli.adapters import adapter_app, merge_command
-from matmorph.cli.output import complain, say, say_json
+from matmorph.cli.commands import Command, Group
+from matmorph.cli.completion import completion_command
+from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
 from matmorph.cli.search import search_command
 from matmorph.cli.train import train_command
@@ -36,22 +38,24 @@ INTERRUPTION = "interrupted; nothing is half-written"
 app = typer.Typer(
     name="matmorph",
     help="Rewrite the matmuls of a trained torch model by a YAML spec, check the result, export it to ONNX.",
-    epilog="MODEL: minilm | a Hugging Face folder | package.module:factory | FILE.pt2. --debug with any command shows tracebacks.",
+    epilog="MODEL: minilm | a Hugging Face folder | package.module:factory | FILE.pt2. matmorph COMMAND --help says more.",
+    cls=Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True)
+specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True, cls=Group)
 app.add_typer(specs_app, name="specs")
-app.command(name="train")(train_command)
-app.command(name="search")(search_command)
-app.command(name="merge", short_help="Merge adapters into the weights of DIR.")(merge_command)
+app.command(name="train", cls=Command)(train_command)
+app.command(name="search", cls=Command)(search_command)
+app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")
-app.command(name="report", short_help="Draw report.html of DIR anew, with times.")(report_command)
-app.command(name="compare", short_help="Two folders side by side.")(compare_command)
-app.command(name="diff", short_help="The graph around one matmul before and after.")(diff_command)
+app.command(name="report", cls=Command, short_help="Draw report.html of DIR anew, with times.")(report_command)
+app.command(name="compare", cls=Command, short_help="Two folders side by side.")(compare_command)
+app.command(name="diff", cls=Command, short_help="The graph around one matmul before and after.")(diff_command)
+app.command(name="completion", cls=Command, short_help="Print a completion script for a shell.")(completion_command)
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face folder, package.module:factory or FILE.pt2.")]
 SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]
@@ -74,7 +78,7 @@ def _options(
     """Options before the command; `version` is dealt with by its callback."""
 
 
-@app.command(name="inspect")
+@app.command(name="inspect", cls=Command)
 def inspect_command(model: ModelName, every: Every = False, as_json: Json = False) -> None:
     """List every matmul site of MODEL.
 
@@ -90,7 +94,7 @@ def inspect_command(model: ModelName, every: Every = False, as_json: Json = Fals
     _show(report, as_json, every, print_inspect)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json = False) -> None:
     """Say what SPEC would do and cost.
 
@@ -109,7 +113,7 @@ def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json =
     _show(report, as_json, every, print_plan)
 
 
-@app.command()
+@app.command(cls=Command)
 def explain(
     model: ModelName,
     spec: SpecName,
@@ -135,7 +139,7 @@ def explain(
         say("\n".join(explanation.lines()))
 
 
-@app.command(name="compile")
+@app.command(name="compile", cls=Command)
 def compile_command(
     model: ModelName,
     spec: SpecName,
@@ -184,7 +188,7 @@ def compile_command(
         _print_saved(folder, compiled.report)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote.")],
     as_json: Json = False,
@@ -205,7 +209,7 @@ def verify(
     raise typer.Exit(0 if result.ok else 1)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write; an earlier demo result is replaced.")] = Path(
         "out"
@@ -222,14 +226,27 @@ def demo(
     finish()
 
 
-@specs_app.command(name="list")
-def specs_list() -> None:
-    """Names of the library specs, and what each makes of MiniLM (measured by benchmarks/gallery.py)."""
-    from matmorph.specs.gallery import dense_line, figures, figures_line
+@specs_app.command(name="list", cls=Command)
+def specs_list(
+    long: Annotated[bool, typer.Option("--long", help="With what each makes of MiniLM (measured by benchmarks/gallery.py).")] = False,
+) -> None:
+    """List the library specs, a line each.
+
+    With --long: what each is, and what it makes of MiniLM where it fits."""
+    from matmorph.specs.gallery import dense_line, figures, figures_line, foreign
     from matmorph.specs.load import library_names, library_text
 
     texts = {name: library_text(name) for name in library_names()}
     measured = figures(texts)
+    if not long:
+        width = max(map(len, texts))
+        others = [name for name in texts if foreign(measured.get(name))]
+        for name in sorted(texts, key=lambda name: name in others):
+            if name == others[0]:
+                say("\nfor the models that they name, or with train.output set to what a loss can look at:")
+            say(f"{name:<{width}}  {_headline(texts[name])}")
+        say("\nmatmorph specs list --long says more, matmorph specs show SPEC everything")
+        return
     for name, text in texts.items():
         say(name)
         say(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
@@ -237,16 +254,16 @@ def specs_list() -> None:
     say(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
 
 
-@specs_app.command(name="show")
-def specs_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+@specs_app.command(name="show", cls=Command)
+def specs_show(name: Annotated[str, typer.Argument(metavar="SPEC", help="The name of a library spec.")]) -> None:
     """Print a library spec."""
     from matmorph.specs.load import library_text
 
     say(library_text(name), end="")
 
 
-@specs_app.command(name="check")
-def specs_check(file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a library spec.")]) -> None:
+@specs_app.command(name="check", cls=Command)
+def specs_check(file: Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a library spec.")]) -> None:
     """Check a spec without a model.
 
     Syntax, keys, values and `extends`."""
@@ -258,15 +275,26 @@ def specs_check(file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML
     say(f"{file}: fine ({len(rules)} rule{'s' if len(rules) != 1 else ''}; methods: {', '.join(methods) or 'none'})")
 
 
-@specs_app.command(name="schema")
-def specs_schema() -> None:
+@specs_app.command(name="schema", cls=Command)
+def specs_schema(
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write it there, as UTF-8 whatever the shell makes of >.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it exists.")] = False,
+) -> None:
     """Print the JSON Schema of the language.
 
     Editors use it for completion."""
     from matmorph.passes.methods import languages
     from matmorph.specs.json_schema import schema_text
 
-    say(schema_text(languages()), end="")
+    text = schema_text(languages())
+    if out is None:
+        say(text, end="")
+        return
+    refuse_file(out, force)
+    write_file(out, text.encode(), force)
+    say(f"wrote {out}")
 
 
 # ---- shared by the commands
@@ -277,6 +305,12 @@ def _about(text: str) -> str:
     comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
     words = " ".join(line for line in comment if not line.startswith("yaml-language-server"))
     return words.strip().split(". ")[0].rstrip(".") + "."
+
+
+def _headline(text: str) -> str:
+    """The first clauses of that, without its sources, as far as they say what it is."""
+    first, *rest = re.split(r"(?<=[:;]) ", re.sub(r" \([^)]*\)", "", _about(text)))
+    return (f"{first} {rest[0]}" if rest and len(first) < 20 else first).rstrip(".:;")
 
 
 def _show(report: Report, as_json: bool, every: bool, draw: Callable[..., None]) -> None:

@@ -41,7 +41,7 @@ def search_command(
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch, where DATA is a file.")] = 64,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the search.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=f"Go on from OUT/{STATE}.")] = False,
-    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="NAME", help=f"{target_names()}; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, typer.Option("--provider", metavar="PROVIDER", help=f"{target_names()}; repeatable.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads of one operator.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin anew where OUT exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

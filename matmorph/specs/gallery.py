@@ -48,6 +48,11 @@ def figures(texts: Mapping[str, str]) -> dict[str, Figures]:
     return found
 
 
+def foreign(row: Figures | None) -> bool:
+    """Whether the spec was tried on MiniLM and is for models of another form."""
+    return row is not None and row.reason is not None
+
+
 def figures_line(row: Figures | None) -> str:
     """One line for a person."""
     if row is None:

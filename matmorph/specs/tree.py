@@ -6,6 +6,7 @@ schema decides what they mean. A `dict` given instead of a file becomes the same
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -122,13 +123,15 @@ def read(text: str, file: str) -> MapTree:
 
 
 def read_bytes(data: bytes, file: str) -> MapTree:
-    """`read` of a file's bytes; SpecError where they are not UTF-8."""
+    """`read` of a file's bytes: UTF-8, or UTF-16 where they begin as that does (what `>` writes in PowerShell). SpecError for others."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    name, coding = ("UTF-16", "utf-16") if wide else ("UTF-8", "utf-8-sig")
     try:
-        return read(data.decode("utf-8-sig"), file)
+        return read(data.decode(coding), file)
     except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8-sig", "replace")
+        before = data[: error.start].decode(coding, "replace")
         at = _offset(before, file, len(before))
-        raise SpecError(f"not UTF-8 text (byte 0x{data[error.start]:02x})", at=at) from None
+        raise SpecError(f"not {name} text (byte 0x{data[error.start]:02x})", at=at) from None
 
 
 def _offset(text: str, file: str, offset: int) -> Position:
