@@ -188,8 +188,8 @@ ERRORS = [
     (RULES + "select: [a]\n", "specs/a.yaml:8:9: select: expected a mapping of names to conditions, got a list of 1"),
     (RULES + "select: {w: a}\n", "specs/a.yaml:8:13: select.w: expected a mapping of conditions, got a"),
     (RULES + "select: {w: {ops: linear}}\n", "specs/a.yaml:8:14: select.w.ops: unknown key; did you mean op?\n"
-     "  keys here: role, path, layer, stack, op, block, in_features, out_features, params, shared, inserted_by, pattern, claim, use, not, any, "
-     "all, effective_rank, outlier_ratio"),
+     "  keys here: role, path, layer, stack, op, block, in_features, out_features, params, shared, inserted_by, pattern, claim, use, not, "
+     "any, all, effective_rank, outlier_ratio"),
     # names
     (RULES + "  - {name: mlp, match: {op: matmul}, rewrite: keep}\n",
      "specs/a.yaml:8:12: rules[1].name: another rule is called mlp already (at specs/a.yaml:3:11)"),
