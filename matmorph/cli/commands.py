@@ -25,7 +25,7 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments by their metavar alone: of what Python type they become says nothing to a reader."""
-        arguments = [(param.metavar, param.help or "") for param in self.params if param.param_type_name == "argument"]
+        arguments = [(param.metavar, getattr(param, "help", None) or "") for param in self.params if param.param_type_name == "argument"]
         if arguments:
             with formatter.section("Arguments"):
                 formatter.write_dl(arguments)
