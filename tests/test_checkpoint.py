@@ -116,6 +116,30 @@ def test_manual_steps_resume(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(other.parameters()["fc.weight"], before)
 
 
+HOLDS = """
+import sys
+from matmorph.runtime.checkpoint import only_writer
+
+with only_writer(sys.argv[1]):
+    print("have it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_checkpoint_has_one_writer(folder: Path, tmp_path: Path) -> None:
+    path, trainer = tmp_path / "run", Trainer(folder, "cpu")
+    command = [sys.executable, "-c", HOLDS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "have it\n"
+        with pytest.raises(CheckpointError, match=f"process {other.pid} is writing to this file; give each run a file of its own"):
+            trainer.fit([batch(3)], checkpoint=path)
+        assert trainer.updates == 0
+        other.kill()
+    trainer.fit([batch(3)], checkpoint=path)
+    assert [entry.name for entry in tmp_path.iterdir() if "run" in entry.name] == ["run"]
+
+
 def test_the_loss_scale_is_resumed(folder: Path, tmp_path: Path) -> None:
     write_json(folder, precision="fp16")
     trainer = Trainer(folder, "cpu")

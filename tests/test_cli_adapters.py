@@ -212,6 +212,13 @@ def test_peft_folders_in_and_out(home: tuple[mm.Compiled, Path], values: Any, tm
     found, folder = home
     run("adapter", "to-peft", folder, "--trained", values[1], "--out", tmp_path / "peft", "--base-model", "some/base")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    with pytest.raises(InputError, match="the folder exists"):
+        run("adapter", "to-peft", folder, "--out", tmp_path / "peft")
+    (tmp_path / "peft" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="something other than a PEFT adapter"):
+        run("adapter", "to-peft", folder, "--out", tmp_path / "peft", "--force")
+    (tmp_path / "peft" / "thesis.txt").unlink()
+    run("adapter", "to-peft", folder, "--trained", values[1], "--out", tmp_path / "peft", "--force")
     run("adapter", "from-peft", folder, tmp_path / "peft", "--out", tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(back[name], value) for name, value in values[0].items())

@@ -85,6 +85,10 @@ def test_report_elsewhere_leaves_the_folder(own: Path, tmp_path: Path, capsys: p
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
     code, _, err = run(capsys, "report", own, "--out", tmp_path)
     assert (code, err) == (2, f"{tmp_path}: is a folder, a file is wanted\n")
+    (tmp_path / "page.html").write_text("mine")
+    code, _, err = run(capsys, "report", own, "--out", tmp_path / "page.html")
+    assert (code, err.splitlines()[0], (tmp_path / "page.html").read_text()) == (2, f"{tmp_path / 'page.html'}: the file exists", "mine")
+    assert run(capsys, "report", own, "--out", tmp_path / "page.html", "--force")[0] == 0
 
 
 @pytest.mark.parametrize("opens", [True, False])
@@ -137,7 +141,10 @@ def test_compare_as_json_and_as_a_page(folders: tuple[Path, Path], tmp_path: Pat
     text = page.read_text()
     assert text.count('data-status="differs"') == 1
     assert text.count('data-status="alike"') == 1
-    run(capsys, "compare", one, two, "--html", page)
+    page.write_text("mine")
+    code, _, err = run(capsys, "compare", one, two, "--html", page)
+    assert (code, err.splitlines()[0], page.read_text()) == (2, f"{page}: the file exists", "mine")
+    run(capsys, "compare", one, two, "--html", page, "--force")
     assert page.read_text() == text
     code, _, err = run(capsys, "compare", one, two, "--open")
     assert (code, err) == (2, "--open shows the page that --html FILE writes: give --html too\n")
@@ -217,7 +224,10 @@ def test_the_drawing_is_an_svg_with_both_sides(folders: tuple[Path, Path], tmp_p
     for k, (x, y, w, h) in enumerate(places):
         assert not any(x < x2 + w2 and x2 < x + w and y < y2 + h2 and y2 < y + h for x2, y2, w2, h2 in places[:k]), "boxes overlap"
     first = file.read_text()
-    run(capsys, "diff", folders[1], "--node", "fc2", "--svg", file)
+    file.write_text("mine")
+    code, _, err = run(capsys, "diff", folders[1], "--node", "fc2", "--svg", file)
+    assert (code, err.splitlines()[0], file.read_text()) == (2, f"{file}: the file exists", "mine")
+    run(capsys, "diff", folders[1], "--node", "fc2", "--svg", file, "--force")
     assert file.read_text() == first
 
 

@@ -177,6 +177,13 @@ def test_resume_goes_on_to_the_bit(run: Run, folder: Path) -> None:
     done = run(*common, "--epochs", "2", "--out", "more.safetensors", "--resume", "run.safetensors")  # it was written anew
     assert done.err == "nothing left to train: all 2 epochs were done when the checkpoint was written\n"
     assert safetensors.numpy.load_file("more.safetensors").keys() == whole_values.keys()
+    kept = Path("run.safetensors").read_bytes()
+    anew = run(*common, "--out", "anew.safetensors", "--checkpoint", "run.safetensors")
+    assert (anew.code, anew.out) == (2, "")
+    assert anew.err.startswith("run.safetensors: the checkpoint exists\n  go on from it with --resume run.safetensors")
+    assert Path("run.safetensors").read_bytes() == kept
+    assert not Path("anew.safetensors").exists()
+    assert run(*common, "--out", "anew.safetensors", "--checkpoint", "run.safetensors", "--force").code == 0
 
 
 def test_loaders_of_python(run: Run, folder: Path) -> None:
