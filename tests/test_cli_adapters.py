@@ -377,3 +377,15 @@ def test_places_of_weights_that_are_none(home: tuple[mm.Compiled, Path], tmp_pat
         run("merge", copy, "--out", tmp_path / "no", "--no-verify")
     with pytest.raises(ArtifactError, match=r"model\.onnx: ONNX Runtime cannot load it"):
         Session(copy, "cpu", verify=False)
+
+
+def test_the_spec_of_a_folder_extends_no_other(home: tuple[mm.Compiled, Path], tmp_path: Path) -> None:
+    import shutil
+
+    _, folder = home
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    outside = tmp_path / "outside.yaml"
+    outside.write_text((copy / "spec.yaml").read_text())
+    (copy / "spec.yaml").write_text(f"extends: {outside}\n" + outside.read_text())
+    with pytest.raises(InputError, match=r"spec\.yaml: extends: the spec of a folder stands alone"):
+        run("merge", copy, "--out", tmp_path / "no", "--no-verify")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +240,16 @@ def test_a_literal_without_a_form_is_an_error() -> None:
 def test_lists_print_as_tuples_do() -> None:
     const = Const("w", TensorType("float32", ()), lambda: torch.ones(()), ("w",))
     assert format_arg([1, (const, [2.0])]) == "[1, [%w, [2.0]]]"
+
+
+@pytest.mark.parametrize("text", [
+    '(\n"collections.defaultdict" {"default_factory_module": "imported", "default_factory_name": "x", "dict_context": []} (*))',
+    '"collections.OrderedDict" raw "{\\"\\\\u005f_enum__\\": true, \\"fqn\\": \\"imported:X\\", \\"name\\": \\"a\\"}" (*)',
+    '"collections.OrderedDict" [[{"__enum__": true, "fqn": "imported:X", "name": "a"}]] (*)',
+])  # fmt: skip
+def test_a_pytree_imports_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="names a class to import, and nothing is imported for a text"):
+        parse_tree(Scanner(text))
+    assert not (tmp_path / "mark").exists()

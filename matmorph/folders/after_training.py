@@ -27,6 +27,7 @@ from matmorph.passes.methods.protocol import Configuration, Method
 from matmorph.passes.reporting import totals
 from matmorph.passes.sizes import item_size
 from matmorph.report.model import Report, SiteRow, Totals
+from matmorph.report.reading import listed_file
 from matmorph.runtime.adapters import read_slots, save_adapter
 from matmorph.runtime.format.training import PARAMETERS, TRAINABLE
 from matmorph.specs.schema import Spec
@@ -41,7 +42,7 @@ VALUE_FILES = (TRAINABLE, PARAMETERS)
 
 
 def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
-    """(the values, what errors call them). InputError for a file that is missing or cannot be read."""
+    """(the values, what errors call them). InputError for a file that is missing, cannot be read, or is not what its folder lists."""
     if isinstance(source, Mapping):
         return source, "the values"
     path = Path(source)
@@ -49,7 +50,7 @@ def read_values(source: Values) -> tuple[Mapping[str, Any], str]:
         found = [path / name for name in VALUE_FILES if (path / name).is_file()]
         if not found:
             raise InputError(f"{path}: no trained values in this folder (neither {' nor '.join(VALUE_FILES)})")
-        path = found[0]
+        path = listed_file(path, found[0].name, verify=True)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     from safetensors.torch import load_file

@@ -31,12 +31,13 @@ from matmorph.runtime.errors import AdapterError, InputMismatch, SessionError
 from matmorph.runtime.format.adapters import ADAPTER_SUFFIX, Slots
 from matmorph.runtime.format.artifact import CHECK_VECTORS, DATA, GRAPH, MODEL, REPORT, SPEC, Manifest
 from matmorph.runtime.format.folder import StoredFolder
-from matmorph.runtime.format.reading import StoredError, reading
+from matmorph.runtime.format.reading import StoredError, read_text, reading
 from matmorph.runtime.format.training import TRAIN_MANIFEST, TrainManifest
 from matmorph.runtime.manifest import open_folder
 from matmorph.runtime.train_manifest import open_training, read_train_manifest
 from matmorph.runtime.train_values import belonging
 from matmorph.specs.load import load_spec
+from matmorph.specs.tree import read
 
 _CLASS = re.compile(r'^(?:result|call) .*"[\w.]+\.\w+" ', re.MULTILINE)
 """A pytree of some package's class: what it is called with does not matter to weights, and its package may not be here
@@ -60,12 +61,21 @@ def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]
     missing = [const.path for const in graph.used_state() if const.path not in weights]
     if missing:
         raise InputError(f"{folder}: no file in it holds the weight {missing[0]} of {GRAPH}")
-    spec = load_spec(spec_file, method_table())
+    spec = load_spec(_alone(spec_file), method_table())
     source = None if manifest.source is None else manifest.source.weights_sha256
     adapters = _fitting(read_adapters(train.adapters, str(folder / TRAIN_MANIFEST)), graph, folder / TRAIN_MANIFEST)
     examples = _examples(folder, manifest, graph)
     job = Job(spec, graph, graph, read_report(report_file), examples, {}, {}, source_sha256=source, adapters=adapters)
     return job, adapters
+
+
+def _alone(path: Path) -> Path:
+    """The stored spec, which is resolved: one that extends another would be read outside the folder. InputError."""
+    with _stored_errors():
+        text = read_text(path)
+    if "extends" in read(text, str(path)).items:
+        raise InputError(f"{path}: extends: the spec of a folder stands alone, and nothing outside the folder is read")
+    return path
 
 
 def _no_class(line: str) -> bool:

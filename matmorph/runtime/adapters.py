@@ -77,7 +77,10 @@ def load_adapter(path: str | os.PathLike[str], slots: Slots) -> LoadedAdapter:
         raise AdapterError(f"{file}: made for another base (its fingerprint begins with {theirs}, this model's with {ours})")
     ranks = _ranks(file, {name: (array.dtype, array.shape) for name, array in arrays.items()}, slots)
     handle = onnxruntime.LoraAdapter()
-    handle.Load(str(file))
+    try:
+        handle.Load(str(file))
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        raise AdapterError(f"{file}: not an .onnx_adapter file: {first_line(error)}") from error
     return LoadedAdapter(file, ranks, version, handle)
 
 

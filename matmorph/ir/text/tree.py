@@ -16,6 +16,8 @@ from torch.utils._pytree import TreeSpec, tree_structure, treespec_dumps, treesp
 from matmorph.ir.text.scan import Scanner
 
 _PROTOCOL = 1  # of torch's serialised pytrees
+_IMPORTING = frozenset({"default_factory_module", "__enum__"})
+"""Keys of a context at which torch imports what stands beside them."""
 _PLAIN: Mapping[str, tuple[str, str]] = {"builtins.tuple": ("(", ")"), "builtins.list": ("[", "]")}
 
 
@@ -64,7 +66,7 @@ def parse_tree(s: Scanner) -> TreeSpec:
     schema = _schema(s)
     try:
         return treespec_loads(json.dumps((_PROTOCOL, schema)))
-    except (NotImplementedError, ImportError, AttributeError) as error:
+    except (NotImplementedError, ImportError, AttributeError, AssertionError, TypeError, KeyError) as error:
         s.fail(f"{error} (it is known once the package that defines it is imported)", at)
 
 
@@ -79,8 +81,24 @@ def _schema(s: Scanner) -> dict[str, Any]:
         return {"type": "builtins.dict", "context": json.dumps([key for key, _ in items]), "children_spec": [item for _, item in items]}
     kind = s.string()
     context = s.json() if s.take(r"raw\b") else json.dumps(s.json())
+    if _imports(context):
+        s.fail(f"the pytree {kind!r:.80} names a class to import, and nothing is imported for a text")
     s.expect(r"\(", "`(`")
     return {"type": kind, "context": context, "children_spec": s.series(r"\)", lambda: _schema(s))}
+
+
+def _imports(context: Any) -> bool:
+    """Whether torch would import a module to read it: a defaultdict's factory, an enum."""
+    try:
+        waiting = [json.loads(context)] if isinstance(context, str) else [context]
+    except (ValueError, RecursionError):
+        return False  # then torch cannot read it either
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict) and not _IMPORTING.isdisjoint(here):
+            return True
+        waiting.extend(here.values() if isinstance(here, dict) else here if isinstance(here, list) else ())
+    return False
 
 
 def _entry(s: Scanner) -> tuple[Any, dict[str, Any]]:
