@@ -213,7 +213,7 @@ class Pairs(torch.nn.Module):
 @pytest.mark.parametrize(
     ("axes", "error", "said"),
     [
-        ({0: 2 * Dim("half")}, InputError, r"2\*half derives from another axis"),
+        ({0: 2 * Dim("half")}, InputError, r"axis 2\*half: no axis is named half"),
         ({0: 5}, InputError, "axis 0 of x is given as 5, but its example has 4"),
         (("n", "m"), InputError, "lists 2 axes, but its example has 3"),
         ({0: Dim("n", max=2), 1: Dim("n", min=5)}, InputError, "no size of n is within all of its limits: at least 5 and at most 2"),

@@ -207,7 +207,7 @@ def test_untraceable_models(model: nn.Module, inputs: object, axes: object, mess
         ((torch.ones(3, 4),), ({2: "batch"},), r"names axis 2, but its example has 2 axes \(0 to 1\)"),
         ((torch.ones(3, 4),), ({0: 7.5},), "needs a name"),
         ((torch.ones(3, 4),), ({0: 7},), "is given as 7, but its example has 3"),
-        ((torch.ones(3, 4),), ({0: {"name": "b", "max": 1}},), "1 <= min < max"),
+        ((torch.ones(3, 4),), ({0: {"name": "b", "max": 1}},), "0 <= min < max"),
         ((torch.ones(3, 4),), ({0: "batch", 1: "batch"},), "disagree on batch: 3 at axis 0 of 0, 4 at axis 1 of 0"),
         ((torch.ones(3, 4),), {"inputs": {0: "batch"}}, r"no example input \(input\); did you mean input"),
         ((torch.ones(3, 4),), (NAMED[0], NAMED[0]), "must be a tuple of 1 dicts"),

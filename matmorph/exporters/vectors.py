@@ -118,14 +118,20 @@ def example_sizes(values: Sequence[Value], examples: Sequence[torch.Tensor]) -> 
 
 
 def check_shapes(own: Mapping[str, int], ranges: Mapping[str, Range]) -> list[dict[str, int]]:
-    """The example's sizes, smaller and larger ones within `ranges`; one empty dict where nothing is dynamic."""
+    """The example's sizes, smaller and larger ones within `ranges`; where an axis may be empty, the example's with nothing there, and
+    with one of everything beside it but of the first axis (one token and its past). One empty dict where nothing is dynamic."""
     if not own:
         return [{}]
     limits = {name: ranges.get(name, Range()) for name in own}
     first = next(iter(own))
     small = {name: limits[name].low if name == first else max(size // 2, limits[name].low) for name, size in own.items()}
     large = {name: min(size + 1 + 2 * (name != first), limits[name].high or size + 3) for name, size in own.items()}
-    return [dict(shape) for shape in dict.fromkeys(tuple(shape.items()) for shape in (dict(own), small, large))]
+    shapes = [dict(own), small, large]
+    empty = [name for name in own if limits[name].low == 0]
+    if empty:
+        shapes.append({**own, **dict.fromkeys(empty, 0)})
+        shapes.append({name: size if name == first or name in empty else limits[name].low for name, size in own.items()})
+    return [dict(shape) for shape in dict.fromkeys(tuple(shape.items()) for shape in shapes)]
 
 
 def resized(tensor: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from matmorph.errors import InputError, did_you_mean
 from matmorph.ir.core import Const, Graph, Node, Value, map_values, mapped_arguments, values_in
 from matmorph.ir.ops import resolve
-from matmorph.ir.types import format_dim
+from matmorph.ir.types import format_dim, symbol
 
 Observer = Callable[[torch.Tensor], None]
 Runner = Callable[[Node, Callable[[Value], Any]], tuple[Any, ...]]
@@ -100,8 +100,14 @@ def check_tensors(graph: Graph, named: Iterable[tuple[str, Value, Any]]) -> None
     """(name, what the graph has there, what was given) of inputs: InputError for a wrong dtype, rank, fixed size or range, and where two
     tensors give an axis different sizes."""
     sizes: dict[str, tuple[int, str]] = {}
-    for name, value, leaf in named:
+    seen = list(named)
+    for name, value, leaf in seen:
         _check_tensor(graph, name, value, leaf, sizes)
+    known = {symbol(label): size for label, (size, _) in sizes.items()}
+    for name, value, leaf in seen:
+        for dim, size in zip(value.tensor.shape, leaf.shape, strict=True):
+            if not isinstance(dim, int) and dim.free_symbols <= known.keys() and dim.subs(known) != size:
+                raise InputError(f"{format_dim(dim)} is {dim.subs(known)}, but {name} has {size} there")
 
 
 def _flatten_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """Named dynamic axes: what the caller writes ({"input_ids": {0: "batch", 1: "seq"}}), what torch.export takes, and what it asks back.
 
-An axis is a name, `{name: seq, min: 2, max: 512}`, or what torch.export takes: a `Dim` (its name and limits count), `Dim.DYNAMIC` or
-`Dim.AUTO` (a first trace says which of them are fixed or equal; the rest are named after their input, "x_0"), `Dim.STATIC`, a size or None
-(fixed). Equal names are one shared Dim.
+An axis is a name, `{name: seq, min: 2, max: 512}`, arithmetic over other axes ("past + seq"), or what torch.export takes: a `Dim` (its name
+and limits count), `Dim.DYNAMIC` or `Dim.AUTO` (a first trace says which of them are fixed or equal; the rest are named after their input,
+"x_0"), `Dim.STATIC`, a size or None (fixed). Equal names are one shared Dim. With `min: 0` an axis may be empty.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.export import Dim as ExportDim
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from matmorph.errors import InputError, TraceError, did_you_mean
 from matmorph.ir.core import Range
+from matmorph.ir.types import Dim, dim_symbols, format_dim, parse_dim, symbol
 
 NamedAxes = Mapping[int, str]
 _HINT = type(ExportDim.AUTO)  # what Dim.AUTO, Dim.DYNAMIC and Dim.STATIC are; torch has no public name for it
@@ -27,11 +29,21 @@ _HINT = type(ExportDim.AUTO)  # what Dim.AUTO, Dim.DYNAMIC and Dim.STATIC are; t
 @dataclass(frozen=True, slots=True)
 class DynamicAxes:
     """`shapes`: names by axis in the structure of (args, kwargs), None = all static; `ranges`: limits per name; `hints`: for names that the
-    caller has not given, whether the axis must be dynamic (Dim.DYNAMIC)."""
+    caller has not given, whether the axis must be dynamic (Dim.DYNAMIC); `derived`: axes that are arithmetic over others, by its text."""
 
     shapes: Any
     ranges: Mapping[str, Range]
     hints: Mapping[str, bool] = field(default_factory=dict)
+    derived: Mapping[str, Dim] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> frozenset[str]:
+        """Names of axes that may be of size 0."""
+        return frozenset(name for name, limits in self.ranges.items() if limits.low == 0)
+
+    def symbol(self, label: str) -> Dim:
+        """What an axis is in the IR."""
+        return self.derived.get(label, symbol(label))
 
     def for_export(self, signature: inspect.Signature) -> Any:
         """What torch.export takes for a `forward` of this signature: one shared `torch.export.Dim` per name, arguments by their names."""
@@ -39,9 +51,21 @@ class DynamicAxes:
             return None
         dims: dict[str, Any] = {name: ExportDim(name, min=r.low, max=r.high) for name, r in self.ranges.items() if name not in self.hints}
         dims |= {name: ExportDim.AUTO(min=self.ranges[name].low, max=self.ranges[name].high) for name in self.hints}
+        dims |= {text: self._derived(dim, dims) for text, dim in self.derived.items()}
         args, kwargs = self.shapes
         both = tuple(_for_export(entry, dims) for entry in args), {name: _for_export(entry, dims) for name, entry in kwargs.items()}
         return signature.bind(*both[0], **both[1]).arguments
+
+    def _derived(self, dim: Dim, dims: Mapping[str, Any]) -> Any:
+        """`2*batch + 1` as torch has it; what depends on several axes, which torch has not, as an axis of its own (decision T12)."""
+        names = sorted(dim_symbols([dim]))
+        polynomial = sympy.Poly(dim, *map(symbol, names)) if sympy.sympify(dim).is_polynomial() else None
+        if len(names) == 1 and polynomial is not None and polynomial.degree() == 1 and polynomial.coeff_monomial(symbol(names[0])) > 0:
+            factor, more = int(polynomial.coeff_monomial(symbol(names[0]))), int(polynomial.coeff_monomial(1))
+            multiple = factor * dims[names[0]] if factor > 1 else dims[names[0]]
+            return multiple + more if more else multiple
+        least = sympy.sympify(dim).subs({symbol(name): self.ranges[name].low for name in names})
+        return ExportDim(re.sub(r"\W+", "_", f"axis {dim}"), min=int(least))
 
     def leaves(self, examples: Any) -> Iterator[tuple[str, torch.Tensor, NamedAxes]]:
         """(name, example, names by axis) of every tensor of the examples, (args, kwargs), that has a named axis."""
@@ -72,7 +96,7 @@ class DynamicAxes:
         names = {label: shared[size] if isinstance(size, str) else None for label, size in sizes.items()}
         reader = _Reader()
         for label, name in names.items():
-            if name is not None:
+            if name is not None and name not in self.derived:
                 reader.named(name, self.ranges[label])
 
         def renamed(leaf: Any) -> Any:
@@ -80,7 +104,9 @@ class DynamicAxes:
 
         args, kwargs = self.shapes
         shapes = [tree_map(renamed, entry, is_leaf=_is_axes) for entry in (*args, *kwargs.values())]
-        return DynamicAxes((tuple(shapes[: len(args)]), dict(zip(kwargs, shapes[len(args) :], strict=True))), reader.ranges)
+        return DynamicAxes(
+            (tuple(shapes[: len(args)]), dict(zip(kwargs, shapes[len(args) :], strict=True))), reader.ranges, derived=self.derived
+        )
 
     def within(self, ranges: Mapping[str, Range]) -> Mapping[str, Range]:
         """`ranges` with the limits of the same names here as well."""
@@ -105,7 +131,7 @@ def read_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], given: A
 
     names: of all inputs in the order of the call, the positional ones first. given: a dict by these names, or a tuple with one entry for
     each. Raises InputError for unknown inputs (nearest name), axes that do not exist, one name on axes of different size, a dynamic axis
-    whose example has size 1 (torch.export would silently fix it), and a size that derives from another (`2 * batch`).
+    whose example has size 1 (torch.export would silently fix it), and arithmetic over what is no axis or that the example does not follow.
     """
     if given is None:
         return DynamicAxes(None, {})
@@ -118,7 +144,8 @@ def read_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], given: A
         ),
         {name: reader.entry(kwargs[name], keywords.get(name), name, name) for name in kwargs},
     )
-    found = DynamicAxes(shapes, reader.ranges, reader.hints)
+    _check_derived(reader)
+    found = DynamicAxes(shapes, reader.ranges, reader.hints, reader.derived)
     _check_sizes((tuple(args), kwargs), found)
     return found
 
@@ -152,6 +179,7 @@ class _Reader:
 
     ranges: dict[str, Range] = field(default_factory=dict)
     hints: dict[str, bool] = field(default_factory=dict)
+    derived: dict[str, Dim] = field(default_factory=dict)
 
     def entry(self, example: Any, axes: Any, shown: str, name: str) -> Any:
         """`shown` is what messages call the input, `name` what an axis without a name is called after."""
@@ -181,6 +209,9 @@ class _Reader:
                     raise InputError(f"axis {axis} of {shown} would be called {label}, as another axis is: give one of them another name")
                 self.hints[label] = entry.type == ExportDim.DYNAMIC.type
                 self.ranges[label] = Range(max(entry.min or 1, 1), entry.max)
+            elif (dim := _arithmetic(entry)) is not None:
+                label = format_dim(dim)
+                self.derived[label] = dim
             else:
                 label = self.named(*_label(entry, shown, axis))
             found[axis] = label
@@ -225,17 +256,35 @@ def _label(entry: Any, name: str, axis: int) -> tuple[str, Range]:
     if not isinstance(label, str) or not label.isidentifier():
         raise InputError(f'axis {axis} of {name} needs a name such as "batch" or {{"name": "seq", "max": 512}}, got {entry!r}')
     low, high = fields.pop("min", 1), fields.pop("max", None)
-    if fields or not isinstance(low, int) or not (high is None or (isinstance(high, int) and high > max(low, 1))):
-        raise InputError(f"axis {axis} of {name}: a dynamic axis takes name, min and max (1 <= min < max), got {entry!r}")
-    return label, Range(max(low, 1), high)
+    if fields or not isinstance(low, int) or low < 0 or not (high is None or (isinstance(high, int) and high > max(low, 1))):
+        raise InputError(f"axis {axis} of {name}: a dynamic axis takes name, min and max (0 <= min < max), got {entry!r}")
+    return label, Range(low, high)
+
+
+def _arithmetic(entry: Any) -> Dim | None:
+    """What a text such as "past + seq", or torch's `2 * batch`, says; None for a name, and for what is no arithmetic over names."""
+    entry = entry.__name__ if isinstance(entry, ExportDim) and type(entry) is not ExportDim else entry
+    if not isinstance(entry, str) or entry.isidentifier():
+        return None
+    try:
+        dim = parse_dim(entry)
+    except ValueError:
+        return None
+    return dim if dim_symbols([dim]) else None
+
+
+def _check_derived(reader: _Reader) -> None:
+    """InputError for arithmetic over what is no axis by that name."""
+    for text, dim in reader.derived.items():
+        unknown = sorted(dim_symbols([dim]) - (reader.ranges.keys() - reader.hints.keys()))
+        if unknown:
+            raise InputError(
+                f"axis {text}: no axis is named {unknown[0]}{did_you_mean(unknown[0], reader.ranges)}",
+                [f"the named axes are {', '.join(sorted(reader.ranges.keys() - reader.hints.keys())) or 'none'}"],
+            )
 
 
 def _of_dim(entry: ExportDim, name: str, axis: int) -> tuple[str, Range]:
-    if type(entry) is not ExportDim:
-        raise InputError(
-            f"axis {axis} of {name}: {entry.__name__} derives from another axis, which is not supported",
-            ["give the axis a name of its own, or leave it static"],
-        )
     high = entry.max if isinstance(entry.max, int) else None  # else torch's infinity
     if high is not None and high <= max(entry.min, 1):
         raise InputError(f"axis {axis} of {name}: a dynamic axis has more than one size (1 <= min < max), got {entry!r}")
@@ -259,6 +308,12 @@ def _check_sizes(examples: Any, found: DynamicAxes) -> None:
                     f"the example has size {size} on the dynamic axis {label} ({first}); give an example of size 2 or more",
                     ["a trace at size 1 would be fixed to size 1; the compiled model does accept size 1"],
                 )
+    known = {symbol(name): size for name, (size, _) in sizes.items()}
+    for text, dim in found.derived.items():
+        size, place = sizes[text]
+        wanted = sympy.sympify(dim).subs(known)
+        if wanted != size:
+            raise InputError(f"the example has size {size} at {place}, where {text} is {wanted}")
 
 
 def entry_key(key: Any) -> Any:

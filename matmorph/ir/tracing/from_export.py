@@ -21,7 +21,7 @@ from matmorph.ir.core import Const, Graph, Input, Node, Origin, Range, Signature
 from matmorph.ir.ops import normalize, op_name
 from matmorph.ir.rewiring import needed
 from matmorph.ir.tracing.normal_form import Same, normal
-from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name, symbol
+from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dtype_name
 
 CHECKS = frozenset(
     f"aten.{name}"
@@ -47,12 +47,14 @@ FUNCTIONAL = {
 class Names:
     """How the caller names what a program does not name itself.
 
-    `symbols`: axis name by the program's symbol. `state`: Consts of the model in state_dict order. `inputs`: a name per flat input.
+    `symbols`: by the program's symbol, the symbol of the axis or what it is over others. `state`: Consts of the model in state_dict order.
+    `inputs`: a name per flat input. `empty`: axes that may be of size 0.
     """
 
-    symbols: Mapping[str, str]
+    symbols: Mapping[str, Dim]
     state: tuple[Const, ...]
     inputs: tuple[str, ...]
+    empty: frozenset[str] = frozenset()
 
 
 def read_program(program: ExportedProgram, names: Names, device: str, notes: tuple[str, ...]) -> Graph:
@@ -67,7 +69,7 @@ def read_program(program: ExportedProgram, names: Names, device: str, notes: tup
     known = {const.path for const in names.state}
     lifted = tuple(const for const in reader.consts.values() if const.path not in known)
     # Everything here is functional, so what the outputs do not need is dead.
-    return Graph(signature, needed(reader.nodes, outputs), outputs, (*names.state, *lifted), _ranges(program, names.symbols), device, notes)
+    return Graph(signature, needed(reader.nodes, outputs), outputs, (*names.state, *lifted), _ranges(program, names), device, notes)
 
 
 @dataclass(slots=True)
@@ -224,7 +226,7 @@ class _Reader:
                 f"the shape of {node.name} depends on the values of a tensor ({expression})",
                 [f"at {where(node)}", "give the operation a fixed output size (torch.topk, padding, a mask) instead of selecting by value"],
             )
-        return as_dim(expression.xreplace({s: symbol(self.names.symbols[str(s)]) for s in expression.free_symbols}))
+        return as_dim(expression.xreplace({s: self.names.symbols[str(s)] for s in expression.free_symbols}))
 
 
 _SCALARS: tuple[tuple[Any, type, type], ...] = (
@@ -303,13 +305,14 @@ def _child_keys(spec: TreeSpec) -> list[Any]:
     return list(range(count))
 
 
-def _ranges(program: ExportedProgram, symbols: Mapping[str, str]) -> dict[str, Range]:
+def _ranges(program: ExportedProgram, names: Names) -> dict[str, Range]:
     found: dict[str, Range] = {}
     for key, limits in program.range_constraints.items():
-        name = symbols.get(str(key))
-        if name is not None:
-            found[name] = Range(max(1, _finite(limits.lower, 1) or 1), _finite(limits.upper, None))
-    return {name: found[name] for name in dict.fromkeys(symbols.values()) if name in found}
+        axis = names.symbols.get(str(key))
+        if isinstance(axis, sympy.Symbol):
+            least = 0 if str(axis) in names.empty else 1
+            found[str(axis)] = Range(max(least, _finite(limits.lower, None) or least), _finite(limits.upper, None))
+    return {name: found[name] for name in map(str, dict.fromkeys(names.symbols.values())) if name in found}
 
 
 def _finite(limit: Any, otherwise: int | None) -> int | None:

@@ -14,7 +14,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from matmorph.ir.tracing.dynamic import DynamicAxes, demands, entry_key, read_dy
 from matmorph.ir.tracing.from_export import Names, constant, read_program
 from matmorph.ir.tracing.normal_form import is_functional
 from matmorph.ir.tracing.unwrap import plain_parts, unwrapped
-from matmorph.ir.types import format_dim
+from matmorph.ir.types import Dim, format_dim, symbol
 
 _BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
 ADVICE: tuple[tuple[str, str], ...] = (
@@ -78,7 +78,8 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs
         if axes.hints:
             axes = axes.settled(_sizes(_export(model, args, kwargs, axes)[0], (args, kwargs), axes))
         program, axes, adopted = _export(model, args, kwargs, axes)
-        names = Names(_symbol_names(program, (args, kwargs), axes), _state(model), names_of_inputs)
+        symbols = {name: axes.symbol(label) for name, label in _symbol_names(program, (args, kwargs), axes).items()}
+        names = Names(symbols, _state(model), names_of_inputs, axes.empty)
         return read_program(_functional(program), names, str(device), (*notes, *adopted))
 
 
@@ -162,7 +163,9 @@ def _export(
 
 
 def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes) -> ExportedProgram:
-    with quiet(), torch.no_grad():
+    # An axis that may be empty needs a trace to which sizes 0 and 1 are no special cases: else its limits are the trace's, not the model's.
+    plain = fx_config.patch(backed_size_oblivious=True) if axes.empty else nullcontext()  # type: ignore[attr-defined]
+    with quiet(), torch.no_grad(), plain:
         return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(inspect.signature(model.forward)), strict=False)
 
 
@@ -283,11 +286,11 @@ def _flat_axes(examples: Any, shapes: Any) -> list[Mapping[int, str] | None]:
 def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
     """An ExportedProgram as the user brings it; its symbols keep their names unless `dynamic_shapes` renames them."""
     args, kwargs = program.example_inputs if program.example_inputs is not None else ((), {})
-    labels = {name: name for name in _program_symbols(program)}
+    labels: dict[str, Dim] = {name: symbol(name) for name in _program_symbols(program)}
     if dynamic_shapes is not None:
         axes = read_dynamic_shapes(args, kwargs, dynamic_shapes, (*_positional_names(program, args), *kwargs))
         axes = axes.settled(_sizes(program, (args, kwargs), axes)) if axes.hints else axes
-        labels.update(_symbol_names(program, (args, kwargs), axes))
+        labels.update({name: axes.symbol(label) for name, label in _symbol_names(program, (args, kwargs), axes).items()})
     state = _program_state(program)
     device = next((const.load().device for const in state), torch.device("cpu"))
     flat = _user_inputs(program)
