@@ -378,6 +378,31 @@ def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
     assert "loading a model" in said.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "minilm"],
+        ["plan", "minilm", "--spec", "s"],
+        ["explain", "minilm", "--spec", "s", "--node", "n"],
+        ["compile", "minilm", "--spec", "s", "--out", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_says_what_it_does_from_its_first_moment(
+    words: list[str], run: Run, api: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the model is loaded, let alone traced."""
+    monkeypatch.chdir(tmp_path)
+    plain = run(*words)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name: (sys.stderr.write("<resolving>\n"), MODEL)[1])
+    drawn = run(*words, *(["--force"] if words[0] == "compile" else []))
+    assert drawn.code == 0
+    assert "loading minilm" in drawn.err.split("<resolving>")[0]
+    assert "loading" not in drawn.out + plain.out
+    assert plain.err == ""
+
+
 # ---- specs
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from matmorph.errors import InputError
+from matmorph.errors import InputError, did_you_mean
 from matmorph.models.resolve import Model, calibration_sentences, minilm, read_calibration, resolve, tokenize
+from matmorph.runtime.errors import nearest
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 
@@ -219,14 +220,23 @@ def fails():
     raise ValueError("no weights here")
 def wrong_inputs():
     return matmorph.Model(torch.nn.Linear(4, 3), torch.zeros(2, 4))
+def leaves():
+    raise SystemExit(0)
+def __getattr__(name):
+    if name == "Lazy":
+        raise ModuleNotFoundError("No module named 'accelerate'")
+    raise AttributeError(name)
+def __dir__():
+    return ["good", "Lazy"]
 number = 3
 """
     (tmp_path / "my_factories.py").write_text(text)
     (tmp_path / "my_broken.py").write_text("import nowhere_to_be_found\n")
     (tmp_path / "my_faulty.py").write_text("x = 1 / 0\n")
+    (tmp_path / "my_leaving.py").write_text("import sys; sys.exit(3)\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for name in ("my_factories", "my_broken", "my_faulty"):
+    for name in ("my_factories", "my_broken", "my_faulty", "my_leaving"):
         sys.modules.pop(name, None)
 
 
@@ -251,6 +261,9 @@ def test_a_factory_is_called() -> None:
         ("my_factories:wrong_inputs", "example_inputs is a Tensor; give a dict (keyword arguments) or a tuple"),
         ("my_broken:good", "importing my_broken failed: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
         ("my_faulty:good", "importing my_faulty failed: ZeroDivisionError: division by zero"),
+        ("my_leaving:good", "importing my_leaving failed: SystemExit: 3"),
+        ("my_factories:leaves", "my_factories:leaves: leaves() raised SystemExit: 0"),
+        ("my_factories:Lazy", "my_factories cannot give its Lazy: ModuleNotFoundError: No module named 'accelerate'"),
     ],
 )
 def test_factories_that_fail(name: str, expected: str) -> None:
@@ -260,6 +273,11 @@ def test_factories_that_fail(name: str, expected: str) -> None:
 def test_a_failing_factory_names_the_line(factories: Path) -> None:
     assert refused("my_factories:fails").details == (f'{factories / "my_factories.py"}:8: raise ValueError("no weights here")',)
     assert refused("my_faulty:x").details == (f"{factories / 'my_faulty.py'}:1: x = 1 / 0",)
+
+
+def test_the_word_itself_is_no_suggestion() -> None:
+    assert did_you_mean("Trainer", ["Trainer"]) == nearest("Trainer", ["Trainer"]) == ""
+    assert did_you_mean("Trainr", ["Trainer"]) == nearest("Trainr", ["Trainer"]) == "; did you mean Trainer?"
 
 
 # ---- .pt2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from matmorph.runtime.disk import files, naming
 from matmorph.runtime.disk.files import whole_file, write_whole
 from matmorph.runtime.disk.locks import Held, held
 from matmorph.runtime.disk.naming import exchange, passing_name, take_name
+from matmorph.runtime.errors import ArtifactError
 from matmorph.runtime.format.artifact import MANIFEST
+from matmorph.runtime.manifest import artifact_folder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX names and signals")
 
@@ -253,6 +256,14 @@ def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
     refuse_existing(out, force=False)
     assert working not in names(tmp_path)
     assert len(names(tmp_path)) == 2
+
+
+def test_a_reader_is_told_where_the_older_folder_is(tmp_path: Path) -> None:
+    old = artefact(passing_name(tmp_path / "out", "old"), "old")
+    with pytest.raises(ArtifactError, match=rf"out: no such folder; a run that was killed .* left the older one at {re.escape(str(old))}$"):
+        artifact_folder(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"other: no such folder$"):
+        artifact_folder(tmp_path / "other")
 
 
 # ---- files

@@ -24,7 +24,7 @@ from matmorph.cli.completion import completion_command
 from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
 from matmorph.cli.search import search_command
-from matmorph.cli.train import train_command
+from matmorph.cli.train import readable_errors, train_command
 from matmorph.cli.working import step, working
 from matmorph.errors import InputError, MatmorphError
 
@@ -196,15 +196,12 @@ def verify(
     """Check a written folder on this machine.
 
     Files, hashes, and outputs under this machine's ONNX Runtime; needs no torch."""
-    from matmorph.runtime import check as checking
-    from matmorph.runtime.errors import SessionError
+    with working(as_json, f"checking {folder}"), readable_errors():
+        from matmorph.runtime.check import check, tell
 
+        result = check(folder)
     if not as_json:
-        raise typer.Exit(checking.main([str(folder)]))
-    try:
-        result = checking.check(folder)
-    except SessionError as error:
-        raise InputError(str(error)) from error
+        raise typer.Exit(tell(result))
     say_json({"ok": result.ok, **asdict(result)})
     raise typer.Exit(0 if result.ok else 1)
 

@@ -9,6 +9,7 @@ import typer
 
 from matmorph.cli.output import refuse_file, say, say_json, write_file
 from matmorph.cli.verifying import NoVerify, verifying
+from matmorph.cli.working import working
 from matmorph.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ def report_command(
     """Draw report.html of DIR anew, with the times of run.json.
 
     The manifest of DIR gets the new page's hash, so that `matmorph verify` still holds."""
-    from matmorph.exporters.artifact import rewrite_page
-    from matmorph.report.html import html_page
-    from matmorph.report.reading import read_folder
-    from matmorph.runtime.format.artifact import PAGE
-
     if out is not None:
         refuse_file(out, force)
-    page = html_page(*read_folder(folder, verifying(no_verify, folder)))
+    with working(first=f"reading {folder}"):
+        from matmorph.exporters.artifact import rewrite_page
+        from matmorph.report.html import html_page
+        from matmorph.report.reading import read_folder
+        from matmorph.runtime.format.artifact import PAGE
+
+        page = html_page(*read_folder(folder, verifying(no_verify, folder)))
     if out is None:
         rewrite_page(folder, page)
     else:
@@ -56,15 +58,16 @@ def compare_command(
     no_verify: NoVerify = False,
 ) -> None:
     """Two folders side by side: totals, and the matmuls that differ."""
-    from matmorph.report.comparing import comparison, comparison_page, print_comparison
-    from matmorph.report.table import make_console
-
     if show and html is None:
         raise InputError("--open shows the page that --html FILE writes: give --html too")
     if html is not None:
         refuse_file(html, force)
-    verify = verifying(no_verify, left, right)
-    first, second = _side(left, verify), _side(right, verify)
+    with working(as_json, f"reading {left} and {right}"):
+        from matmorph.report.comparing import comparison, comparison_page, print_comparison
+        from matmorph.report.table import make_console
+
+        verify = verifying(no_verify, left, right)
+        first, second = _side(left, verify), _side(right, verify)
     if html is not None:
         write_file(html, comparison_page(first, second).encode(), force)
     if as_json:
@@ -86,15 +89,16 @@ def diff_command(
     """Show the graph around one matmul before and after.
 
     Without --node: how many nodes came and went, and which matmuls changed."""
-    from matmorph.report.diff import changed_sites, difference, lines, read_graphs, summary
-    from matmorph.report.diff_svg import difference_svg
-    from matmorph.report.table import make_console
-
     if node is None and svg is not None:
         raise InputError("--svg draws the graph around one matmul: name it with --node PATH")
     if svg is not None:
         refuse_file(svg, force)
-    source, graph = read_graphs(folder, verifying(no_verify, folder))
+    with working(first=f"reading {folder}"):
+        from matmorph.report.diff import changed_sites, difference, lines, read_graphs, summary
+        from matmorph.report.diff_svg import difference_svg
+        from matmorph.report.table import make_console
+
+        source, graph = read_graphs(folder, verifying(no_verify, folder))
     console = make_console()
     if node is None:
         for line in (*summary(source, graph), *changed_sites(source, graph)):

@@ -11,7 +11,7 @@ import typer
 from matmorph.cli.output import say, say_json, write_file
 from matmorph.cli.train import loader_of, metrics_of, readable_errors
 from matmorph.cli.verifying import NoVerify, verifying
-from matmorph.cli.working import working
+from matmorph.cli.working import drawn, guarded
 from matmorph.errors import InputError
 from matmorph.runtime.format.artifact import SPEC
 from matmorph.runtime.targets import target_names
@@ -51,19 +51,20 @@ def search_command(
 
     Evolutionary search on DATA; the result is a plain spec, and values that a model compiled by it starts from."""
     _refuse_out(out, resume, force)
-    with working(as_json, f"opening {folder}"), readable_errors():
-        from matmorph.runtime.batches import Batches
-        from matmorph.runtime.evolution import SearchSettings, search
-        from matmorph.runtime.manifest import checked_file
-        from matmorph.runtime.trainer import Trainer
+    with guarded(), readable_errors():
+        with drawn(as_json, f"opening {folder}"):  # the search has a line of its own
+            from matmorph.runtime.batches import Batches
+            from matmorph.runtime.evolution import SearchSettings, search
+            from matmorph.runtime.manifest import checked_file
+            from matmorph.runtime.trainer import Trainer
 
-        settings = SearchSettings(population, top, mutation, crossover, rate, rounds, limit, seed)
-        found = loader_of(data, batch_size, 0, None)
-        loader = found if not isinstance(found, Batches) else list(found)
-        trainer = Trainer(folder, provider, threads=threads, verify=verifying(no_verify, folder))
-        spec = folder / SPEC if no_verify else checked_file(folder, SPEC)
-        trainer.load_parameters(trained)
-        judge = _metric(folder, metric)
+            settings = SearchSettings(population, top, mutation, crossover, rate, rounds, limit, seed)
+            found = loader_of(data, batch_size, 0, None)
+            loader = found if not isinstance(found, Batches) else list(found)
+            trainer = Trainer(folder, provider, threads=threads, verify=verifying(no_verify, folder))
+            spec = folder / SPEC if no_verify else checked_file(folder, SPEC)
+            trainer.load_parameters(trained)
+            judge = _metric(folder, metric)
         result = search(trainer, loader, judge, settings, state=out / STATE, resume=resume, watch=None if as_json else _watch(settings))
         _write(folder, spec, out, trainer, result)
     _show(result, out, folder, "fitness" if metric not in (None, "accuracy") or judge is None else "accuracy", as_json)

@@ -13,7 +13,7 @@ import typer
 
 from matmorph.cli.output import refuse_file, say, say_json
 from matmorph.cli.verifying import NoVerify, verifying
-from matmorph.cli.working import working
+from matmorph.cli.working import drawn, guarded
 from matmorph.errors import CheckError, InputError, did_you_mean
 from matmorph.runtime.targets import target_names
 
@@ -78,11 +78,12 @@ def train_command(
         refuse_checkpoint(checkpoint, force)
     settings = {"lr": lr, "weight_decay": weight_decay, "threads": threads, "seed": seed, "verify": verifying(no_verify, folder)}
     began = time.perf_counter()
-    with working(as_json, f"opening {folder}"), readable_errors():
-        loader = loader_of(data, batch_size, seed, trim)
-        refuse_wrong_labels(folder, loader, data)
-        judge = _judge(folder, validation, batch_size, trim)
-        trainer = _trainer(folder, resume, provider, {name: value for name, value in settings.items() if value is not None})
+    with guarded(), readable_errors():
+        with drawn(as_json, f"opening {folder}"):  # training has a line of its own
+            loader = loader_of(data, batch_size, seed, trim)
+            refuse_wrong_labels(folder, loader, data)
+            judge = _judge(folder, validation, batch_size, trim)
+            trainer = _trainer(folder, resume, provider, {name: value for name, value in settings.items() if value is not None})
         how = {"schedule": schedule_of(schedule, warmup), "accumulate": accumulate, "clip": clip, "checkpoint": checkpoint or resume}
         rows = _fitted(trainer, loader, epochs, judge, how)
         trainer.save_parameters(out, force)

@@ -15,17 +15,21 @@ from matmorph.progress import Progress, silent
 
 @contextmanager
 def working(quiet: bool = False, first: str = "starting") -> Iterator[Progress]:
-    """Tells how far it is, on stderr where that is a terminal and unless `quiet`, from the first moment on: `first` is what goes on until
-    something else is said. Prints of factories, forward passes and data loaders go to stderr meanwhile: stdout is for results.
+    """Both `drawn` and `guarded`."""
+    with drawn(quiet, first) as show, guarded():
+        yield show
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Code of the user's may run: what factories, forward passes and data loaders print goes to stderr, for stdout is for results.
 
     Raises InputError where such code ends the program.
     """
-    with ExitStack() as stack:
-        show = silent if quiet else stack.enter_context(_bars(first))
-        stack.enter_context(foreign_output())
+    with foreign_output():
         try:
-            yield show
-        except SystemExit as error:  # of a forward pass, a loader: not for them to decide
+            yield
+        except SystemExit as error:  # not for them to decide
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{last.filename}:{last.lineno}: {last.line}"
             raise InputError(f"code of the model or its data ended the program: SystemExit({error.code!r})", [where]) from error
@@ -64,7 +68,12 @@ def _descriptor(stream: Any) -> int | None:
 
 
 @contextmanager
-def _bars(first: str) -> Iterator[Progress]:
+def drawn(quiet: bool = False, first: str = "starting") -> Iterator[Progress]:
+    """Tells how far it is, on stderr where that is a terminal and unless `quiet`, from the first moment on: `first` is what goes on until
+    something else is said. Gone when done."""
+    if quiet:
+        yield silent
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars

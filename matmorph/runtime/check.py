@@ -179,6 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SessionError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
+    return tell(result)
+
+
+def tell(result: Any) -> int:
+    """Prints what a `check` found; the exit code."""
     for line in result.lines:
         print(printable(line))
     for problem in result.problems:

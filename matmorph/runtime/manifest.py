@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from matmorph.runtime.disk.naming import OLD, passing_names
 from matmorph.runtime.errors import ArtifactError
 from matmorph.runtime.format import reading
 from matmorph.runtime.format.artifact import DATA, MANIFEST, MODEL, Manifest
@@ -20,7 +21,9 @@ def artifact_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder as a path. Raises ArtifactError where there is none, or nothing in it looks like an artefact."""
     path = Path(folder)
     if not path.exists():
-        raise ArtifactError(f"{path}: no such folder")
+        aside = next((str(old) for old in passing_names(path.absolute(), OLD)), None)
+        kept = f"; a run that was killed while it replaced it left the older one at {aside}" if aside else ""
+        raise ArtifactError(f"{path}: no such folder{kept}")
     if not path.is_dir():
         raise ArtifactError(f"{path}: not a folder")
     if not (path / MANIFEST).is_file() and not (path / MODEL).is_file():
