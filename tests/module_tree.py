@@ -55,6 +55,24 @@ def tree_matmuls(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(child.get_parameter(name), matrix) for child in module.modules() for name, matrix in _own_matmuls(child)]
 
 
+def tree_kernels(module: nn.Module) -> dict[str, str]:
+    """Form by path of every weight that a module multiplies with and that is no plain matmul: kernels, weights of recurrent layers."""
+    taken = {id(parameter) for parameter, _ in tree_matmuls(module)}
+    first, found = first_names(module), dict[str, str]()
+    for child in module.modules():
+        form = (
+            "conv"
+            if isinstance(child, nn.modules.conv._ConvNd)
+            else "recurrent"
+            if isinstance(child, nn.RNNBase | nn.RNNCellBase)
+            else None
+        )
+        for parameter in child.parameters() if form is not None else ():
+            if parameter.dim() > 1 and id(parameter) not in taken:
+                found[first[id(parameter)].removesuffix(".weight")] = form
+    return found
+
+
 def _own_matmuls(child: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """(attribute, matrix) of the weights that this module itself holds and multiplies with."""
     kind = type(child).__name__
@@ -64,7 +82,7 @@ def _own_matmuls(child: nn.Module) -> list[tuple[str, torch.Tensor]]:
         return [("weight", child.weight.T)]
     if isinstance(child, nn.Conv1d | nn.Conv2d):
         ones = (1,) * len(child.kernel_size)
-        plain = (child.kernel_size, child.stride, child.groups, child.padding) == (ones, ones, 1, tuple(0 for _ in ones))
+        plain = (child.kernel_size, child.groups) == (ones, 1)
         return [("weight", child.weight.flatten(1))] if plain else []
     if isinstance(child, nn.MultiheadAttention):
         return [("in_proj_weight", child.in_proj_weight)]

@@ -10,7 +10,7 @@ import torch
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.site import Application, Site
-from matmorph.ir.sites.matmul_forms import weight_first
+from matmorph.ir.sites.matmul_forms import pixel_steps, weight_first
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.text.printing import parse_graph
 from matmorph.ir.tracing.trace import trace
@@ -178,6 +178,58 @@ FORMS = {
         output %z "z" """,
         ["fc linear oi 8x8 2"],
     ),
+    "a strided and padded 1x1 convolution": (
+        """input %x: float32[batch, 8, 5, 7] "x"
+        parameter %c.weight: float32[4, 8, 1, 1] "c.weight"
+        parameter %c.bias: float32[4] "c.bias"
+        %y: float32[batch, 4, 3, 9] = aten.conv2d.default(%x, %c.weight, %c.bias, [2, 1], [0, 1])
+        output %y "y" """,
+        ["c conv1x1 oi 4x8 1"],
+    ),
+    "inner": (
+        """input %x: float32[batch, 5, 8] "x"
+        parameter %w: float32[4, 8] "w"
+        %y: float32[batch, 5, 4] = aten.inner.default(%x, %w)
+        output %y "y" """,
+        ["w mm oi 4x8 1"],
+    ),
+    "a vector": (
+        """input %x: float32[8] "x"
+        parameter %w: float32[4, 8] "w"
+        parameter %v: float32[3, 4] "v"
+        parameter %u: float32[2, 3] "u"
+        parameter %b: float32[3] "b"
+        %y: float32[4] = aten.mv.default(%w, %x)
+        %z: float32[3] = aten.addmv.default(%b, %v, %y)
+        %a: float32[2] = aten.matmul.default(%u, %z)
+        output %a "a" """,
+        ["w mm oi 4x8 1", "v mm oi 3x4 1", "u mm oi 2x3 1"],
+    ),
+    "baddbmm": (
+        """input %x: float32[2, batch, 8] "x"
+        parameter %w: float32[2, 8, 4] "w"
+        parameter %b: float32[2, 1, 4] "b"
+        %y: float32[2, batch, 4] = aten.baddbmm.default(%b, %x, %w)
+        output %y "y" """,
+        ["w expert io 4x8 1 x2"],
+    ),
+    "tensordot": (
+        """input %x: float32[batch, 5, 8] "x"
+        parameter %w: float32[8, 2, 3] "w"
+        parameter %v: float32[2, 3, 4] "v"
+        %y: float32[batch, 5, 2, 3] = aten.tensordot.default(%x, %w, [2], [0])
+        %z: float32[batch, 5, 4] = aten.tensordot.default(%y, %v, [2, 3], [0, 1])
+        output %z "z" """,
+        ["w mm io 6x8 1", "v mm io 4x6 1"],
+    ),
+    "a vector as a matrix": (
+        """input %x: float32[batch, 8] "x"
+        parameter %f: float32[32] "flat"
+        %w: float32[4, 8] = aten.view.default(%f, [4, 8])
+        %y: float32[batch, 4] = aten.linear.default(%x, %w)
+        output %y "y" """,
+        ["flat linear oi 4x8 1"],
+    ),
     "widths of 1": (
         """input %x: float32[batch, 1] "x"
         parameter %a.weight: float32[4, 1] "a.weight"
@@ -293,41 +345,191 @@ BLOCKED = {
     ),
 }
 
-NO_SITES = {
-    "a buffer": """input %x: float32[batch, 8] "x"
-        buffer %f: float32[8, 4] "f"
-        %y: float32[batch, 4] = aten.matmul.default(%x, %f)
-        output %y "y" """,
-    "a masked weight": """input %x: float32[batch, 8] "x"
-        parameter %w: float32[4, 8] "w"
-        buffer %m: float32[4, 8] "m"
+COMPUTED = {
+    "a masked weight": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[4, 8] "fc.weight_orig"
+        buffer %m: float32[4, 8] "fc.weight_mask"
         %p: float32[4, 8] = aten.mul.Tensor(%w, %m)
         %y: float32[batch, 4] = aten.linear.default(%x, %p)
         output %y "y" """,
-    "a product of two weights": """input %x: float32[batch, 8] "x"
+        ["fc linear oi 4x8 1 = fc.weight_orig fc.weight_mask"],
+    ),
+    "a product of two weights": (
+        """input %x: float32[batch, 8] "x"
         parameter %a: float32[4, 2] "a"
         parameter %b: float32[2, 8] "b"
         %w: float32[4, 8] = aten.mm.default(%a, %b)
         %y: float32[batch, 4] = aten.linear.default(%x, %w)
         output %y "y" """,
-    "a convolution of 3 pixels": """input %x: float32[batch, 8, 5] "x"
+        ["b linear oi 4x8 1 = a b"],
+    ),
+    "a weight made by a linear": (
+        """input %x: float32[batch, 8] "x"
+        parameter %z: float32[1, 6] "code"
+        parameter %h: float32[32, 6] "maker.weight"
+        %f: float32[1, 32] = aten.linear.default(%z, %h)
+        %w: float32[4, 8] = aten.view.default(%f, [4, 8])
+        %y: float32[batch, 4] = aten.linear.default(%x, %w)
+        output %y "y" """,
+        ["maker linear oi 4x8 1 = code maker.weight"],
+    ),
+    "computed again for each application": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[8, 8] "w"
+        %a: float32[8, 8] = aten.mul.Scalar(%w, 0.5)
+        %y: float32[batch, 8] = aten.linear.default(%x, %a)
+        %b: float32[8, 8] = aten.mul.Scalar(%w, 0.5)
+        %t: float32[8, 8] = aten.t.default(%b)
+        %z: float32[batch, 8] = aten.mm.default(%y, %t)
+        output %z "z" """,
+        ["w linear oi 8x8 2 = w"],
+    ),
+    "slices of a computed weight": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[12, 8] "in_proj_weight"
+        %m: float32[12, 8] = aten.tanh.default(%w)
+        %a: float32[4, 8], %b: float32[8, 8] = aten.split_with_sizes.default(%m, [4, 8])
+        %y: float32[batch, 4] = aten.linear.default(%x, %a)
+        %z: float32[batch, 8] = aten.linear.default(%x, %b)
+        output %y "y"
+        output %z "z" """,
+        ["in_proj_weight[0:4] linear oi 4x8 1 = in_proj_weight", "in_proj_weight[4:12] linear oi 8x8 1 = in_proj_weight"],
+    ),
+    "rows in another order, and a vector beside": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[4, 8] "fc.parametrizations.weight.original"
+        parameter %g: float32[4] "fc.parametrizations.weight.0.g"
+        constant %i: int64[4] "order"
+        %p: float32[4, 8] = aten.index.Tensor(%w, [%i])
+        %u: float32[4, 1] = aten.unsqueeze.default(%g, 1)
+        %s: float32[4, 8] = aten.mul.Tensor(%p, %u)
+        %y: float32[batch, 4] = aten.linear.default(%x, %s)
+        output %y "y" """,
+        ["fc linear oi 4x8 1 = fc.parametrizations.weight.original fc.parametrizations.weight.0.g order"],
+    ),
+}
+
+SHARED = {
+    "two weights of one parameter": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[8, 8] "w"
+        %a: float32[8, 8] = aten.mul.Scalar(%w, 0.5)
+        %y: float32[batch, 8] = aten.linear.default(%x, %a)
+        %b: float32[8, 8] = aten.mul.Scalar(%w, 2.0)
+        %z: float32[batch, 8] = aten.linear.default(%y, %b)
+        output %z "z" """,
+        [("w", "it is computed from w, which mul reads too"), ("w_1", "it is computed from w, which mul reads too")],
+    ),
+    "beside the parameter itself": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[8, 8] "w"
+        %y: float32[batch, 8] = aten.linear.default(%x, %w)
+        %b: float32[8, 8] = aten.mul.Scalar(%w, 2.0)
+        %z: float32[batch, 8] = aten.linear.default(%y, %b)
+        output %z "z" """,
+        [("w", "it is also read by aten.mul.Scalar"), ("w_1", "it is computed from w, which linear reads too")],
+    ),
+    "returned": (
+        """input %x: float32[batch, 8] "x"
+        parameter %w: float32[4, 8] "w"
+        %b: float32[4, 8] = aten.tanh.default(%w)
+        %y: float32[batch, 4] = aten.linear.default(%x, %b)
+        output %y "y"
+        output %w "w" """,
+        [("w", "it is computed from w, which the result of the model reads too")],
+    ),
+    "a vector of two matrices": (
+        """input %x: float32[batch, 8] "x"
+        parameter %f: float32[44] "flat"
+        %a: float32[32] = aten.slice.Tensor(%f, 0, 0, 32)
+        %b: float32[12] = aten.slice.Tensor(%f, 0, 32, 44)
+        %v: float32[4, 8] = aten.view.default(%a, [4, 8])
+        %w: float32[3, 4] = aten.view.default(%b, [3, 4])
+        %y: float32[batch, 4] = aten.linear.default(%x, %v)
+        %z: float32[batch, 3] = aten.linear.default(%y, %w)
+        output %z "z" """,
+        [("flat", "it is a part of a vector that holds more than one matrix")],
+    ),
+}
+
+KERNEL = "a kernel of 3 pixels is multiplied at every place that it slides to"
+LISTED = {
+    "a convolution of 3 pixels": (
+        """input %x: float32[batch, 8, 5] "x"
         parameter %c.weight: float32[4, 8, 3] "c.weight"
         %y: float32[batch, 4, 3] = aten.conv1d.default(%x, %c.weight)
         output %y "y" """,
-    "a strided 1x1 convolution": """input %x: float32[batch, 8, 5] "x"
-        parameter %c.weight: float32[4, 8, 1] "c.weight"
-        %y: float32[batch, 4, 3] = aten.conv1d.default(%x, %c.weight, None, [2])
+        [("c", "conv", KERNEL)],
+    ),
+    "a computed kernel": (
+        """input %x: float32[batch, 8, 5] "x"
+        parameter %g: float32[4, 1, 1] "c.weight_g"
+        parameter %v: float32[4, 8, 3] "c.weight_v"
+        %w: float32[4, 8, 3] = aten._weight_norm.default(%v, %g)
+        %y: float32[batch, 4, 3] = aten.conv1d.default(%x, %w)
         output %y "y" """,
-    "a grouped 1x1 convolution": """input %x: float32[batch, 8, 5] "x"
+        [("c.weight_g", "conv", KERNEL), ("c.weight_v", "conv", KERNEL)],
+    ),
+    "a grouped 1x1 convolution": (
+        """input %x: float32[batch, 8, 5] "x"
         parameter %c.weight: float32[4, 4, 1] "c.weight"
         %y: float32[batch, 4, 5] = aten.conv1d.default(%x, %c.weight, None, [1], [0], [1], 2)
         output %y "y" """,
-    "an outer product": """input %x: float32[batch] "x"
+        [("c", "conv", "a convolution in 2 groups multiplies each group of channels by a part of its kernel (1 pixels)")],
+    ),
+    "a transposed convolution": (
+        """input %x: float32[batch, 8, 5] "x"
+        parameter %c.weight: float32[8, 4, 2] "c.weight"
+        %y: float32[batch, 4, 10] = aten.conv_transpose1d.default(%x, %c.weight, None, [2])
+        output %y "y" """,
+        [("c", "conv", "the kernel of a transposed convolution (2 pixels) spreads its input")],
+    ),
+    "an outer product": (
+        """input %x: float32[batch] "x"
         parameter %w: float32[4, 8] "w"
         %y: float32[batch, 4, 8] = aten.einsum.default("b,oi->boi", [%x, %w])
         output %y "y" """,
+        [("w", "product", "einsum multiplies it in a form that is not read as rows times a matrix")],
+    ),
+    "learned queries": (
+        """input %k: float32[batch, 2, 5, 8] "k"
+        parameter %q: float32[1, 2, 3, 8] "queries"
+        %b: int(batch) = aten.sym_size.int(%k, 0)
+        %e: float32[batch, 2, 3, 8] = aten.expand.default(%q, [%b, -1, -1, -1])
+        %y: float32[batch, 2, 3, 8] = aten.scaled_dot_product_attention.default(%e, %k, %k)
+        output %y "y" """,
+        [("queries", "product", "it is an operand of an attention, not the weight of a matmul")],
+    ),
+    "what another weight multiplies": (
+        """parameter %w: float32[4, 8] "fc.weight"
+        parameter %q: float32[3, 8] "queries"
+        input %x: float32[3, 4] "x"
+        %l: float32[3, 8] = aten.layer_norm.default(%q, [8])
+        %y: float32[3, 4] = aten.linear.default(%l, %w)
+        %z: float32[3, 4] = aten.add.Tensor(%y, %x)
+        output %z "z" """,
+        [("fc", "linear", None), ("queries", "product", "it is what another weight multiplies, not a weight itself")],
+    ),
+}
+
+NO_SITES = {
+    "a buffer": """input %x: float32[batch, 8] "x"
+        buffer %f: float32[8, 4] "f"
+        %y: float32[batch, 4] = aten.matmul.default(%x, %f)
+        output %y "y" """,
+    "a computed buffer": """input %x: float32[batch, 8] "x"
+        buffer %f: float32[8, 4] "f"
+        %g: float32[8, 4] = aten.cos.default(%f)
+        %y: float32[batch, 4] = aten.matmul.default(%x, %g)
+        output %y "y" """,
     "a product of activations": """input %x: float32[batch, 8, 8] "x"
         %y: float32[batch, 8, 8] = aten.bmm.default(%x, %x)
+        output %y "y" """,
+    "a vector": """input %x: float32[batch, 8] "x"
+        parameter %v: float32[8] "v"
+        %e: float32[8] = aten.exp.default(%v)
+        %y: float32[batch] = aten.mv.default(%x, %e)
         output %y "y" """,
 }
 
@@ -387,10 +589,15 @@ def multiplied(
     if application.select is not None:
         matrix = matrix[seen[application.select]]
     if site.form == "conv1x1":
+        stride, padding = pixel_steps(application.node)
+        x = torch.nn.functional.pad(x, [n for pair in padding[::-1] for n in (pair, pair)])
+        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
         product = torch.einsum("ni...,oi->n...o", x, matrix) + bias
         return product.movedim(-1, 1)
     if weight_first(application):
         return matrix @ x
+    if application.node.op == "aten.tensordot.default":
+        x = x.flatten(-len(application.node.args[2]))
     product = x @ matrix.mT + bias
     return product.reshape(seen[application.output].shape)
 
@@ -402,6 +609,50 @@ def test_blocked(name: str) -> None:
     (site,) = find_sites(graph)
     assert (describe(site), site.blocked) == (expected, reason)
     assert math.prod(site.weight().shape) == weights[site.const.path].numel()
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_computed(name: str) -> None:
+    """A weight behind something: its numbers are to the bit what the graph makes of its parts."""
+    body, expected = COMPUTED[name]
+    graph, _ = graph_of(body)
+    sites = find_sites(graph)
+    assert [f"{describe(site)} = {' '.join(part.path for part in site.parts)}" for site in sites] == expected
+    assert [site.blocked for site in sites] == [None] * len(sites)
+    check_numbers(graph, sites)
+    seen: dict[object, torch.Tensor] = {}
+    inputs = [torch.zeros([3 if not isinstance(d, int) else d for d in value.tensor.shape]) for value in graph.inputs]
+    evaluate(graph, inputs, {root: lambda t, root=root: seen.__setitem__(root, t) for site in sites for root in site.roots})
+    for site in sites:
+        assert site.const not in graph.state
+        assert all(torch.equal(site.const.load(), seen[root]) for root in site.roots)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_computed_from_what_else_is_read(name: str) -> None:
+    body, expected = SHARED[name]
+    assert [(site.path, site.blocked) for site in find_sites(graph_of(body)[0])] == expected
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_listed(name: str) -> None:
+    """What no method takes is there all the same, with the reason."""
+    body, expected = LISTED[name]
+    graph, weights = graph_of(body)
+    sites = find_sites(graph)
+    assert [(site.path, site.form, site.blocked) for site in sites] == expected
+    for site in sites:
+        assert math.prod(site.weight().shape) == weights[site.const.path].numel()
+
+
+def test_random_numbers_are_no_weight() -> None:
+    graph, _ = graph_of("""input %x: float32[batch, 8] "x"
+        parameter %w: float32[4, 8] "w"
+        %r: float32[4, 8] = aten.rand_like.default(%w)
+        %n: float32[4, 8] = aten.add.Tensor(%w, %r)
+        %y: float32[batch, 4] = aten.linear.default(%x, %n)
+        output %y "y" """)
+    assert find_sites(graph) == ()
 
 
 @pytest.mark.parametrize("name", NO_SITES)
@@ -474,5 +725,10 @@ def test_learned_queries_go_through_their_projection() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(self.latents).sum(0) + x
 
-    (site,) = find_sites(trace(Latents(), (torch.randn(3, 4),)))
+    site, latents = find_sites(trace(Latents(), (torch.randn(3, 4),)))
     assert (describe(site), site.blocked) == ("fc linear oi 4x8 1", None)
+    assert (latents.path, latents.form, latents.blocked) == (
+        "latents",
+        "product",
+        "it is what another weight multiplies, not a weight itself",
+    )

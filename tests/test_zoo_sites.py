@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from module_tree import tree_kernels
 from zoo import ZOO, Entry
 
 from matmorph.ir.core import Const, Graph, Input, Node, Value, map_values
@@ -21,18 +22,26 @@ LAYERED = {"mlp": {0, 2, 4}, "cnn": set(), "mha": set(), "mha-weights": set(), "
 """Layer numbers of the models that do not have the zoo's two layers: nn.Sequential is numbered, ALBERT has one group."""
 
 
+OPERANDS = dict.fromkeys(("deberta", "deberta-apart"), ("encoder.rel_embeddings",))
+"""Parameters that no module multiplies with, which are multiplied by a weight: positions that keys and queries are made of."""
+
+
 @pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 def test_zoo(entry: Entry) -> None:
     """One test per model, because the trace takes longer than all that is checked of it."""
     module, inputs, dynamic_shapes = entry.build()
     graph = trace(module, inputs, dynamic_shapes)
-    sites = find_sites(graph)
+    every = find_sites(graph)
+    sites = tuple(site for site in every if not site.listed)
+    listed = {site.path: site.form for site in every if site.listed}
+    assert listed == {**tree_kernels(module), **dict.fromkeys(OPERANDS.get(entry.name, ()), "product")}
+    assert all(site.blocked for site in every if site.listed)
     assert [site.blocked for site in sites if site.blocked] == []
     check_matmuls(sites, entry.matrices(module))
     assert {site.path: (site.out_features, site.in_features) for site in sites if site.gathers} == entry.tables(module, inputs)
     assert {site.path: site.role for site in sites} == {site.path: entry.role_of(site.path) for site in sites}
     check_layers(entry, sites)
-    check_renamed(graph, sites)
+    check_renamed(graph, every)
 
 
 def check_matmuls(sites: tuple[Site, ...], matrices: Mapping[str, torch.Tensor]) -> None:

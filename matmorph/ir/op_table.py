@@ -31,6 +31,8 @@ OpKind = Literal[
     "einsum",
     "convolution",
     "attention",  # scaled dot products, their softmax, and the sum it weights
+    "contraction",  # a product of tensors in any other form
+    "recurrent",  # a sequence step by step, with the weights of every step
 ]
 
 
@@ -102,6 +104,9 @@ _FAMILIES: Sequence[tuple[str, Operator]] = (
     ("einsum", Operator("einsum", (1,), half=False)),
     ("conv1d conv2d conv3d convolution", Operator("convolution", (0, 1))),
     ("conv_transpose1d conv_transpose2d conv_transpose3d", Operator("convolution", (0, 1), transposed=True)),
+    ("inner mv dot vdot tensordot outer ger kron chain_matmul linalg_multi_dot", Operator("contraction", (0, 1), half=False)),
+    ("addmv addbmm addr bilinear _trilinear", Operator("contraction", (1, 2), half=False)),
+    ("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", Operator("recurrent", half=False)),
     ("scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
      "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention", Operator("attention", (0, 1, 2))),
 )

@@ -14,8 +14,11 @@ import torch
 
 from matmorph.ir.core import Const, Node, Value
 
-Form = Literal["linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding"]
-"""`mm` covers mm, bmm and matmul with a constant. `embedding` is a table that no matmul reads."""
+Form = Literal["linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding", "conv", "recurrent", "product"]
+"""`mm` covers mm, bmm, matmul and their kin with a constant. `embedding` is a table that no matmul reads. The last three are listed so that
+every weight is accounted for, and no method takes them: other convolutions, recurrent operators, products in other forms."""
+
+LISTED: frozenset[Form] = frozenset(("conv", "recurrent", "product"))
 
 Layout = Literal["oi", "io"]
 """How the stored matrix is laid out: [out, in] or [in, out] (after the batch axis of an expert stack)."""
@@ -56,6 +59,10 @@ class Site:
     slice in the constant, None for the whole. `gathers`: nodes that read the constant as an embedding table (a head tied to a table).
     `layer`: its number in `container`, the stack of layers that all applications lie in; `stack`: whether that is an encoder or a
     decoder, None where it is neither. `blocked`: why no method may take this site (overlapping slices ...), None normally.
+
+    A weight that the model computes from its parameters (weight norm, a mask) has `parts`, what it is computed from, and `roots`, the
+    values that it is in the graph; `const` is then no part of the graph's state, and its numbers are computed when they are loaded. A
+    rewrite that replaces it takes the parts away; where it stays, the parts are what is stored and what trains.
     """
 
     path: str
@@ -73,6 +80,8 @@ class Site:
     rows: tuple[int, int] | None = None
     gathers: tuple[Node, ...] = ()
     blocked: str | None = None
+    parts: tuple[Const, ...] = ()
+    roots: tuple[Value, ...] = ()
     read: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda t: t, repr=False)
 
     def weight(self) -> torch.Tensor:
@@ -83,6 +92,29 @@ class Site:
     def parameters(self) -> int:
         """Elements of this site's matrix (a slice counts its own part)."""
         return self.in_features * self.out_features * (self.batch or 1)
+
+    @property
+    def listed(self) -> bool:
+        """Whether it stands here only to be accounted for."""
+        return self.form in LISTED
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(parameters, bytes) that are stored for it: those of its matrix, or of the parts that it is computed from. A slice counts its own
+        share."""
+        if not self.parts or self.rows is not None:
+            return self.parameters, self.parameters * self.const.tensor.torch_dtype.itemsize
+        return sum(part.numel for part in self.parts if part.kind == "parameter"), sum(part.nbytes for part in self.parts)
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """What the weight is in the graph."""
+        return self.roots or (self.const,)
+
+    @property
+    def anchor(self) -> Const:
+        """Where it stands in the state."""
+        return self.parts[0] if self.parts else self.const
 
     @property
     def bias(self) -> Const | None:

@@ -14,7 +14,7 @@ from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.passes.rewriting.sample import sample_notes
 from matmorph.passes.selection.select import Claim
-from matmorph.passes.sizes import exported_sizes, item_size
+from matmorph.passes.sizes import exported_sizes, item_size, site_bytes
 from matmorph.report.model import Pair, PartRow, SiteRow, Totals
 from matmorph.specs.schema import Export, Rank
 
@@ -33,8 +33,8 @@ def dense_rows(sites: Iterable[Site], graph: Graph, precision: str) -> tuple[Sit
 
 def _dense_row(site: Site, sizes: Mapping[Const, int]) -> SiteRow:
     cost = dense_cost(site)
-    size = site.parameters * (sizes[site.const] // site.const.numel)
-    macs = 0 if site.form == "embedding" else cost.macs
+    size = site_bytes(site, sizes)
+    macs = 0 if site.form == "embedding" or site.listed else cost.macs
     return SiteRow(
         path=site.path,
         role=site.role,
@@ -44,10 +44,14 @@ def _dense_row(site: Site, sizes: Mapping[Const, int]) -> SiteRow:
         rule=None,
         method=None,
         status="unclaimed",
-        parameters=(site.parameters, site.parameters),
+        reason=site.blocked,
+        parameters=(cost.parameters, cost.parameters),
         bytes=(size, size),
         macs=(macs, macs),
         applications=len(site.applications) + (len(site.gathers) if site.form == "embedding" else 0),
+        notes=(f"its weight is computed from {', '.join(part.path for part in site.parts)}",) if site.parts else (),
+        weights=tuple(part.path for part in site.parts) or (site.const.path,),
+        stack=site.stack,
     )
 
 
@@ -68,7 +72,6 @@ def _row(claim: Claim, outcome: Outcome | None, sizes: Mapping[Const, int], expo
 
 def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     cost = outcome.cost or dense_cost(outcome.site)
-    own = (outcome.site.const.tensor.dtype, outcome.site.parameters)
     kept = outcome.keeps_dense or (not outcome.consts and all(part.kind == "update" for part in outcome.parts))
     stays = row.parameters[0] if outcome.rule.untie and outcome.site.gathers and not kept else 0  # the table keeps its gather
     inside = {part.use.method for part in outcome.parts if part.cost.trains}  # what they learn goes into the weight that there was
@@ -77,9 +80,15 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     new = [(const.tensor.dtype, const.numel) for const in made]  # as built; a plan has only what the methods promise
     if given and not outcome.consts:
         new = [item for part in outcome.parts if part.kind == "replace" for item in _stored(part.cost, outcome.site)]
-    new += [own] if (new or given) and kept else []
-    stored = new or _stored(cost, outcome.site)
-    size = sum(count * item_size(dtype, export.precision) for dtype, count in stored)
+    if kept and outcome.site.parts:  # the parts stay, whatever their types
+        beside = row.bytes[0]
+        planned = [item for part in outcome.parts for item in _stored(part.cost, outcome.site)]
+        stored = new or ([] if given or outcome.consts else planned)
+    else:
+        beside = row.bytes[0] if stays else 0
+        new += [(outcome.site.const.tensor.dtype, outcome.site.parameters)] if (new or given) and kept else []
+        stored = new or list(_stored(cost, outcome.site))
+    size = beside + sum(count * item_size(dtype, export.precision) for dtype, count in stored)
     trains = (
         sum(const.numel for const in outcome.consts if const.trainable)
         if outcome.consts
@@ -90,6 +99,7 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
     return replace(
         row,
         status="rewritten",
+        reason=None,
         rank=main.choice.rank,
         rank_at_most=main.choice.at_most,
         requested_rank=_requested(main.use.spec),
@@ -99,12 +109,12 @@ def _rewritten(row: SiteRow, outcome: Outcome, export: Export) -> SiteRow:
         spectrum=outcome.spectrum,
         sample=outcome.sample,
         parameters=(row.parameters[0], cost.parameters + stays),
-        bytes=(row.bytes[0], size + (row.bytes[0] if stays else 0)),
+        bytes=(row.bytes[0], size),
         macs=(row.macs[0], cost.macs),
         trainable=trains,
         coded=cost.coded,
         parts=tuple(PartRow(part.use.method, part.choice.rank, part.notes) for part in outcome.parts),
-        notes=(*outcome.notes, *sample_notes(outcome.sample, outcome.site.in_features), *kernel_notes(outcome, export)),
+        notes=(*row.notes, *outcome.notes, *sample_notes(outcome.sample, outcome.site.in_features), *kernel_notes(outcome, export)),
         times=times_of(outcome, export),
     )
 

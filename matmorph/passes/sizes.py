@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.op_table import LAYOUT_OPS, having, of_kind
 from matmorph.ir.ops import base_name
+from matmorph.ir.site import Site
 from matmorph.ir.types import element_size
 
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
@@ -24,6 +27,13 @@ def exported_sizes(graph: Graph, precision: str) -> dict[Const, int]:
         narrow = readers is not None and readers.are_products(const)
         found[const] = const.numel * _item(const.tensor.dtype, precision, narrow)
     return found
+
+
+def site_bytes(site: Site, sizes: Mapping[Const, int]) -> int:
+    """Of what is stored for a site; `sizes`: of all weights, as `exported_sizes` gives them."""
+    if site.parts:
+        return site.held[1] if site.rows is not None else sum(sizes[part] for part in site.parts)
+    return site.parameters * (sizes[site.const] // site.const.numel)
 
 
 def item_size(dtype: str, precision: str) -> int:

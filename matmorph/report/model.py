@@ -33,6 +33,8 @@ class SiteRow:
     of the `parameters` after the rewrite are kept as codes of a quantizer. `spectrum`: singular values, where the first method has them.
     `times`: (rows, low, high): the kernel's predicted time over dense at numbers of rows of x; () where none is predicted.
     `open`: left to a budget, in a plan.
+    `weights`: dotted names of what is stored for the matrix: its weight, or the parameters that the model computes it from. `stack`:
+    encoder or decoder, where there are both.
     """
 
     path: str
@@ -62,6 +64,8 @@ class SiteRow:
     sample: Sample | None = None
     times: tuple[tuple[int, float, float], ...] = ()
     open: bool = False
+    weights: tuple[str, ...] = ()
+    stack: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,7 @@ def print_inspect(console: Console, report: Report, every: bool = False) -> None
         columns = [Column(name, name in ("parameters", "uses")) for name in ("role", "form", "shape", "parameters", "uses")]
         cells = [(row.role, row.form, shape_text(row.shape), count(row.parameters[0]), str(row.applications)) for row in report.sites]
         print_listing(console, columns, zip((row.path for row in report.sites), cells, strict=True))
+    _print_blocked(console, report)
     _print_notes(console, report)
 
 
@@ -255,6 +256,13 @@ def _print_reasons(console: Console, report: Report) -> None:
     reasons = Counter(row.reason for row in report.sites if row.status == "rejected" and row.reason)
     for reason, sites in reasons.items():
         console.print(f"rejected ({sites} site{'s' if sites > 1 else ''}): {reason}")
+
+
+def _print_blocked(console: Console, report: Report) -> None:
+    """What no method takes, each reason once with its first path."""
+    for part in group([row for row in report.sites if row.reason], lambda row: row.reason):
+        more = f" and {len(part.rows) - 1} more" if len(part.rows) > 1 else ""
+        console.print(f"no method takes {part.first.path}{more}: {part.first.reason}")
 
 
 def _print_notes(console: Console, report: Report) -> None:

@@ -84,7 +84,12 @@ def _captured(operation: _Operation, ref: Ref) -> Site | Value:
 
 def _operations(graph: Graph, sites: Sequence[Site]) -> Iterator[_Operation]:
     """The tensor operators of the graph in order; layout operators and arithmetic on sizes are left out."""
-    applied = {application.node: (site, application) for site in sites if site.form != "embedding" for application in site.applications}
+    applied = {
+        application.node: (site, application)
+        for site in sites
+        if site.form != "embedding" and not site.listed
+        for application in site.applications
+    }
     computed = _computed_values(graph)
     for node in graph.nodes:
         name = base_name(node.op).strip("_")

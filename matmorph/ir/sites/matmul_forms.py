@@ -5,7 +5,9 @@ The rules for `Application.x`, by form, are those a rewrite needs to make rows o
 * linear, addmm, einsum: x is [..., in] and the result [..., out] (an einsum's out axes may be several, always last).
 * mm, expert: x is [..., in] and the result [..., out] where the weight is the second operand; where it is the first
   (`weight_first(application)`), x is [..., in, n] and the result [..., out, n].
-* conv1x1: x is [n, in, *pixels] and the result [n, out, *pixels].
+* mm by mv and its kin: x is [in] and the result [out]. By tensordot: x is [..., in] with one or several axes last, and the result
+  [..., out], its axes as the weight has them.
+* conv1x1: x is [n, in, *pixels] and the result [n, out, *pixels]; a stride takes every n-th pixel, padding adds pixels of zeros.
 * expert: x has the axis of the picked matrices (with `select`), or of all of them, in front of its rows.
 """
 
@@ -93,9 +95,7 @@ def _addmm(node: Node, views: Views) -> Use | None:
     view = views.get(weight)
     if view is None or x in views:
         return None
-    scaled = any(node.attrs.get(name, 1) != 1 for name in ("alpha", "beta"))
-    problem = "its product or bias is scaled by the same node (alpha, beta)" if scaled else None
-    return _use(view, weight, "addmm", Application(node, x, node.output, bias), ((), (1,), (0,)), problem)
+    return _use(view, weight, "addmm", Application(node, x, node.output, bias), ((), (1,), (0,)), _scaled(node))
 
 
 def _product(node: Node, views: Views) -> Use | None:
@@ -114,43 +114,96 @@ def _product(node: Node, views: Views) -> Use | None:
     application = Application(node, x, node.output, None, select)
     if operand is right:
         return _use(view, operand, "mm", application, (batch, (rank - 1,), (rank - 2,)))
-    problem = "it multiplies a single vector" if len(x.tensor.shape) < 2 else None
+    problem = "a stack of matrices multiplies a single vector" if len(x.tensor.shape) < 2 < rank else None
     return _use(view, operand, "mm", application, (batch, (rank - 2,), (rank - 1,)), problem)
 
 
+def _inner(node: Node, views: Views) -> Use | None:
+    """The last axes of both meet."""
+    x, weight = node.args[:2]
+    view = views.get(weight)
+    if view is None or x in views or len(view.axes) != 2 or not x.tensor.shape:
+        return None
+    return _use(view, weight, "mm", Application(node, x, node.output), ((), (0,), (1,)))
+
+
+def _vector(node: Node, views: Views) -> Use | None:
+    """mv and addmv: a matrix times one vector."""
+    *bias, weight, x = node.args
+    view = views.get(weight)
+    if view is None or x in views or len(view.axes) != 2:
+        return None
+    application = Application(node, x, node.output, bias[0] if bias else None)
+    return _use(view, weight, "mm", application, ((), (0,), (1,)), _scaled(node))
+
+
+def _batched(node: Node, views: Views) -> Use | None:
+    """baddbmm: a stack of products, and something added."""
+    bias, x, weight = node.args[:3]
+    view = views.get(weight)
+    if view is None or x in views:
+        return None
+    return _use(view, weight, "mm", Application(node, x, node.output, bias, view.select), ((0,), (2,), (1,)), _scaled(node))
+
+
+def _tensordot(node: Node, views: Views) -> Use | None:
+    """The last axes of an activation, in order, meet any of a weight."""
+    x, weight, of_x, of_weight = node.args[:4]
+    view, rank = views.get(weight), len(x.tensor.shape)
+    if view is None or x in views or [axis % rank for axis in of_x] != list(range(rank - len(of_x), rank)):
+        return None
+    inner = [axis % len(view.axes) for axis in of_weight]
+    out = [axis for axis in range(len(view.axes)) if axis not in inner]
+    return _use(view, weight, "mm", Application(node, x, node.output), ((), out, inner)) if inner else None
+
+
+def _scaled(node: Node) -> str | None:
+    scaled = any(node.attrs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    return "its product or bias is scaled by the same node (alpha, beta)" if scaled else None
+
+
 def _convolution(node: Node, views: Views) -> Use | None:
-    """A convolution with a kernel of one pixel that neither strides, pads nor groups."""
+    """A convolution with a kernel of one pixel and one group."""
     x, weight, bias = (*node.args, None)[:3]
     view = views.get(weight)
-    if view is None or not _is_1x1(node, weight):
+    found = pixel_steps(node)
+    if view is None or found is None:
         return None
     pixels = tuple(range(2, len(view.axes)))
-    batched = len(x.tensor.shape) == len(view.axes)
-    problem = None if batched else "its input has no batch axis"
+    problem = None
+    if len(x.tensor.shape) != len(view.axes):
+        problem = "its input has no batch axis"
+    elif any(step > 1 and not isinstance(size, int) for size, step in zip(x.tensor.shape[2:], found[0], strict=True)):
+        problem = "it strides over an axis of varying size"
     return _use(view, weight, "conv1x1", Application(node, x, node.output, bias), ((), (0, *pixels), (1,)), problem)
 
 
-def _is_1x1(node: Node, weight: Value) -> bool:
-    rest = node.args[3:]
+def pixel_steps(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(stride, padding) of a convolution with a kernel of one pixel and one group, by axis; None for any other."""
+    weight, rest = node.args[1], node.args[3:]
     if base_name(node.op) == "convolution":  # x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
         stride, padding, _, transposed, _, groups = rest[:6]
     else:  # x, weight, bias, stride, padding (a word for some), dilation, groups
         given = [*rest, *(1, 0, 1, 1)[len(rest) :]]
         stride, padding, groups = given[0], given[1], given[3]
         transposed = False
-    unpadded = padding in ("same", "valid") or set(_tuple(padding)) <= {0}
-    return set(weight.tensor.shape[2:]) == {1} and set(_tuple(stride)) <= {1} and unpadded and not transposed and groups == 1
+    if set(weight.tensor.shape[2:]) != {1} or transposed or groups != 1:
+        return None
+    count = len(weight.tensor.shape) - 2
+    return _each(stride, count), _each(0 if padding in ("same", "valid") else padding, count)
 
 
-def _tuple(entry: Any) -> tuple[Any, ...]:
-    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+def _each(entry: Any, count: int) -> tuple[int, ...]:
+    """One number for each axis."""
+    given = tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+    return given * count if len(given) == 1 else given
 
 
 def _einsum(node: Node, views: Views) -> Use | None:
     """Two operands, one of them a weight, axes of which meet axes of x and vanish."""
     operands = node.args[1]
     held = [k for k, operand in enumerate(operands) if operand in views]
-    if len(operands) != 2 or len(held) != 1:
+    if len(operands) != 2 or len(held) != 1 or len(views[operands[held[0]]].const.tensor.shape) < 2:
         return None
     operand, x = operands[held[0]], operands[1 - held[0]]
     terms, result = _equation(node.args[0], [len(o.tensor.shape) for o in operands])
@@ -194,6 +247,11 @@ _FORMS: Mapping[str, Callable[[Node, Views], Use | None]] = {
     "linear": _linear,
     "addmm": _addmm,
     **dict.fromkeys(BARE_PRODUCTS, _product),
+    "inner": _inner,
+    "mv": _vector,
+    "addmv": _vector,
+    "baddbmm": _batched,
+    "tensordot": _tensordot,
     **dict.fromkeys(having(of_kind("convolution"), transposed=False), _convolution),
     "einsum": _einsum,
 }

@@ -203,7 +203,7 @@ def _put_dense(graph: Graph, parts: Sequence[Adapter], first: Adapter, update: T
         raise InputError(f"{first.site}: the graph has no matmul of this name, so its adapter cannot be merged")
     w = site.weight().detach().double()
     new, stored = _written(graph, site, w + update, first)
-    result = exchanged(graph, {site.const: new}) if not _shared(site) else _separated(graph, site, new)
+    result = _separated(graph, site, new) if _shared(site) or site.parts else exchanged(graph, {site.const: new})
     merged = Merged(
         first.site, _methods(parts), "dense", relative_weight_error(w + update, stored.double()), _change(w, update), (new.path,)
     )
@@ -220,7 +220,7 @@ def _written(graph: Graph, site: Site, w: Tensor, adapter: Adapter) -> tuple[Con
     if not bool(torch.isfinite(view).all()):
         raise RewriteError(f"{site.path}: the merged weight leaves the range of {site.const.tensor.dtype}")
     new_name = None
-    if adapter.base == "own" or _shared(site):
+    if adapter.base == "own" or _shared(site) or site.parts:
         new_name = unique_name(f"{adapter.site}.weight", names_of(graph))
     return replace(loaded(site.const, whole, new_name), trainable=True, rule=None if new_name else site.const.rule), site.read(whole)
 
@@ -231,12 +231,13 @@ def _shared(site: Site) -> bool:
 
 
 def _separated(graph: Graph, site: Site, new: Const) -> Graph:
-    """The site's nodes read `new`, everything else goes on reading the old weight. Views in between are written a second time."""
+    """The site's nodes read `new`, everything else goes on reading the old weight, or the parts of a computed one. Views in between are
+    written a second time."""
     users = {application.node for application in site.applications}
     taken = names_of(graph)
-    copies: dict[Value, Value] = {site.const: new}
+    copies: dict[Value, Value] = dict.fromkeys(site.operands, new)
     nodes: list[Node] = []
-    chain: set[Value] = {site.const}
+    chain: set[Value] = set(site.operands)
     for node in graph.nodes:
         reads = [value for value in node.inputs() if value in chain]
         if reads and node not in users and set(node.inputs()) <= chain and node not in site.gathers:
@@ -245,7 +246,7 @@ def _separated(graph: Graph, site: Site, new: Const) -> Graph:
             nodes += [node, rewired(node, copies)]
         else:
             nodes.append(rewired(node, copies) if node in users else node)
-    state = [item for const in graph.state for item in ((const, new) if const is site.const else (const,))]
+    state = [item for const in graph.state for item in ((const, new) if const is site.anchor else (const,))]
     return swept(replace(graph, nodes=tuple(nodes), state=tuple(state)), graph)
 
 

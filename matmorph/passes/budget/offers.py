@@ -21,7 +21,7 @@ from matmorph.passes.linalg.whiten import weighted
 from matmorph.passes.methods.protocol import Error, Methods, SiteStats, dense_cost, site_method
 from matmorph.passes.methods.weights import readable, weighting_of
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, total_cost
-from matmorph.passes.sizes import item_size
+from matmorph.passes.sizes import item_size, site_bytes
 from matmorph.specs.notations import Width
 from matmorph.specs.schema import Export, MethodUse, Rank, Rule
 
@@ -71,7 +71,7 @@ class Offer:
 
 def sizes_of(site: Site, cost: Cost | None, dense: Mapping[Const, int], precision: str, untie: bool = False) -> Sizes:
     """As the report will count them (`passes.reporting`). `cost` None: the site stays. `dense`: exported bytes of the weights."""
-    before = Sizes(site.parameters, site.parameters * (dense[site.const] // site.const.numel), _macs(site))
+    before = Sizes(site.held[0], site_bytes(site, dense), _macs(site))
     if cost is None:
         return before
     stored = cost.stored or ((site.const.tensor.dtype, cost.parameters),)

@@ -381,8 +381,8 @@ def names_of(methods: Methods, trains: Trains) -> tuple[str, ...]:
 
 def dense_cost(site: Site) -> Cost:
     """What the site takes as it is, its bias excluded; `macs` per row of x, summed over applications."""
-    size = site.const.tensor.torch_dtype.itemsize
-    return Cost(site.parameters, site.parameters * size, site.in_features * site.out_features * len(site.applications))
+    parameters, size = site.held
+    return Cost(parameters, size, site.in_features * site.out_features * len(site.applications))
 
 
 def refuse_larger(site: Site, cost: Cost) -> Reject | None:

@@ -109,12 +109,19 @@ def scaled_pair(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return parts["down"], float(parts.get("scale", 1.0)) * parts["up"]
 
 
+def refuse_computed(site: Site, method: str) -> str:
+    """Why a method that trains or changes the stored weight itself cannot have this site; "" where the weight is stored."""
+    if not site.parts:
+        return ""
+    return f"its weight is computed from {', '.join(part.path for part in site.parts)}, and {method} works on a stored weight"
+
+
 def dense_matrix(site: Site, b: FragmentBuilder) -> Value:
     """W [out, in] as a value over the stored weight, whatever its layout."""
     total = site.const.numel // site.in_features
     start, stop = site.rows or (0, total)
     sides = [total, site.in_features] if site.layout == "oi" else [site.in_features, total]
-    w: Value = site.const
+    w: Value = site.operands[0]
     if list(w.tensor.shape) != sides:
         w = b("aten.reshape.default", w, sides)
     if (start, stop) != (0, total):

@@ -125,7 +125,7 @@ class _Search:
         self._makers = graph.producers()
         self._users = graph.users()
         self._outputs = set(values_in(graph.outputs))
-        self._sites = {application.node: site for site in sites for application in site.applications}
+        self._sites = {application.node: site for site in sites if not site.listed for application in site.applications}
 
     def block(self, consumer: Site, kind: BlockKind) -> Block:
         regions = [self._region(application.x, kind) for application in consumer.applications]
@@ -196,6 +196,8 @@ class _Search:
         """Why the weight of a site cannot be cut."""
         if site.blocked is not None:
             return site.blocked
+        if site.parts:
+            return f"its weight is computed from {site.parts[0].path}, which cannot be cut with it"
         if site.form not in ("linear", "addmm", "mm") or site.batch is not None or len(site.const.tensor.shape) != 2:
             return f"a matmul of form {site.form} with a weight of {len(site.const.tensor.shape)} axes is not pruned"
         if site.rows is not None:

@@ -290,7 +290,7 @@ def _measured(
         cost=total_cost(site, parts),
         nodes=scope.close(fragments, keeps_node),
         consts=tuple(const for fragment in fragments for const in fragment.consts),
-        keeps_dense=keeps_node or any(site.const in node.inputs() for item in fragments for part in item.parts for node in part),
+        keeps_dense=keeps_node or _read_again(site, fragments),
         spectrum=fragments[0].spectrum,
     )
 
@@ -338,6 +338,11 @@ def _stands_for(w: Tensor, fragments: Sequence[Fragment], keeps_node: bool) -> T
     return total
 
 
+def _read_again(site: Site, fragments: Sequence[Fragment]) -> bool:
+    """Whether a fragment reads the dense weight, which so stays."""
+    return any(value in node.inputs() for value in site.operands for item in fragments for part in item.parts for node in part)
+
+
 def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     """The graph with all fragments in the place of their nodes. What only they read (transposes of the weight, sizes, picked experts) goes
     too, and a replaced weight that nothing reads any more leaves `state`; new weights stand where it stood."""
@@ -347,7 +352,7 @@ def splice(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     added: dict[Const, list[Const]] = {}
     placed: set[Const] = set()
     for outcome in taken:
-        added.setdefault(outcome.site.const, []).extend(const for const in outcome.consts if const not in placed)
+        added.setdefault(outcome.site.anchor, []).extend(const for const in outcome.consts if const not in placed)
         placed.update(outcome.consts)
     state = [item for const in graph.state for item in (const, *added.get(const, ()))]
     return swept(replace(graph, nodes=tuple(nodes), state=tuple(state)), graph)

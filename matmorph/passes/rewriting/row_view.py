@@ -13,13 +13,15 @@ from matmorph.ir.core import Value
 from matmorph.ir.op_table import BARE_PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.site import Application, Reject, Site
-from matmorph.ir.sites.matmul_forms import weight_first
+from matmorph.ir.sites.matmul_forms import pixel_steps, weight_first
 
 RowStep: TypeAlias = "tuple[str, tuple[Any, ...]] | tuple[str, tuple[Any, ...], torch.memory_format]"
 """An operator of one tensor, its further arguments (hashable), and the memory format it is asked for, if any."""
 
 # A permuted result is laid out in memory as the node's own is: later views of it rely on that.
 _CONTIGUOUS: RowStep = ("aten.clone.default", (), torch.contiguous_format)
+_END = 2**63 - 1
+"""The end of an axis, as a slice has it."""
 _SWAP: RowStep = ("aten.transpose.int", (-1, -2))
 
 
@@ -89,6 +91,8 @@ def _as_it_is(site: Site, application: Application) -> RowView:
 def _product(site: Site, application: Application) -> RowView:
     """mm, bmm, matmul: W on the left multiplies columns."""
     x, y = application.x.tensor.shape, application.output.tensor.shape
+    if len(x) == 1 and weight_first(application):
+        return _vector(site, application)
     if site.batch is None and (len(x) != len(y) or any(a == 1 and b != 1 for a, b in zip(x[:-2], y[:-2], strict=True))):
         raise ValueError("the weight is broadcast to more axes than the activation has")
     return RowView(enter=(_SWAP,), leave=(_SWAP, _CONTIGUOUS)) if weight_first(application) else RowView()
@@ -96,11 +100,29 @@ def _product(site: Site, application: Application) -> RowView:
 
 def _convolution(site: Site, application: Application) -> RowView:
     """A kernel of one pixel: every position is a row, its channels are the features."""
+    stride, padding = pixel_steps(application.node) or ((), ())
     axes = len(application.x.tensor.shape)
     last = (0, *range(2, axes), 1)
     back = (0, axes - 1, *range(1, axes - 1))
-    enter: RowStep = ("aten.permute.default", (last,))
-    return RowView((enter,), (("aten.permute.default", (back,)), _CONTIGUOUS), bias_on_rows=True)
+    taken = [("aten.slice.Tensor", (axis, 0, _END, step)) for axis, step in enumerate(stride, 2) if step > 1]
+    padded = [("aten.constant_pad_nd.default", (tuple(n for pair in padding[::-1] for n in (pair, pair)), 0.0))] if any(padding) else []
+    enter: tuple[RowStep, ...] = (*padded, *taken, ("aten.permute.default", (last,)))
+    return RowView(enter, (("aten.permute.default", (back,)), _CONTIGUOUS), bias_on_rows=True)
+
+
+def _vector(site: Site, application: Application) -> RowView:
+    """One vector: a single row."""
+    return RowView((("aten.unsqueeze.default", (0,)),), (("aten.squeeze.dim", (0,)),))
+
+
+def _tensordot(site: Site, application: Application) -> RowView:
+    """The axes that meet are one row's features; the weight's other axes come last."""
+    met = len(application.node.args[2])
+    outer = application.output.tensor.shape[len(application.x.tensor.shape) - met :]
+    enter: tuple[RowStep, ...] = (("aten.flatten.using_ints", (-met, -1)),) if met > 1 else ()
+    if not outer:
+        return RowView(enter, (("aten.squeeze.dim", (-1,)),))
+    return RowView(enter, () if len(outer) == 1 else (("aten.unflatten.int", (-1, outer)),))
 
 
 def _einsum(site: Site, application: Application) -> RowView:
@@ -119,8 +141,10 @@ def _einsum(site: Site, application: Application) -> RowView:
 
 
 _FORMS: Mapping[str, Callable[[Site, Application], RowView]] = {
-    **dict.fromkeys(("linear", "addmm"), _as_it_is),
-    **dict.fromkeys(BARE_PRODUCTS, _product),
+    **dict.fromkeys(("linear", "addmm", "inner"), _as_it_is),
+    **dict.fromkeys((*BARE_PRODUCTS, "baddbmm"), _product),
+    **dict.fromkeys(("mv", "addmv"), _vector),
+    "tensordot": _tensordot,
     **dict.fromkeys(having(of_kind("convolution"), transposed=False), _convolution),
     "einsum": _einsum,
 }

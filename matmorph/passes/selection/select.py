@@ -75,7 +75,7 @@ def check_count(rule: Rule, taken: Sequence[Site], owners: Mapping[Site, Rule], 
 def _claim(site: Site, rule: Rule | None, context: SelectionContext) -> Claim:
     if rule is None:
         inserted = site.const.rule
-        why = f"inserted by rule {inserted}, and no rule matches it with inserted_by" if inserted else "no rule matches"
+        why = f"inserted by rule {inserted}, and no rule matches it with inserted_by" if inserted else site.blocked or "no rule matches"
         return Claim(site, None, why)
     return Claim(site, rule, f"matched by rule {rule.name}", rule.match.claiming(site, context))
 

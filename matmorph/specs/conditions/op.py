@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matmorph.ir.site import Site
 
 
-OPS: tuple[str, ...] = ("matmul", "linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding")
+OPS: tuple[str, ...] = ("matmul", "linear", "addmm", "mm", "einsum", "conv1x1", "expert", "embedding", "conv", "recurrent", "product")
 """What `op` takes: `matmul` = every weight matmul in whatever form, `embedding` = tables (also one tied to a head), else one form."""
 
 
 def _is(op: str, site: Site) -> bool:
     """A table that a head is tied to is both a matmul and an embedding."""
     if op == "matmul":
-        return site.form != "embedding"
+        return site.form != "embedding" and not site.listed
     return site.form == op or (op == "embedding" and bool(site.gathers))
 
 
@@ -33,7 +33,8 @@ class OpCondition(Condition):
     kind: ClassVar[Kind] = OneOrMore(f"an op ({', '.join(OPS)})", {"enum": list(OPS)}, as_word("op", OPS))
     about: ClassVar[str] = (
         f"Forms of `op`: {', '.join(f'`{op}`' for op in OPS)}. `matmul` is any form of a product with a weight; `embedding` is a table,"
-        " also one that is tied to the head."
+        " also one that is tied to the head. `conv`, `recurrent` and `product` are weights that are listed with the reason why no method"
+        " takes them; `matmul` leaves them out."
     )
 
     value: tuple[str, ...]

@@ -40,7 +40,7 @@ from matmorph.passes.methods.glora.settings import (
 )
 from matmorph.passes.methods.glora.supernet import configured, replacing_spec, training_form
 from matmorph.passes.methods.protocol import Configuration, Error, FragmentBuilder, SiteStats, TrainingForm, UpdateMethod
-from matmorph.passes.methods.weights import FLOATS, dense_matrix, stored, widened
+from matmorph.passes.methods.weights import FLOATS, dense_matrix, refuse_computed, stored, widened
 from matmorph.specs import schema
 
 
@@ -61,6 +61,7 @@ class Glora(GloraLanguage, UpdateMethod):
         odd = bias_of(site) is None and biases != {None}
         guards = (
             (site.blocked is not None, site.blocked or ""),
+            (bool(site.parts), refuse_computed(site, self.name)),
             (site.form == "embedding", "glora serves matmuls, this is an embedding table"),
             (bool(site.gathers), "the weight is also read as an embedding table; glora serves only the matmul: use untie: true"),
             (site.const.tensor.dtype not in FLOATS, f"glora needs a floating-point weight, this one is {site.const.tensor.dtype}"),

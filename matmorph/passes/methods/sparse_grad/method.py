@@ -26,7 +26,7 @@ from matmorph.passes.linalg.hosvd import GradientStats, top_entries
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Preliminary, SiteStats, UpdateMethod
 from matmorph.passes.methods.sparse_grad.inference import inference_graph
 from matmorph.passes.methods.sparse_grad.settings import SparseGradLanguage, SparseGradSpec
-from matmorph.passes.methods.weights import FLOATS, dense_matrix, stored, widened
+from matmorph.passes.methods.weights import FLOATS, dense_matrix, refuse_computed, stored, widened
 
 DELTA, INDICES, OUT, INTO = "delta", "indices", "u", "vt"
 """Short names of the weights: what trains, [out, in] or the chosen entries [k]; their flat positions; U [out, out]; V^T [in, in]."""
@@ -67,6 +67,7 @@ class SparseGrad(SparseGradLanguage, UpdateMethod):
         count, dtype = spec.count(site.parameters), site.const.tensor.dtype
         guards = (
             (site.blocked is not None, site.blocked or ""),
+            (bool(site.parts), refuse_computed(site, self.name)),
             (site.form == "embedding", "sparse_grad serves matmuls, this is an embedding table"),
             (bool(site.gathers), "the weight is also read as an embedding table; sparse_grad serves only the matmul: use untie: true"),
             (dtype not in FLOATS, f"sparse_grad needs a floating-point weight, this one is {dtype}"),
