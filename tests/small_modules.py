@@ -16,7 +16,7 @@ class Cnn(nn.Module):
         self.reduce = nn.Conv2d(12, 20, 1)
         self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
         self.project = nn.Conv2d(20, 12, 1, bias=False)
-        self.down = nn.Conv2d(12, 16, 1, stride=2)  # strided: not a matmul of all rows
+        self.down = nn.Conv2d(12, 16, 1, stride=2)  # strided: a matmul of every second pixel
         self.mix = nn.Conv2d(16, 16, 5, padding=2, groups=16)
         self.expand = nn.Conv2d(16, 40, 1)
         self.shrink = nn.Conv2d(40, 16, 1)

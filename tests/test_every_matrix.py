@@ -1,0 +1,66 @@
+"""The law of `inspect`: every parameter of two or more axes that a product reads is there, as a site or with the reason why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, PARAMETERS, product_parameters
+from torch import nn
+
+import matmorph as mm
+from matmorph.report.model import Report
+
+
+def accounted(report: Report) -> set[str]:
+    return {name for row in report.sites if row.form != "embedding" for name in row.weights}
+
+
+def check(report: Report, module: nn.Module, more: tuple[str, ...] = ()) -> None:
+    """Neither more nor less, but for buffers and vectors that a weight is computed from."""
+    wanted = {*product_parameters(module), *more}
+    large = {name for name, parameter in module.named_parameters() if parameter.dim() > 1}
+    assert accounted(report) & (large | wanted) == wanted
+    listed = [row for row in report.sites if row.form in ("conv", "recurrent", "product")]
+    assert all(row.reason for row in listed)
+    assert len({row.path for row in report.sites}) == len(report.sites)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_matrix_is_accounted_for(name: str) -> None:
+    build, example = FAMILIES[name]
+    torch.manual_seed(0)
+    module = build().eval()
+    inner = getattr(getattr(module, "_orig_mod", module), "module", module)
+    axes = None if name == "odd" else ({0: "batch"},)  # multi_dot chooses its order by the sizes
+    check(mm.inspect_model(module, (example(),), axes), inner, PARAMETERS.get(name, ()))
+
+
+def test_reasons() -> None:
+    """What `inspect` says of what no method takes."""
+    torch.manual_seed(0)
+    build, example = FAMILIES["odd"]
+    found = {row.path: row.reason for row in mm.inspect_model(build().eval(), (example(),)).sites}
+    chain = "linalg_multi_dot multiplies it in a form that is not read as rows times a matrix"
+    assert found == {
+        "bilinear": "bilinear multiplies it in a form that is not read as rows times a matrix",
+        "spread": "the kernel of a transposed convolution (2 pixels) spreads its input",
+        "first": chain,
+        "second": chain,
+        "outer": "einsum multiplies it in a form that is not read as rows times a matrix",
+    }
+
+
+def test_a_rule_for_matmuls_leaves_out_what_is_listed() -> None:
+    torch.manual_seed(0)
+    build, example = FAMILIES["convnext"]
+    rule = {"match": {"op": "matmul"}, "expect": 2, "rewrite": {"low_rank": {"rank": 2}}}
+    kernels = {"match": {"op": "conv"}, "expect": 2, "rewrite": {"low_rank": {"rank": 2}}}
+    rows = mm.plan(build().eval(), {"version": 1, "rules": [rule, kernels]}, (example(),)).sites
+    assert [(row.path, row.status) for row in rows] == [
+        ("patches", "rejected"),
+        ("depth", "rejected"),
+        ("a", "rewritten"),
+        ("b", "rewritten"),
+    ]
+    assert rows[0].reason == "a kernel of 4 x 4 pixels is multiplied at every place that it slides to"
+    assert rows[1].reason == "a convolution in 8 groups multiplies each group of channels by a part of its kernel (3 x 3 pixels)"
