@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +23,17 @@ class Position:
         return f"{self.file}:{self.line}:{self.column}"
 
 
+LONGEST = 2000
+"""Characters of a line that a person still reads; a value may have any number of them."""
+_LONG_WORD = re.compile(rf"\S{{{LONGEST // 2},}}")
+
+
+def bounded(line: str) -> str:
+    """The line as it is unless it repeats a huge value, of which both ends stay."""
+    shorter = _LONG_WORD.sub(lambda found: f"{found[0][:60]}...{found[0][-20:]} ({len(found[0]):,} characters)", line)
+    return shorter if len(shorter) <= LONGEST else f"{shorter[: LONGEST - 40]} ... ({len(shorter):,} characters)"
+
+
 class MatmorphError(Exception):
     """Base of every error that matmorph raises on purpose.
 
@@ -32,9 +44,9 @@ class MatmorphError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, details: Iterable[str] = ()) -> None:
-        self.message = message
-        self.details = tuple(details)
-        super().__init__(message)
+        self.message = bounded(message)
+        self.details = tuple(map(bounded, details))
+        super().__init__(self.message)
 
     def headline(self) -> str:
         return self.message

@@ -35,7 +35,8 @@ ROLES: tuple[str, ...] = (
 def _as_roles(item: Scalar) -> Glob:
     glob = as_glob(item)
     for alternative in glob.alternatives:
-        if not any(Glob(alternative).matches(role) for role in ROLES):
+        one = Glob(alternative)
+        if not any(map(one.matches, ROLES)):
             raise item.error(f"{alternative!r} matches no role{_near_role(alternative)}")
     return glob
 
