@@ -38,6 +38,7 @@ def test_three_hundred_damaged_homes(home: Path, tmp_path: Path) -> None:
     assert [result for result in results if result.fault is not None] == []
 
 
+@pytest.mark.full
 def test_an_undamaged_home_is_read_by_all(home: Path, tmp_path: Path) -> None:
     """Else the seeds would prove nothing: every reader works, and ends with 0."""
     copy = Path(shutil.copytree(home, tmp_path / "home"))
@@ -71,7 +72,9 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-WRITES = ("adapter from-peft", "adapter unmerge", "adapter save", "adapter to-peft", "report", "compare", "diff --node", "merge", "train")
+FEW = ("adapter from-peft", "adapter unmerge", "report", "train")
+MORE = ("adapter save", "adapter to-peft", "compare", "diff --node", "merge")
+WRITES = (*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in MORE))
 
 
 @pytest.mark.parametrize("name", WRITES)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matmorph.cli.commands import Command, Group
-from matmorph.cli.output import new_file, refuse_file, say, say_json
+from matmorph.cli.output import refuse_file, say, say_json, write_file
 from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.cli.working import step, working
 from matmorph.errors import InputError
@@ -160,15 +160,14 @@ def unmerge_command(
     They are exact but for the rounding of the merged weights."""
     refuse_file(out, force)
     with working(first=f"opening {folder}"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from matmorph.folders.after_training import unmerged
 
         verify = verifying(no_verify, folder, merged)
         job, adapters, _ = _opened(folder, None, verify)
         values, lines = unmerged(job.graph, adapters, merged, verify)
-        with new_file(out, force) as partial:
-            save_file(values, partial)
+        write_file(out, save(values), force)
     for site, rest in lines.items():
         say(f"{site}: {rest:.2e} of the difference is not in the factors")
     say(f"wrote {out}")
@@ -212,7 +211,7 @@ def from_peft_command(
     An .onnx_adapter file may have any rank."""
     refuse_file(out, force)
     with working(first=f"opening {folder}"), _readable():
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from matmorph.exporters.adapters import adapter_arrays, serve
         from matmorph.exporters.peft import read_peft
@@ -228,8 +227,7 @@ def from_peft_command(
             save_adapter(out, adapter_arrays(adapters, values, methods), read_slots(served.to_dict(), str(folder)), force)
         else:
             with_values(job.graph, values, str(source))  # refuses what the model does not take
-            with new_file(out, force) as partial:
-                save_file(values, partial)
+            write_file(out, save(values), force)  # not `save_file`, whose error of a full disk is none of the system's
     say(f"wrote {out} ({len(values) // 2} modules)")
 
 
