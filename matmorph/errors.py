@@ -60,7 +60,7 @@ class SpecError(MatmorphError):
 
     def __init__(self, message: str, *, at: Position | None = None, keypath: str = "", details: Iterable[str] = ()) -> None:
         self.at = at
-        self.keypath = keypath
+        self.keypath = bounded(keypath)
         super().__init__(message, details)
 
     def headline(self) -> str:
@@ -101,6 +101,8 @@ class VerifyError(MatmorphError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean rank?"`, or an empty string when nothing is near. The word itself is no suggestion."""
+    if len(word) > LONGEST:  # nothing is near, and comparing takes the square of its length
+        return ""
     near = get_close_matches(word, [choice for choice in choices if choice != word], n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 

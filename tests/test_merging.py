@@ -305,3 +305,34 @@ def test_mutants_are_noticed(name: str) -> None:
         except Exception:
             noticed = True
         assert noticed, name
+
+
+@pytest.mark.parametrize(("size", "said"), [(0.05, True), (1.0, False)])
+def test_an_update_that_codes_round_away_is_warned_of(size: float, said: bool) -> None:
+    """Oracle: the outputs of the first layer with codes alone, with the update beside them, and with it merged."""
+    found = compiled({"qlora": {**U4, "rank": 2}}, "0")
+    values = {name: size * value for name, value in trained(found).items()}
+    merged = found.merge(values)
+    (line,) = merged.merged
+    eye = torch.eye(24)
+
+    def first(model: mm.Compiled) -> torch.Tensor:
+        """The matrix of the first layer, by what it makes of unit vectors before the ReLU cuts it: both signs of them."""
+        graph, node = model.graph, next(n for n in model.graph.nodes if n.op == "aten.relu.default")
+        seen: list[torch.Tensor] = []
+        evaluate(graph, [torch.cat([eye, 0 * eye[:1]])], {node.args[0]: seen.append})
+        return (seen[0][:-1] - seen[0][-1]).double().detach()
+
+    base, wanted, stored = (
+        first(found.load_trained({n: 0 * v for n, v in values.items()})),
+        first(found.load_trained(values)),
+        first(merged),
+    )
+    expected = float((stored - wanted).norm() / (wanted - base).norm())
+    assert line.lost == pytest.approx(expected, rel=1e-3)  # outputs in float32
+    assert (expected > 0.5) == said
+    notes = [note for note in merged.report.notes if note.startswith("merging into codes lost most of what was learned at 1 of 1 sites")]
+    assert bool(notes) == said
+    assert not said or (
+        f"rounding changes the weight by {line.lost:.2f} x what training did; keep the factors beside the codes" in notes[0]
+    )

@@ -90,7 +90,9 @@ def refusals(module: Any) -> None:
     refused(module, "t[0]: a.steps is a buffer (int64), not a parameter", "a.steps")
     refused(module, "t[0]: no parameter is called idle", "idle")
     refused(module, "train.trainable is empty")
-    refused(module, "a.weight is matched by both", "all", frozen=("a.weight",))
+    refused(module, "a.weight is matched by both", "a.weight", frozen=("a.weight",))
+    assert "a.weight" not in [name for name, _ in chosen(module, "all", frozen=("a.weight",))]
+    refused(module, "t[0]: everything is frozen: nothing trains", "all", frozen=("all",))
 
 
 CHECKS: tuple[Callable[[Any], None], ...] = (groups, everything, segments, names, reach, refusals)

@@ -514,3 +514,23 @@ def test_the_request_is_not_kept(net: Compiled, tmp_path: Path) -> None:
     net.export_training(tmp_path / "one", loss="mse", output="hidden", trainable="adapters")
     assert described(net.save(tmp_path / "two"))["loss"]["name"] == "cross_entropy"
     assert replace(net.spec, name="x").train == net.spec.train
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.full)])
+def test_an_adapter_before_a_recurrent_layer_learns(kind: Any, tmp_path: Path) -> None:
+    """Its gradient is torch's own formula, traced; the written file is held against autograd."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.cell, self.head = nn.Linear(5, 4), kind(4, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.cell(self.first(x))[0][:, -1])
+
+    torch.manual_seed(0)
+    model = Net()
+    spec = {"version": 1, "rules": [{"match": {"path": "first"}, "rewrite": {"lora": {"rank": 2}}}]}
+    compiled = mm.compile(model, spec, (torch.randn(3, 2, 5),), ({0: "batch"},))
+    compiled.export_training(tmp_path / "out", loss="cross_entropy")
+    assert check(tmp_path / "out").ok

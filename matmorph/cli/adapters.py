@@ -6,6 +6,7 @@ what training gave: a .safetensors file of `matmorph train`, a checkpoint, an .o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -260,11 +261,15 @@ def _opened(folder: Path, trained: Path | None, verify: bool) -> tuple[Job, tupl
 
 
 def _print_merged(found: Sequence[Merged]) -> None:
+    from matmorph.passes.adapters.merging import lost_notes
+
     for line in found:
         how = "dense" if line.quantizer is None else f"quantised anew ({line.quantizer['quantizer']})"
         say(f"{line.site}: {' + '.join(line.methods)} merged, {how}, error {line.error:.2e}, the update is {line.change:.2e} of the weight")
     worst = max(found, key=lambda line: line.error)
     say(f"{len(found)} sites merged; largest error {worst.error:.2e} ({worst.site})")
+    for note in lost_notes(found):
+        print(note, file=sys.stderr)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Site
 from matmorph.ir.sites.matmuls import find_sites
-from matmorph.passes.adapters.merging import Merged, factors_of, merge
+from matmorph.passes.adapters.merging import Merged, factors_of, lost_notes, merge
 from matmorph.passes.adapters.values import with_values
 from matmorph.passes.methods import all_methods
 from matmorph.passes.methods.protocol import Configuration, Method
@@ -149,7 +149,7 @@ def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
     )
     worst = max(found, key=lambda merged: merged.error)
     note = f"adapters merged at {len(found)} sites; largest error of a merged weight {worst.error:.2e} ({worst.site})"
-    return replace(job.report, sites=rows, totals=figures, parity=None, notes=(*job.report.notes, note))
+    return replace(job.report, sites=rows, totals=figures, parity=None, notes=(*job.report.notes, note, *lost_notes(found)))
 
 
 def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:

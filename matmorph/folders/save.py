@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from matmorph.errors import CheckError
+from matmorph.errors import CheckError, ExportError
 from matmorph.exporters.adapters import Served, serve
 from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, write_artifact
 from matmorph.exporters.data_file import DataFile, weights_sha256
@@ -27,6 +27,7 @@ from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
+from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.methods import all_methods
 from matmorph.progress import Progress
@@ -58,6 +59,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     started = time.perf_counter()
     served = _served(job)
     plain = inference_graph(job.graph, all_methods()) if served is None else served.graph
+    _refuse_random(plain)
     vectors = check_vectors(plain, job.examples, job.spec.export.precision)
     unchecked = _unchecked(job.spec)
     found = (*job.report.notes, *vectors.notes, *unchecked)
@@ -94,6 +96,18 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     written = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
     return final[0]
+
+
+def _refuse_random(graph: Graph) -> None:
+    """ExportError naming what draws random numbers: the file could not be held against torch."""
+    found = list(drawing(graph))
+    if found:
+        where = [f"in {node.origin.path or 'the model itself'}: {node.op}" for node in found[1:5]]
+        raise ExportError(
+            f"the model draws random numbers when it runs ({found[0].op} in {found[0].origin.path or 'the model itself'}), so its file "
+            "would answer otherwise each time",
+            [*where, "give a dropout the module's training flag (F.dropout(x, p, self.training)), or take noise as an input"],
+        )
 
 
 def _served(job: Job) -> Served | None:

@@ -33,7 +33,7 @@ def site_bytes(site: Site, sizes: Mapping[Const, int]) -> int:
     """Of what is stored for a site; `sizes`: of all weights, as `exported_sizes` gives them."""
     if site.parts:
         return site.held[1] if site.rows is not None else sum(sizes[part] for part in site.parts)
-    return site.parameters * (sizes[site.const] // site.const.numel)
+    return site.parameters * (sizes[site.const] // max(site.const.numel, 1))
 
 
 def item_size(dtype: str, precision: str) -> int:

@@ -17,6 +17,8 @@ _COMPARED = re.compile(r"(?P<op>>=|<=|==|!=|>|<)?\s*" + _NUMBER.format("value"))
 _MODULO = re.compile(r"%\s*" + _NUMBER.format("modulus") + r"\s*(?P<op>==|!=)\s*" + _NUMBER.format("value"))
 _BETWEEN = re.compile(_NUMBER.format("low") + r"\s*\.\.\s*" + _NUMBER.format("high"))
 
+_DIGITS = 40
+
 COMPARISON_FORMS = '768, ">= 100k", "< 3M", "100..200" or "% 64 == 0"'
 LAYER_FORMS = "0..5, [0, 2, 5], 3, last 2 or every 2"
 
@@ -39,9 +41,16 @@ class Comparison:
         return _OPERATORS[self.op](exact if self.modulus is None else exact % self.modulus, self.value)
 
 
+def _refuse_long(text: str) -> None:
+    digits = max((len(run) for run in re.findall(r"[0-9_]+", text)), default=0)
+    if digits > _DIGITS:
+        raise ValueError(f"a number of {digits:,} digits; at most {_DIGITS}")
+
+
 def parse_comparison(text: str) -> Comparison:
     """Reads one comparison. k, M, G (or B) multiply by 10^3, 10^6, 10^9; a range includes both ends. ValueError: anything else."""
     stripped = text.strip()
+    _refuse_long(stripped)
     if found := _MODULO.fullmatch(stripped):
         modulus, value = _value(found, "modulus"), _value(found, "value")
         if not modulus:
@@ -80,6 +89,7 @@ class Layers:
 def parse_layers(text: str) -> Layers:
     """Reads `0..5` (both included), `3`, `last 2` or `every 2`. ValueError: anything else."""
     stripped = " ".join(text.split())
+    _refuse_long(stripped)
     if re.fullmatch(r"\d+", stripped):
         return Layers(stripped, low=int(stripped), high=int(stripped))
     if found := re.fullmatch(r"(\d+) ?\.\. ?(\d+)", stripped):

@@ -19,6 +19,7 @@ from matmorph.errors import Position, SpecError
 DICT_FILE = "<dict>"
 MAX_NODES = 10_000  # keys and values together, with every alias expanded: an "alias bomb" ends here
 MAX_DEPTH = 64
+MAX_TEXT = 10_000  # characters of one value or key: what reads it may take the square of that
 
 Data = str | int | float | bool | None | list[Any] | dict[str, Any]
 
@@ -195,7 +196,7 @@ class _Composer:
 
     def scalar(self, event: Any, keypath: str) -> Scalar:
         at = self.position(event)
-        _refuse_surrogates(event.value, at, keypath)
+        _refuse_unfit(event.value, at, keypath)
         return Scalar(at, keypath, event.value, event.style is None, self.text_start(event, at))
 
     def text_start(self, event: Any, at: Position) -> Position | None:
@@ -245,7 +246,7 @@ class _Composer:
             raise SpecError("a key must be a name, not a list, a mapping, an alias or nothing", at=at, keypath=keypath)
         if event.tag is not None:
             raise SpecError(f"YAML tags are not allowed ({_tag(event.tag)})", at=at, keypath=keypath)
-        _refuse_surrogates(event.value, at, keypath)
+        _refuse_unfit(event.value, at, keypath)
         if event.value == "<<" and event.style is None:
             raise SpecError("YAML merge keys (<<) are not read; use extends, or repeat the keys", at=at, keypath=keypath)
         return str(event.value)
@@ -271,8 +272,10 @@ class _Composer:
         return replace(tree, keypath=keypath)
 
 
-def _refuse_surrogates(text: str, at: Position | None, keypath: str) -> None:
-    """Half a character (an escape like "\\ud800") cannot be written to any file."""
+def _refuse_unfit(text: str, at: Position | None, keypath: str) -> None:
+    """Half a character (an escape like "\\ud800") cannot be written to any file; a text of endless length is no value."""
+    if len(text) > MAX_TEXT:
+        raise SpecError(f"a text of {len(text):,} characters; at most {MAX_TEXT:,}", at=at, keypath=keypath)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise SpecError("the text contains half a surrogate pair", at=at, keypath=keypath)
 
@@ -325,12 +328,12 @@ def _from_data(data: Any, keypath: str, depth: int, nodes: list[int]) -> Tree:
         for key in data:
             if not isinstance(key, str) or not key:
                 raise SpecError(f"a key must be a non-empty str, got {key!r} ({type(key).__name__})", keypath=keypath)
-            _refuse_surrogates(key, None, keypath)
+            _refuse_unfit(key, None, keypath)
         return MapTree(None, keypath, {str(k): _from_data(v, join(keypath, str(k)), depth + 1, nodes) for k, v in data.items()}, {})
     if isinstance(data, list | tuple):
         return SeqTree(None, keypath, tuple(_from_data(v, join(keypath, i), depth + 1, nodes) for i, v in enumerate(data)))
     if isinstance(data, str):
-        _refuse_surrogates(data, None, keypath)
+        _refuse_unfit(data, None, keypath)
         return Scalar(None, keypath, str(data), plain=False)
     return Scalar(None, keypath, _plain_text(data, keypath), plain=True)
 

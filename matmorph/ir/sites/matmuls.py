@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from matmorph.ir.build import unique_name
@@ -171,6 +172,8 @@ def _sites(weight: _Weight) -> list[Site]:
 
 def _problem(weight: _Weight) -> str | None:
     """Why the uses of one constant do not divide into sites of their own."""
+    if not weight.const.numel:
+        return f"the weight is empty: {'x'.join(map(str, weight.const.tensor.shape))}"
     unread = next((use.problem for use in weight.uses if use.reading is None), None)
     if unread is not None:
         return unread if len(weight.const.tensor.shape) > 1 else "it is a part of a vector that holds more than one matrix"
@@ -224,7 +227,8 @@ def _blocked(weight: _Weight, problem: str) -> Site:
     const = weight.const
     known = next((replace(use.reading, rows=(0, use.reading.total)) for use in weight.uses if use.reading is not None), None)
     width = int(const.tensor.shape[-1])
-    reading = known or WeightReading("oi", width, const.numel // width, (0, const.numel // width))
+    others = prod(int(dim) for dim in const.tensor.shape[:-1])
+    reading = known or WeightReading("oi", width, others, (0, others))
     return replace(_site(weight, reading, weight.uses), blocked=problem)
 
 

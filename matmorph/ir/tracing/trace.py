@@ -37,6 +37,11 @@ from matmorph.ir.types import Dim, format_dim, symbol
 
 _BY_VALUE = "a branch or a size depends on tensor values: use torch.where or torch.cond, or decide it outside of the model"
 ADVICE: tuple[tuple[str, str], ...] = (
+    (
+        "in _detect_is_causal_mask",
+        "torch compares the mask with a causal one: say whether it is one, as tgt_is_causal (memory_is_causal) of a TransformerDecoder, "
+        "as is_causal of a TransformerEncoder",
+    ),
     ("GuardOnDataDependent", _BY_VALUE),
     ("data-dependent", _BY_VALUE),
     (".item()", "a tensor is turned into a Python number: keep it a tensor, or compute the number before the call"),
@@ -44,7 +49,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("pytree", "an input or output is of an unregistered type: torch.utils._pytree.register_dataclass, or return plain tuples and dicts"),
     ("shape", "check the example inputs against what the model expects"),
 )
-"""What to change, by a word of the reason; the first that fits is shown."""
+"""What to change, by a word of the reason, or "in" a function that raised it; the first that fits is shown."""
 
 
 def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -207,6 +212,7 @@ def _explain(error: Exception, axes: DynamicAxes | None) -> MatmorphError:
     wanted = demands(text, axes) if axes is not None else ()
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     told = f"{type(error).__name__} {text}"
+    told += "".join(f" in {frame.name}" for frame in traceback.extract_tb(error.__traceback__))
     advice = next((words for key, words in ADVICE if key in told), "see that the model runs on the example inputs")
     details = [f"at {line}"] if (line := _own_line(error)) else []
     details += list(wanted) or [f"what to change: {advice}"]

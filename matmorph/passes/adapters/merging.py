@@ -44,7 +44,9 @@ _BIAS = {NBITS: 4, CODEBOOK: 3}
 @dataclass(frozen=True, slots=True)
 class Merged:
     """One site. `base`: what took the update in, "dense" or the method whose codes were made anew. `error`: |W' - stored|_F / |W'|_F.
-    `change`: |W' - base|_F / |base|_F, how much the update is. `consts`: dotted names of the weights that hold the result."""
+    `change`: |W' - base|_F / |base|_F, how much the update is, and `whole`: |W'|_F / |base|_F. `lost`: |W' - stored|_F / |W' - base|_F, how
+    much of the update rounding has cost; above 1 it did more than the update itself. `consts`: dotted names of the weights that hold the
+    result."""
 
     site: str
     methods: tuple[str, ...]
@@ -52,7 +54,12 @@ class Merged:
     error: float
     change: float
     consts: tuple[str, ...]
+    whole: float = 1.0
     quantizer: Mapping[str, Any] | None = None
+
+    @property
+    def lost(self) -> float:
+        return self.error * self.whole / self.change if self.change else 0.0
 
 
 def merge(
@@ -269,7 +276,25 @@ def _put_codes(
     if outcome.reject is not None or outcome.weight_error is None:
         raise VerifyError(f"{first.site}: {outcome.reject.reason if outcome.reject else 'no error was measured'}")
     names = tuple(const.path for const in outcome.consts)
-    return result, Merged(first.site, _methods(parts), first.base, outcome.weight_error, _change(base, update), names, first.settings)
+    change, whole = _change(base, update), _change(base, wanted)
+    return result, Merged(first.site, _methods(parts), first.base, outcome.weight_error, change, names, whole, first.settings)
+
+
+MOST = 0.5
+"""Share of an update from which on its loss is said."""
+
+
+def lost_notes(found: Sequence[Merged]) -> tuple[str, ...]:
+    """A warning where rounding to codes has cost most of what was learned, with the way out."""
+    losing = [one for one in found if one.quantizer is not None and one.lost > MOST]
+    if not losing:
+        return ()
+    worst = max(losing, key=lambda one: one.lost)
+    return (
+        f"merging into codes lost most of what was learned at {len(losing)} of {len(found)} sites: at {worst.site} rounding changes the "
+        f"weight by {worst.lost:.2f} x what training did; keep the factors beside the codes (the folder that was trained runs as it is, "
+        "export: {adapters: inputs} serves them apart), or merge into a dense base",
+    )
 
 
 def _quantised_nodes(graph: Graph, adapter: Adapter) -> list[Node]:

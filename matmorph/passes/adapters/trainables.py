@@ -18,6 +18,7 @@ from matmorph.specs.globs import Glob, GlobError
 from matmorph.specs.schema import ParameterSelector
 
 NEAREST = 5
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ def resolve(
     """The parameters that train, segment after segment, each in `state` order.
 
     `reached`: values that the loss depends on, None = all that the graph reads; the others are left out, as their gradient is zero.
-    SpecError for a selector that chooses nothing, a parameter that holds no floating-point numbers and one that both lists choose.
+    `all` is all but what is frozen. SpecError for a selector that chooses nothing, a parameter that holds no floating-point numbers and one
+    that both lists choose otherwise.
     """
     used = graph.used_state()
     live = frozenset[Value](used if reached is None else reached)
@@ -46,6 +48,8 @@ def resolve(
     found: dict[Const, Trainable] = {}
     for selector in trainable:
         chosen = _chosen(used, methods, selector)
+        if selector.text == ALL:
+            chosen = _or_refused([const for const in chosen if const not in kept], selector, "everything is frozen: nothing trains")
         _refuse_both(chosen, selector, kept)
         alive = [const for const in chosen if const in live]
         if not alive:
@@ -66,7 +70,7 @@ def selectors(words: Sequence[str], keypath: str) -> tuple[ParameterSelector, ..
 def _chosen(consts: Sequence[Const], methods: Methods, selector: ParameterSelector) -> list[Const]:
     """Parameters of a selector; SpecError where there are none, naming the nearest."""
     parameters = [const for const in consts if const.kind == "parameter"]
-    if selector.text == "all":
+    if selector.text == ALL:
         return _or_refused([const for const in parameters if _trains(const)], selector, "the model has no parameter")
     word = next((trains for trains in get_args(Trains) if trains == selector.text), None)
     if word is not None:

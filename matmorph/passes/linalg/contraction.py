@@ -24,6 +24,7 @@ V = TypeVar("V")
 CoreGroup = tuple[int, int]
 """Cores a .. b - 1, merged into one."""
 
+MANY_CORES = 16
 MAX_GROUPS = 4
 ALL_GROUPINGS = 8
 """Of more cores than this only the groupings into at most `MAX_GROUPS` are tried, beside the unmerged chain: every group costs a product,
@@ -153,8 +154,9 @@ def _groupings(train: TrainShape) -> Iterator[tuple[CoreGroup, ...]]:
     """From the finest to the coarsest; not the single group, which is dense."""
     cores = len(train.outputs)
     dense = train.in_features * train.out_features
+    most = MAX_GROUPS if cores <= MANY_CORES else 2  # groups of long trains: their number grows with a power of the cores
     for count in range(cores, 1, -1):
-        if MAX_GROUPS < count < cores and cores > ALL_GROUPINGS:
+        if most < count < cores and cores > ALL_GROUPINGS:
             continue
         for cuts in combinations(range(1, cores), count - 1):
             groups = tuple(zip((0, *cuts), (*cuts, cores), strict=True))

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 
 import torch
 from torch import Tensor
 
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize
-from matmorph.passes.linalg.svd import one_thread, truncated_svd
+from matmorph.passes.linalg.svd import one_thread, power_of_two, truncated_svd
 from matmorph.passes.linalg.whiten import Whitening, project, weighted
 
 GUARD = 1.0005
@@ -45,6 +45,8 @@ _DIGITS = 1e4
 """What is left over has to be known to four digits for `GUARD` to mean anything."""
 _WELL_APART = 0.01
 _RUN = 1 << 15
+_TINY = 1e-20
+"""Sums of squares below it may have lost some that are no longer numbers of float32."""
 _SAFETY = 1.5
 """The extrapolated gain is multiplied by this before it is compared with `GUARD`."""
 
@@ -199,6 +201,12 @@ class Subspace:
 
 def top_subspace(a: Tensor, rank: int, *, start: Tensor | None = None, seed: int = 0) -> Subspace:
     """The best rank-`rank` column space of `a` [m, n], up to `GUARD`; `start` = `basis` of a similar matrix."""
+    scale = power_of_two(a)
+    found = _top_subspace(a if scale == 1 else a / scale, rank, start, seed)
+    return found if scale == 1 else replace(found, size=found.size * scale, error=found.error * scale)
+
+
+def _top_subspace(a: Tensor, rank: int, start: Tensor | None, seed: int) -> Subspace:
     short = min(a.shape)
     width = rank + max(_MARGIN, rank // 4)
     steps = min(_MAX_STEPS, 3 * short // (4 * width))
@@ -280,6 +288,7 @@ def _orthonormal(a: Tensor) -> Tensor:
 
 
 def _norm(a: Tensor) -> float:
-    """Frobenius norm: float32 sums of short runs, added up in float64."""
+    """Frobenius norm: float32 sums of short runs, added up in float64; all in float64 where squares leave the range of float32."""
     flat = a.reshape(-1)
-    return sqrt(sum(float(torch.dot(run, run)) for run in torch.split(flat, _RUN)))
+    squares = sum(float(torch.dot(run, run)) for run in torch.split(flat, _RUN))
+    return sqrt(squares) if _TINY < squares < inf else float(torch.linalg.vector_norm(flat, dtype=torch.float64))

@@ -56,8 +56,27 @@ def factors(size: int, d: int, *, ones: bool = True) -> tuple[int, ...] | None:
     `ones`: a factor of 1 may stand where `size` has fewer than d prime factors (6 = 3 * 2 * 1). ValueError for a size or d below 1."""
     if size < 1 or d < 1:
         raise ValueError(f"a size of at least 1 and at least one mode are needed, not {size} and {d}")
-    found = _balanced(size, d, 1 if ones else 2)
-    return found if found and found[0] <= max(SPREAD * size ** (1 / d), 2) else None
+    limit = max(SPREAD * size ** (1 / d), 2)
+    primes = _primes(size, int(limit))
+    if primes is None or (d > len(primes) and not ones):
+        return None
+    # With as many modes as prime factors or more there is one way: two factors have no smaller a sum together than their primes.
+    found = (*primes, *(1,) * (d - len(primes))) if d >= max(len(primes), 1) else _balanced(size, d, 1 if ones else 2)
+    return found if found and found[0] <= limit else None
+
+
+def _primes(size: int, limit: int) -> tuple[int, ...] | None:
+    """The prime factors, descending; None where one is above `limit`."""
+    found: list[int] = []
+    rest, prime = size, 2
+    while prime * prime <= rest and prime <= limit:
+        while rest % prime == 0:
+            found.append(prime)
+            rest //= prime
+        prime += 1
+    if rest > 1:
+        found.append(rest)
+    return tuple(reversed(found)) if not found or found[-1] <= limit else None
 
 
 def nearest_sizes(size: int, d: int, *, ones: bool = True) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 from matmorph.passes.linalg.choices import CODEBOOK_BITS, QuantizerName, quantizer_bits
 from matmorph.passes.linalg.codebook import nearest, normal_float
 from matmorph.passes.linalg.scales import SCALE_TYPES, level_indices, uniform_scales
+from matmorph.passes.linalg.svd import power_of_two
 
 _CHUNK = 1 << 17
 """Numbers quantised at a time: a chunk and its scratch stay in a core's cache."""
@@ -157,6 +158,11 @@ def quantize(w: Tensor, quantizer: Quantizer) -> Quantized:
     Raises ValueError for NaN, infinity, an empty weight, fewer than two axes, or scales outside `scale_dtype`."""
     if w.dim() < 2 or w.numel() == 0 or not w.dtype.is_floating_point:
         raise ValueError(f"a floating-point weight with two axes or more is needed, not {w.dtype} {list(w.shape)}")
+    squares = quantizer.name == "uniform_clipped" or quantizer.scale == "search"
+    factor = power_of_two(w) if squares and quantizer.scale_dtype == torch.float32 else 1.0
+    if factor != 1:
+        found = quantize(w / factor, quantizer)
+        return replace(found, scales=found.scales * factor, offset=None if found.offset is None else found.offset * factor)
     if quantizer.name == "uniform_clipped":
         return _clipped(w, quantizer)
     chunk = _uniform_chunk if quantizer.name == "uniform" else _table_chunk

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import floor, isfinite, log2, sqrt
 
 import torch
 from torch import Tensor
@@ -79,6 +79,14 @@ def largest(w: Tensor) -> float:
     """The largest magnitude; NaN where an entry is. One pass, no copy."""
     low, high = torch.aminmax(w)
     return float(torch.maximum(-low, high))
+
+
+def power_of_two(w: Tensor) -> float:
+    """What `w` is divided by, exactly, so that its squares stay in the range of float32: 1 for common sizes, zeros, and what is not
+    finite."""
+    peak = largest(w) if w.numel() else 0.0
+    common = not isfinite(peak) or peak == 0 or 1e-12 < peak < 1e12
+    return 1.0 if common else 2.0 ** floor(log2(peak))
 
 
 def truncated_svd(w: Tensor, rank: int, *, solver: Solver = "auto", seed: int = 0) -> Truncated:

@@ -76,9 +76,9 @@ def project(w: Tensor, u: Tensor, weighting: Tensor | None = None) -> tuple[Tens
     C^T w L, with `weighting` C [m, m] lower triangular, the weighted ones. Both factors get the same norm per rank-one term, so that
     neither leaves the range of a half-precision type."""
     inner, outer = u.transpose(-2, -1) @ weighted(w, weighting).to(u.dtype), unweighted(u, weighting).transpose(-2, -1)
-    norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True)
-    sizes = 1.0 if weighting is None else torch.linalg.vector_norm(outer, dim=-1, keepdim=True)
-    balance = (norms / sizes).sqrt()
+    norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True, dtype=torch.float64)  # squares of float32 may leave its range
+    sizes = 1.0 if weighting is None else torch.linalg.vector_norm(outer, dim=-1, keepdim=True, dtype=torch.float64)
+    balance = (norms / sizes).sqrt().to(inner.dtype)
     down = torch.where(norms > 0, inner / balance.clamp_min(torch.finfo(inner.dtype).tiny), 0.0)
     return down.transpose(-2, -1).contiguous(), (outer * balance).contiguous()
 

@@ -55,6 +55,10 @@ def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: str) ->
             bool(site.gathers) and spec.quantizer in CODEBOOK_BITS,
             f"rows of an embedding table can be looked up in uniform codes only (GatherBlockQuantized), not in {spec.quantizer}",
         ),
+        (
+            kind == "float64" and spec.quantizer not in ("nf3", "nf2"),
+            f"no kernel multiplies {spec.quantizer} codes with float64 rows: convert the model with model.float()",
+        ),
         (kind not in FLOATS, f"{method} needs a weight of {', '.join(FLOATS)}, this one is {kind}"),
     )
     return next((Reject(reason) for fails, reason in guards if fails), None)

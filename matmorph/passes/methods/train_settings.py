@@ -43,7 +43,13 @@ class ContractionSpec:
     )
 
 
+MAX_CORES = 64
+"""Both sides of a matrix have at most 32 prime factors each below 2^32 features; what is beyond is 1."""
+
+
 def refuse_wrong_count(rank: Ranks, cores: int, of: str) -> None:
-    """ValueError for a list of ranks that is not one shorter than there are cores."""
+    """ValueError for more cores than a matrix has factors, and for a list of ranks that is not one shorter than there are cores."""
+    if cores > MAX_CORES:
+        raise ValueError(f"{cores:,} cores: at most {MAX_CORES}, as many as there are factors above 1")
     if rank.each and len(rank.each) != cores - 1:
         raise ValueError(f"{cores} cores ({of}) take a list of {cores - 1}, one rank between neighbours; this list has {len(rank.each)}")

@@ -96,12 +96,12 @@ def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor |
 
 
 def rank_beyond(sites: Sequence[Site], rank: Rank) -> str | None:
-    """Why a rank given as a number is above min(in, out) of EVERY site; None where one has it."""
+    """Why a rank given as a number, or the least of one, is above min(in, out) of EVERY site; None where one has it."""
     largest = max(sites, key=lambda site: min(site.in_features, site.out_features))
     limit = min(largest.in_features, largest.out_features)
-    if rank.kind != "fixed" or int(rank.value or 0) <= limit:
-        return None
-    return f"rank {rank.value} is above min(in, out) of every matched site; the largest is {limit} ({largest.path})"
+    asked = {"rank": int(rank.value or 0) if rank.kind == "fixed" else 0, "min": rank.min}
+    above = next((f"{name} {value}" for name, value in asked.items() if value > max(limit, 1)), None)
+    return None if above is None else f"{above} is above min(in, out) of every matched site; the largest is {limit} ({largest.path})"
 
 
 def scaled_pair(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

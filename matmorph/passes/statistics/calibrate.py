@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -29,6 +30,7 @@ from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.evaluate import bind, evaluate
 from matmorph.ir.site import Application, Site, Statistic
 from matmorph.ir.types import as_dim
+from matmorph.passes.linalg.svd import power_of_two
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
 from matmorph.progress import StepProgress
@@ -169,12 +171,24 @@ def _stream(
     enough, done = len(first) == HELD_OUT_EVERY, 0
     for number, (inputs, count) in enumerate(chain(first, reading)):
         last = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        _observe(graph, sums, inputs, "some" if not enough else "all" if last else "none")
+        with of_batch(number):
+            _observe(graph, sums, inputs, "some" if not enough else "all" if last else "none")
         done += count
         if progress is not None:
             progress(done, total)
     if done == 0:
         raise InputError("the calibration data yields nothing: it has no batch with a sample in it")
+
+
+@contextmanager
+def of_batch(number: int) -> Iterator[None]:
+    """What torch raises while the model runs on batch `number`, from 0, as an InputError: a token outside of the vocabulary, a class that
+    there is not."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"calibration batch {number + 1}: the model fails on it: {reason}") from error
 
 
 def _cut(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[tuple[list[Tensor], int]]:
@@ -279,6 +293,7 @@ def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Seq
 def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | None, mask: Tensor | None, held: _Held) -> None:
     rows = apply(source.enter, x.detach())
     rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows if power_of_two(rows) == 1 else rows.double()  # squares of float32 would leave its range
     part = held if any(target.held is not None for target in targets) else "none"
     for out, pick in _PARTS[part]:
         if source.experts is None:

@@ -16,7 +16,7 @@ from matmorph.ir.evaluate import check_tensors, run_node
 from matmorph.ir.infer import Inference
 from matmorph.ir.training.losses import LABELS, OF_CLASSES, Loss, judged, label_inputs, write_loss
 from matmorph.ir.types import TensorType
-from matmorph.passes.statistics.calibrate import bound_batch, cut_batch
+from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Train
 
@@ -68,14 +68,22 @@ def loss_gradients(
     for number, batch in enumerate(batches):
         inputs, labels = labelled_batch(graph, behind.labels, classes, batch, number, unlabelled)
         tensors, count = cut_batch(graph, inputs, samples - done)
-        known = {**dict(zip(graph.inputs, tensors, strict=True)), **{value: labels[name][:count] for name, value in behind.labels.items()}}
-        found = differentiated(behind.nodes, known, values, lambda held: held[behind.loss] * held[behind.count])
+        cut = {value: _cut(graph, value, labels[name], count) for name, value in behind.labels.items()}
+        known = {**dict(zip(graph.inputs, tensors, strict=True)), **cut}
+        with of_batch(number):
+            found = differentiated(behind.nodes, known, values, lambda held: held[behind.loss] * held[behind.count])
         yield Slopes(found, count)
         done += count
         if progress is not None:
             progress(done, None)
         if done >= samples:
             break
+
+
+def _cut(graph: Graph, value: Value, labels: Tensor, count: int) -> Tensor:
+    """As many labels as samples, where they lie along the samples' axis: a model with two batches (images, texts) has labels of one."""
+    first, axes = graph.inputs[0].tensor.shape[:1], value.tensor.shape[:1]
+    return labels[:count] if axes and axes == first else labels
 
 
 def loss_of(train: Train) -> Loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from matmorph.errors import SpecError
 from matmorph.specs.conditions.base import Condition, SelectionContext
 from matmorph.specs.conditions.values import TEXT, OneOrMore, as_glob
+from matmorph.specs.expressions import Expression, ExpressionError
 from matmorph.specs.globs import Glob
 from matmorph.specs.kinds import Kind
 from matmorph.specs.tree import Scalar
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 NEAREST = 3
+LONGEST = 200
+"""Characters that are compared: the time grows with their square."""
 
 
 def site_names(site: Site) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ def _stem(name: str) -> str:
 
 def nearest_paths(text: str, paths: Sequence[str]) -> list[str]:
     """The paths that read most like `text`, the best first."""
-    matcher = SequenceMatcher(b=text, autojunk=False)
+    matcher = SequenceMatcher(b=text[:LONGEST], autojunk=False)
     ranked = []
     for index, path in enumerate(paths):
         matcher.set_seq1(path)
@@ -44,14 +46,14 @@ def nearest_paths(text: str, paths: Sequence[str]) -> list[str]:
     return [path for _, _, path in sorted(ranked)[:NEAREST]]
 
 
-def _as_paths(item: Scalar) -> Glob | re.Pattern[str]:
+def _as_paths(item: Scalar) -> Glob | Expression:
     if not item.text.startswith("re:"):
         return as_glob(item)
     try:
-        return re.compile(item.text.removeprefix("re:"))
-    except re.error as error:
-        at = item.place(len("re:") + (error.pos or 0))
-        raise SpecError(f"not a regular expression: {error.msg}", at=at, keypath=item.keypath) from None
+        return Expression(item.text.removeprefix("re:"))
+    except ExpressionError as error:
+        at = item.place(len("re:") + error.offset)
+        raise SpecError(f"not a regular expression: {error}", at=at, keypath=item.keypath) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +65,7 @@ class PathCondition(Condition):
     kind: ClassVar[Kind] = OneOrMore('a path ("encoder.**.dense" or "re:...")', TEXT, _as_paths)
     notation: ClassVar[str] = "Globs"
 
-    value: tuple[Glob | re.Pattern[str], ...]
+    value: tuple[Glob | Expression, ...]
 
     def test(self, site: Site, context: SelectionContext) -> bool:
         return any(_matches(pattern, site) for pattern in self.value)
@@ -81,9 +83,9 @@ class PathCondition(Condition):
         dead = tuple(text for text, pattern in alternatives if not any(_matches(pattern, site) for site in sites))
         return dead if len(dead) < len(alternatives) else ()
 
-    def _alternatives(self) -> list[tuple[str, Glob | re.Pattern[str]]]:
+    def _alternatives(self) -> list[tuple[str, Glob | Expression]]:
         """Each brace-free glob and each regular expression, with its text."""
-        found: list[tuple[str, Glob | re.Pattern[str]]] = []
+        found: list[tuple[str, Glob | Expression]] = []
         for pattern in self.value:
             if isinstance(pattern, Glob):
                 found += [(text, Glob(text)) for text in pattern.alternatives]
@@ -92,6 +94,6 @@ class PathCondition(Condition):
         return found
 
 
-def _matches(pattern: Glob | re.Pattern[str], site: Site) -> bool:
+def _matches(pattern: Glob | Expression, site: Site) -> bool:
     names = site_names(site)
-    return any(pattern.matches(name) if isinstance(pattern, Glob) else pattern.fullmatch(name) is not None for name in names)
+    return any(pattern.matches(name) for name in names)

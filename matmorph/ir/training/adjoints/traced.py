@@ -113,7 +113,8 @@ def trace_function(inference: Inference, function: Callable[..., Any], inputs: S
     if mode is None:
         raise ExportError("a function of no tensors has no gradient")
     patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with quiet(), patched, mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
+    plain = torch.backends.mkldnn.flags(enabled=False)  # its fused layers (LSTM) have a backward that nothing but torch runs
+    with quiet(), patched, plain, mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
         module = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
         if any(_writes(node) for node in module.graph.nodes):
             # Some of torch's formulas fill their own scratch tensors.

@@ -40,8 +40,9 @@ from matmorph.passes.methods.glora.settings import (
 )
 from matmorph.passes.methods.glora.supernet import configured, replacing_spec, training_form
 from matmorph.passes.methods.protocol import Configuration, Error, FragmentBuilder, SiteStats, TrainingForm, UpdateMethod
-from matmorph.passes.methods.weights import FLOATS, dense_matrix, refuse_computed, stored, widened
+from matmorph.passes.methods.weights import FLOATS, dense_matrix, rank_beyond, refuse_computed, stored, widened
 from matmorph.specs import schema
+from matmorph.specs.schema import Rank
 
 
 class Glora(GloraLanguage, UpdateMethod):
@@ -54,6 +55,9 @@ class Glora(GloraLanguage, UpdateMethod):
     def beside(self) -> GloraBeside:
         """What stands beside a base that took the weight's place."""
         return GloraBeside()
+
+    def impossible(self, sites: Sequence[Site], spec: GloraSpec) -> str | None:
+        return rank_beyond(sites, Rank("fixed", spec.rank)) if _has(spec.words, "lora") else None
 
     def check(self, site: Site, spec: GloraSpec) -> Reject | None:
         words, full = spec.words, min(site.in_features, site.out_features)
