@@ -169,7 +169,7 @@ def test_the_bias_goes_into_the_kernel_where_it_can() -> None:
     assert added("one weight in two places") == [kernel, kernel]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("use", [quantize(quantizer="nf4"), loftq(quantizer="uniform", bits=4)], ids=["nf4", "u4"])
 def test_other_float_types(dtype: str, use: Any) -> None:
     text = LINEAR.replace("float32", dtype)
@@ -184,7 +184,7 @@ def test_other_float_types(dtype: str, use: Any) -> None:
     if "down" in arrays:
         matrix += (arrays["down"] @ arrays["up"]).T
     wanted = torch.relu(x.double() @ torch.from_numpy(matrix).T + weights_of(text, dtype=x.dtype)["fc.bias"].double())
-    rounding = {"float16": 2**-11, "bfloat16": 2**-8, "float64": 2**-24}[dtype]  # float64: the levels are float32
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
     torch.testing.assert_close(run(result, x)[0].double(), wanted, rtol=0, atol=60 * rounding)  # a few roundings of numbers up to 15
 
 

@@ -56,7 +56,7 @@ def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: str) ->
             f"rows of an embedding table can be looked up in uniform codes only (GatherBlockQuantized), not in {spec.quantizer}",
         ),
         (
-            kind == "float64" and spec.quantizer not in ("nf3", "nf2"),
+            kind == "float64" and bool(site.applications) and spec.quantizer not in ("nf3", "nf2"),
             f"no kernel multiplies {spec.quantizer} codes with float64 rows: convert the model with model.float()",
         ),
         (kind not in FLOATS, f"{method} needs a weight of {', '.join(FLOATS)}, this one is {kind}"),
