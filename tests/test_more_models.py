@@ -59,6 +59,18 @@ class Classes(nn.Module):
         return nn.functional.one_hot(labels, 5).float() @ weights
 
 
+class Orthogonal(nn.Module):
+    """torch's three orthogonal parametrisations: a matrix exponential, the Cayley map (a linear system), Householder reflections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        maps = ("matrix_exp", "cayley", "householder")
+        self.layers = nn.Sequential(*(nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map=map) for map in maps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 def pixels(batch: int) -> dict[str, Tensor]:
     return {"pixel_values": randn(batch, 3, 32, 32)}
 
@@ -80,6 +92,7 @@ MODELS: dict[str, tuple[Any, tuple[Any, Any, list[Any]]]] = {
     ),
     "head of parts": (lambda: Classifier((3, 2)), (({0: "batch"},), (randn(2, 5, 7, 6),), [(randn(3, 5, 7, 6),)])),
     "lines": (Lines, (({0: "batch", 1: "seq"},), (randn(2, 5, 6),), [(randn(1, 8, 6),)])),
+    "orthogonal": (Orthogonal, (({0: "batch"},), (randn(3, 6),), [(randn(1, 6),), (randn(4, 6),)])),
     "classes": (
         Classes,
         (

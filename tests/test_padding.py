@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from zoo import ZOO
 
+import matmorph as mm
 from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.exporters.vectors import check_vectors
 from matmorph.ir.sites.attention_masks import attention_masks
 from matmorph.ir.tracing.trace import trace
+from matmorph.runtime.check import check
 from matmorph.specs.schema import Export
 
 PARITY = 1e-4
@@ -116,3 +118,16 @@ def test_padding_at_which_the_model_itself_fails_is_noted() -> None:
     found = check_vectors(trace(Causal(), (x, seen)), [x, seen])
     assert len(found.cases) == 1
     assert found.notes == ("not checked with padding: the model itself answers NaN or infinity there",)
+
+
+@pytest.mark.full
+def test_training_is_checked_on_padding_too(tmp_path: Path) -> None:
+    """The gradient graph of a left-padded Llama, whose first rows see no key, against torch's autograd, which the check vectors hold."""
+    module, inputs, axes = ZOO["llama"].build()
+    assert isinstance(inputs, dict)
+    rule = {"name": "v", "match": {"role": "attention.v"}, "rewrite": {"lora": {"rank": 2, "alpha": 2}}}
+    spec = {"version": 1, "name": "padded", "rules": [rule], "train": {"loss": "cross_entropy"}}
+    folder = mm.compile(module, spec, inputs, dynamic_shapes=axes).save(tmp_path / "out")
+    result = check(folder)
+    assert result.ok, result.problems
+    assert any(line.startswith("training: 4 cases") for line in result.lines)

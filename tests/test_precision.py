@@ -207,3 +207,41 @@ def test_fp32_leaves_a_float32_model_alone() -> None:
     convert(model, "fp32")
     assert [(node.op_type, node.name) for node in model.graph] == before
     assert {types(model)[name] for name in ("table.weight", "gain", "down.weight")} == {ir.DataType.FLOAT}
+
+
+class Various(nn.Module):
+    """Operators of which ONNX defines most on no bfloat16 before opset 22, and some never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.line, self.recurrent, self.slope = nn.ConvTranspose1d(4, 4, 2), nn.GRU(4, 6, batch_first=True), nn.PReLU()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.slope(self.conv(x))
+        pooled = nn.functional.max_pool2d(y, 2), nn.functional.avg_pool2d(y, 2), nn.functional.adaptive_avg_pool2d(y, 1)
+        curves = (
+            torch.nn.functional.elu(y),
+            torch.nn.functional.gelu(y),
+            torch.nn.functional.softplus(y),
+            torch.cumsum(y, 1),
+            y.topk(2).values,
+        )
+        wide = nn.functional.interpolate(y, scale_factor=2.0), self.up(y)
+        return (*pooled, *curves, *wide, self.recurrent(self.line(y[:, :, 0]).mT)[0])
+
+
+@pytest.mark.parametrize(
+    ("precision", "opset"), [("bf16", 21), ("fp16", 21), ("keep", 21), pytest.param("bf16", 23, marks=pytest.mark.full)]
+)
+def test_what_onnx_does_not_define_in_half_precision_computes_in_float32(precision: str, opset: int, tmp_path: Path) -> None:
+    """Valid files, by ONNX's own checker within the export; in float16, which the CPU runs, also the right numbers."""
+    module, x = seeded(Various), randn(2, 3, 6, 6)
+    kept = torch.bfloat16 if precision == "keep" else torch.float32
+    graph = trace(module.to(kept), (x.to(kept),), ({0: "batch"},))
+    export_onnx(graph, tmp_path, Export(precision=precision, opset=opset, target=("cuda",)))
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert {"Conv", "ConvTranspose"} <= {node.op_type for node in model.graph.node}
+    if precision == "fp16":
+        for got, wanted in zip(session(tmp_path / "model.onnx").run(None, {"x": x.numpy()}), answers(module, (x,)), strict=True):
+            assert difference([got], [wanted]) <= PARITY_TOLERANCE["fp16"]

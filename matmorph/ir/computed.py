@@ -1,12 +1,13 @@
-"""Weights and biases that a graph computes from others, as numbers: what merging an adapter needs that changes the weight itself.
+"""Weights and biases that a graph computes from others, as numbers: what merging an adapter needs that changes the weight itself, and what
+an export needs of an operator that ONNX has not (the matrix exponential of an orthogonal parametrisation).
 
-Its matmul is one linear node whose weight and bias are nodes over constants. Merged, they are constants: computed in float64 from the
-stored numbers and rounded once, so that what is made of the old weight is made of it to the end, whatever order the sums are in.
+An adapter's matmul is one linear node whose weight and bias are nodes over constants. Merged, they are constants: computed in float64 from
+the stored numbers and rounded once, so that what is made of the old weight is made of it to the end, whatever order the sums are in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError, VerifyError
 from matmorph.ir.build import names_of, unique_name
-from matmorph.ir.core import Const, Graph, Node, Value
+from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.evaluate import run_node
+from matmorph.ir.ops import base_name, resolve
 from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.types import TensorType, dtype_name
 
@@ -34,8 +36,9 @@ class Folded:
     names: tuple[str, ...]
 
 
-def constant(graph: Graph, value: Value, zero: Collection[Const] = ()) -> Tensor:
-    """The number that a value over constants is, float64. `zero`: constants taken as zeros. VerifyError where it needs an input."""
+def constant(graph: Graph, value: Value, zero: Collection[Const] = (), wide: bool = True) -> Tensor:
+    """The number that a value over constants is, computed in float64, or, not `wide`, in the types of the graph. `zero`: constants taken as
+    zeros. VerifyError where it needs an input."""
     makers = graph.producers()
     known: dict[Value, Tensor] = {}
 
@@ -44,8 +47,8 @@ def constant(graph: Graph, value: Value, zero: Collection[Const] = ()) -> Tensor
             return known[wanted]
         if isinstance(wanted, Const):
             tensor = wanted.load().detach()
-            wide = tensor.double() if tensor.is_floating_point() else tensor
-            known[wanted] = torch.zeros_like(wide) if wanted in zero else wide
+            tensor = tensor.double() if wide and tensor.is_floating_point() else tensor
+            known[wanted] = torch.zeros_like(tensor) if wanted in zero else tensor
         elif wanted in makers:
             node = makers[wanted]
             known.update(zip(node.outputs, run_node(node, read), strict=True))
@@ -54,6 +57,35 @@ def constant(graph: Graph, value: Value, zero: Collection[Const] = ()) -> Tensor
         return known[wanted]
 
     return read(value)
+
+
+def settled(graph: Graph, chosen: Callable[[str], bool]) -> Graph:
+    """The graph with what `chosen` operators compute from constants alone as constants of their own: their numbers are computed when they
+    are loaded, in the types of the graph. An operator that draws random numbers gives no constant."""
+    fixed: set[Value] = set()
+    made: dict[Value, Value] = {}
+    taken = names_of(graph) | {name for const in graph.state for name in const.names}
+    for node in graph.nodes:
+        if not all(isinstance(value, Const) or value in fixed for value in node.inputs()) or _draws(node):
+            continue
+        fixed.update(node.outputs)
+        if any(node.inputs()) and chosen(node.op):  # what no weight goes into is no weight
+            made.update({value: _result(graph, node, value, taken) for value in node.outputs if isinstance(value.type, TensorType)})
+    if not made:
+        return graph
+    nodes = tuple(rewired(node, made) for node in graph.nodes if made.keys().isdisjoint(node.outputs))
+    outputs = map_values(graph.outputs, lambda value: made.get(value, value))
+    state = (*graph.state, *(const for const in made.values() if isinstance(const, Const)))
+    return swept(replace(graph, nodes=nodes, outputs=outputs, state=state), graph)
+
+
+def _draws(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(resolve(node.op), "tags", ())
+
+
+def _result(graph: Graph, node: Node, value: Value, taken: set[str]) -> Const:
+    name = unique_name(f"{node.origin.path or 'constant'}.{base_name(node.op)}", taken)
+    return Const(name, value.tensor, lambda: constant(graph, value, wide=False), (name,), kind="constant", storage=name)
 
 
 def folded(graph: Graph, site: str, factors: Sequence[Const]) -> Folded:

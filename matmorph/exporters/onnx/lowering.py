@@ -24,6 +24,7 @@ from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx.prepare import decompose_unknown, promote_types, remove_checks
 from matmorph.ir.core import Origin
+from matmorph.ir.ops import resolve
 
 OPSETS = range(18, 24)
 """ONNX opsets an export may ask for: torchlib writes 18 and later; ONNX Runtime's kernels and the converter are complete up to 23."""
@@ -58,6 +59,17 @@ def lower(program: ExportedProgram, opset: int = 21, onnx_lowerings: Lowerings |
     except Exception as error:
         raise ExportError(f"the graph cannot be written in opset {opset}", _chain(error)) from error
     return model
+
+
+def translated(opset: int, onnx_lowerings: Lowerings) -> Callable[[str], bool]:
+    """Says of an operator's name whether it has a translation of its own."""
+    library = _Library(opset, onnx_lowerings)
+
+    def known(op: str) -> bool:
+        target = resolve(op)
+        return library.knows(target) or not isinstance(target, torch._ops.OpOverload)
+
+    return known
 
 
 def record(node: ir.Node) -> None:

@@ -19,10 +19,11 @@ from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.attention import attention_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
-from matmorph.exporters.onnx.lowering import Lowerings, lower
+from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
 from matmorph.exporters.onnx.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
+from matmorph.ir.computed import settled
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.types import TensorType, format_dim
@@ -71,6 +72,8 @@ def write_model(
     """
     stored = [const.tensor.dtype for const in graph.used_state()]
     check_target(export.precision, export.target, stored)
+    known = translated(export.opset, _lowerings(graph, export, onnx_lowerings))
+    graph = settled(graph, lambda op: not known(op))
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
     total = data.attach(_weights(model, graph), progress)
@@ -92,9 +95,7 @@ def write_model(
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
     training = has_gradients(graph)
-    products = {**quantized_lowerings(export.activations, packed=training), **gradient_lowerings()}
-    lowerings = {**products, **backward_lowerings(), **attention_lowerings(export.opset), **(onnx_lowerings or {})}
-    model = lower(to_exported_program(graph), export.opset, lowerings)
+    model = lower(to_exported_program(graph), export.opset, _lowerings(graph, export, onnx_lowerings))
     for value in model.graph.initializers.values():
         value.const_value = None
     _name_ports(model, graph)
@@ -112,6 +113,12 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
     if export.adapters == "inputs" and not training:
         expose_adapters(model, graph)
     return model
+
+
+def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:
+    """Translations beside torchlib's, the user's own last."""
+    products = {**quantized_lowerings(export.activations, packed=has_gradients(graph)), **gradient_lowerings()}
+    return {**products, **backward_lowerings(), **attention_lowerings(export.opset), **(own or {})}
 
 
 def _name_ports(model: ir.Model, graph: Graph) -> None:

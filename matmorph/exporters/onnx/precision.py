@@ -2,7 +2,8 @@
 
 `keep` writes the stored dtypes. `fp32` writes every half-precision weight and computation as float32. `fp16` and `bf16` follow autocast:
 matrix products (and what has only their results as inputs) run in half precision, norms, softmax and reductions in float32, inputs and
-outputs stay float32, and Casts are written where the two meet. An operator whose inputs disagree runs in float32.
+outputs stay float32, and Casts are written where the two meet. An operator whose inputs disagree runs in float32, and so does one that
+ONNX does not define for the type in the graph's opset (a convolution on bfloat16 before opset 22).
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def convert(model: ir.Model, precision: str) -> None:
     Raises ExportError for half precision on a graph with control flow, whose bodies are not converted.
     """
     if precision == "keep":
+        _bridge(model)
         return
     settle_types(model)
     _widen(model)
@@ -123,6 +125,50 @@ def _widen(model: ir.Model) -> None:
                 node.attributes[name] = ir.AttrInt64(name, _FLOAT.value)
 
 
+def _bridge(model: ir.Model) -> None:
+    """Nodes of a model in half precision that ONNX does not define there compute in float32, between Casts."""
+    graph, opset = model.graph, model.opset_imports[""]
+    if not any(value.dtype in _HALVES for value in (*graph.inputs, *graph.initializers.values())):
+        return
+    settle_types(model)
+    for node in list(graph):
+        half = next((value.dtype for value in node.inputs if value is not None and value.dtype in _HALVES), None)
+        if half is None or node.op_type == "Cast" or _is_defined(node, half, opset):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == half:
+                cast = ir.node("Cast", [value], attributes={"to": _FLOAT.value}, metadata_props=dict(node.metadata_props))
+                cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(_FLOAT), value.shape
+                graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
+        for value in node.outputs:
+            if value.dtype == half:
+                _cast_back(graph, node, value, half)
+
+
+def _cast_back(graph: ir.Graph, node: ir.Node, value: ir.Value, half: ir.DataType) -> None:
+    cast = ir.node("Cast", [value], attributes={"to": half.value}, metadata_props=dict(node.metadata_props))
+    result = cast.outputs[0]
+    value.dtype, result.type, result.shape = _FLOAT, ir.TensorType(half), value.shape
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    cast.replace_input_with(0, value)
+    graph.insert_after(node, cast)
+
+
+def _is_defined(node: ir.Node, half: ir.DataType, opset: int) -> bool:
+    """Whether ONNX has the operator on a half precision for every float that the node reads; what is not ONNX's own says so itself."""
+    if node.domain not in ("", "ai.onnx"):
+        return True
+    schema = onnx.defs.get_schema(node.op_type, opset)
+    types = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+    floats = {
+        schema.inputs[min(index, len(schema.inputs) - 1)].type_str
+        for index, value in enumerate(node.inputs)
+        if value is not None and value.dtype in (_FLOAT, half)
+    }
+    return all(f"tensor({half.name.lower()})" in types.get(name, [name]) for name in floats)
+
+
 def _narrow(model: ir.Model, half: ir.DataType) -> None:
     for node in model.graph:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
@@ -130,15 +176,16 @@ def _narrow(model: ir.Model, half: ir.DataType) -> None:
                 f"export.precision {half.name.lower()} is not possible for a model with control flow ({node.op_type} at {node.name})",
                 ["set export.precision to fp32 or keep"],
             )
-    _Narrowing(model.graph, half).run()
+    _Narrowing(model.graph, half, model.opset_imports[""]).run()
 
 
 class _Narrowing:
     """One forward walk: the precision of each node by its operator and inputs, Casts between neighbours that differ, one per value."""
 
-    def __init__(self, graph: ir.Graph, half: ir.DataType) -> None:
+    def __init__(self, graph: ir.Graph, half: ir.DataType, opset: int) -> None:
         self.graph = graph
         self.half = half
+        self.opset = opset
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.taken = {str(value.name) for node in graph for value in node.outputs} | {str(v.name) for v in graph.inputs}
         self.taken |= set(graph.initializers)
@@ -171,7 +218,7 @@ class _Narrowing:
         """Whether every reader, through changes of layout, is a matrix product, a table look-up or the addition of a bias to a product."""
         readers = [usage.node for usage in value.uses()]
         return bool(readers) and all(
-            node.op_type in LOWER
+            (node.op_type in LOWER and _is_defined(node, self.half, self.opset))
             or (node.op_type == "Gather" and node.inputs[0] is value)
             or node.op_type == "GatherBlockQuantized"  # its scales
             or (node.op_type in _LAYOUT and self._only_products(node.outputs[0]))
@@ -186,7 +233,7 @@ class _Narrowing:
         data = [value for value in node.inputs if value is not None and value.dtype in (_FLOAT, self.half)]
         if not data:
             return None
-        if self._is_of_weights(node):
+        if self._is_of_weights(node) or not _is_defined(node, self.half, self.opset):
             return _FLOAT
         if node.op_type in LOWER:
             return self.half

@@ -18,7 +18,7 @@ import torch
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.artifact import npz_bytes
 from matmorph.exporters.onnx.precision import PARITY_TOLERANCE
-from matmorph.exporters.vectors import check_shapes, concrete, example_sizes, resized, widened
+from matmorph.exporters.vectors import check_shapes, concrete, example_sizes, padded_examples, resized, widened
 from matmorph.ir.core import Graph, Range, Value
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.types import TensorType, dim_symbols
@@ -51,7 +51,7 @@ def training_vectors(
     feeds: Mapping[str, torch.Tensor],
     ranges: Mapping[str, Range],
 ) -> TrainingVectors:
-    """Loss and gradient at up to three shapes, the example's first.
+    """Loss and gradient at up to three shapes, the example's first, and with padding where an input is an attention mask.
 
     loss_graph: inputs `theta`, the model's and the labels, outputs `loss`, `count` and more. theta: float32 [n], where training starts.
     lengths: of each parameter in it. feeds: an example of every input but theta, on the graph's device; labels that have axes of the
@@ -67,10 +67,15 @@ def training_vectors(
     single, double = widened(loss_graph), widened(loss_graph, torch.float64)
     felt = 0.0
     cases = []
-    for sizes in check_shapes(example_sizes(values, [feeds[name] for name in data]), ranges):
-        inputs = {name: resized(feeds[name], value, sizes) for name, value in zip(data, values, strict=True)}
+    shapes = check_shapes(example_sizes(values, [feeds[name] for name in data]), ranges)
+    batches = [{name: resized(feeds[name], value, sizes) for name, value in zip(data, values, strict=True)} for sizes in shapes]
+    padded = [dict(zip(named, tensors, strict=True)) for tensors in padded_examples(loss_graph, [feeds.get(name, theta) for name in named])]
+    for number, batch in enumerate([*batches, *padded]):
+        inputs = {name: batch[name] for name in data}
         inputs = {name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for name, tensor in inputs.items()}
         loss, count, gradient = _autograd(single, moved, [inputs.get(name, moved) for name in named])
+        if number >= len(batches) and not (np.isfinite(loss) and np.isfinite(gradient).all()):
+            continue  # the model itself has no answer for rows without any key
         if not np.isfinite(loss):
             raise InputError(f"the loss is {loss.item()} on the example inputs: nothing can be learnt from there, and nothing checked")
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
