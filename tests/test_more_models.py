@@ -115,3 +115,17 @@ def test_parity_at_other_sizes(name: str, tmp_path: Path) -> None:
     running = session(tmp_path / "model.onnx")
     for inputs in others:
         assert difference(running.run(None, feeds(running, inputs)), answers(module, inputs)) <= PARITY
+
+
+class Passed(nn.Module):
+    """Decompositions that give an operand back, or several results under names of their own."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (*torch.broadcast_tensors(x, y), torch.ops.aten.resolve_conj(x), *torch.ops.aten.aminmax(x, dim=1))
+
+
+def test_results_of_decompositions_are_found_by_their_names(tmp_path: Path) -> None:
+    inputs = (randn(3, 4), randn(1, 4))
+    export_onnx(trace(Passed(), inputs), tmp_path, Export())
+    running = session(tmp_path / "model.onnx")
+    assert difference(running.run(None, feeds(running, inputs)), answers(Passed(), inputs)) == 0.0

@@ -23,11 +23,9 @@ from matmorph.specs.schema import Export
 PARITY = 1e-4
 """The tolerance of an artefact; a row without keys that is taken for one with all of them differs by 0.1 and more."""
 
-MODELS = (
-    "llama",
-    "bert",
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("llama-eager", "gpt2", "opt", "t5", "bart", "mistral")),
-)
+VARIANTS = ("llama-eager", "gpt2", "opt", "t5", "bart", "mistral")
+MODELS = [("llama", 21), ("bert", 21)]
+FULL = [*((name, 21) for name in VARIANTS), *((name, opset) for name in ("llama", "bert") for opset in (18, 23))]
 
 
 def padded(batch: int, seq: int, side: str) -> Tensor:
@@ -40,13 +38,13 @@ def padded(batch: int, seq: int, side: str) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_padded_batch(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "opset"), [*MODELS, *(pytest.param(*one, marks=pytest.mark.full) for one in FULL)])
+def test_a_padded_batch(name: str, opset: int, tmp_path: Path) -> None:
     entry = ZOO[name]
     module, inputs, axes = entry.build()
     assert isinstance(inputs, dict)
     graph = trace(module, inputs, axes)
-    export_onnx(graph, tmp_path, Export())
+    export_onnx(graph, tmp_path, Export(opset=opset))
     running = session(tmp_path / "model.onnx")
     for example in entry.more_inputs():
         assert isinstance(example, dict)

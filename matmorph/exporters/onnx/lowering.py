@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ def lower(program: ExportedProgram, opset: int = 21, onnx_lowerings: Lowerings |
         stuck = decompose_unknown(module, library.knows)
         if stuck:
             raise _no_translation(stuck)
+        _name_results(program)
         promote_types(module)
         model = _translate(program, library.registry(_targets(module)))
     _describe(model)
@@ -117,19 +119,31 @@ class _Library:
         return registry
 
 
+_SHIFTS: Mapping[Any, str] = {operator.lshift: "_operator::__lshift__", operator.rshift: "_operator::__rshift__"}
+"""Operators that torchlib calls by their other name."""
+
+
 def _key(target: Any) -> Any:
     """The name torchlib uses: "aten::add.Tensor", "aten::linear", "_operator::mul"; another callable stands for itself."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target.name()).removesuffix(".default")  # type: ignore[no-untyped-call]
     module = getattr(target, "__module__", None)
     if module in ("_operator", "math"):
-        return f"{module}::{target.__name__}"
+        return _SHIFTS.get(target, f"{module}::{target.__name__}")
     return target
 
 
 def _targets(module: torch.fx.GraphModule) -> set[Any]:
     parts = (part for part in module.modules() if isinstance(part, torch.fx.GraphModule))
     return {node.target for part in parts for node in part.graph.nodes if node.op == "call_function"}
+
+
+def _name_results(program: ExportedProgram) -> None:
+    """The signature calls its results as the graph does: what a decomposition puts in a result's place may have had a name before."""
+    results: Any = next(iter(program.graph.find_nodes(op="output"))).args[0]
+    for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
+        if isinstance(result, torch.fx.Node):
+            spec.arg.name = result.name
 
 
 def _translate(program: ExportedProgram, registry: _registration.ONNXRegistry) -> ir.Model:

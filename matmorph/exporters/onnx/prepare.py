@@ -66,30 +66,41 @@ def decompose_unknown(module: torch.fx.GraphModule, known: Known) -> tuple[torch
 
 def _replace(node: torch.fx.Node, table: dict[Any, Callable[..., Any]], known: Known) -> bool:
     leaves: list[torch.fx.Node] = list(node.all_input_nodes)
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload) or any("val" not in leaf.meta for leaf in leaves):
+    if not isinstance(node.target, torch._ops.OpOverload) or any("val" not in leaf.meta for leaf in leaves):
         return False
+    body = _decomposed(node, leaves, table)
+    if body is None or any(
+        inner.op == "get_attr" or (inner.op == "call_function" and inner.target is not operator.getitem and not known(inner.target))
+        for inner in body.nodes
+    ):
+        return False
+    _splice(node, body, leaves)
+    return True
+
+
+def _decomposed(node: torch.fx.Node, leaves: list[torch.fx.Node], table: dict[Any, Callable[..., Any]]) -> torch.fx.Graph | None:
+    """The node as a graph of what it is made of; None where torch cannot write it out for these operands."""
+    target: Any = node.target
 
     def run(*values: Any) -> Any:
         given = dict(zip(leaves, values, strict=True))
         args, kwargs = tree_map_only(torch.fx.Node, given.__getitem__, (node.args, dict(node.kwargs)))
         return target(*args, **kwargs)
 
+    def trace(function: Callable[..., Any]) -> torch.fx.GraphModule:
+        return make_fx(function, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
+
     with _fake_mode(node.graph), enable_python_dispatcher():
         # The tracer tells arguments apart by identity, and two nodes of one type may share their fake value.
         fresh = [_in_rows(leaf.meta["val"]) for leaf in leaves]
-        traced = make_fx(run, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
-        if any(_writes(inner) for inner in traced.graph.nodes):
-            functional = functionalize(traced, remove="mutations_and_views")
-            traced = make_fx(functional, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
+        try:
+            traced = trace(run)
+            if any(_writes(inner) for inner in traced.graph.nodes):
+                traced = trace(functionalize(traced, remove="mutations_and_views"))
+        except Exception:  # whatever a formula of torch raises: the operator is named as one without a translation
+            return None
     remove_checks(traced)
-    new = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
-    if any(inner.op == "get_attr" for inner in traced.graph.nodes) or any(
-        inner.target is not operator.getitem and not known(inner.target) for inner in new
-    ):
-        return False
-    _splice(node, traced.graph, leaves)
-    return True
+    return traced.graph
 
 
 def _in_rows(value: Any) -> Any:
