@@ -112,6 +112,7 @@ def test_quotients_of_polynomials_are_those_of_sympy(p: Any, q: Any) -> None:
         (FloorDiv(FloorDiv(S, 2) + 1, 3), "((s + 2)//6)"),
         (FloorDiv(S - 1, 2) + 1, "((s + 1)//2)"),
         (FloorDiv(S, S + 2), "0"),
+        (FloorDiv(2, S + 2), "(2//(s + 2))"),  # 1 where s is empty
         (FloorDiv(S**2 + 3 * S, S + 2), "s"),
         (PythonMod(S**2 + 3 * S, S + 2), "s"),
         (Mod(4 * S + 2, 4), "2"),

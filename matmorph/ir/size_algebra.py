@@ -95,10 +95,15 @@ def _floor(p: sympy.Expr, q: sympy.Expr) -> sympy.Expr:
 
 
 def _settled(rest: sympy.Expr, divisor: sympy.Expr) -> int | None:
-    """floor(rest / divisor) where the signs of sums of axes say it."""
-    if rest == 0 or (rest.is_nonnegative and (divisor - rest).is_positive):
+    """floor(rest / divisor) where the signs of sums of axes say it, also where an axis is empty."""
+    if rest == 0 or (_never_negative(rest) and _never_negative(divisor - rest - 1)):
         return 0
-    return -1 if rest.is_negative and (divisor + rest).is_nonnegative else None
+    return -1 if _never_negative(-rest - 1) and _never_negative(divisor + rest) else None
+
+
+def _never_negative(size: sympy.Expr) -> bool:
+    empty = {axis: sympy.Dummy(integer=True, nonnegative=True) for axis in size.free_symbols}
+    return bool(size.xreplace(empty).is_nonnegative)
 
 
 def _inner_quotient(rest: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
