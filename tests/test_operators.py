@@ -42,6 +42,7 @@ RANDOM = frozenset("bernoulli cauchy exponential geometric log_normal normal uni
 
 _WRITES = "it writes new running statistics into its operands, as in training: a compiled copy would not answer the same twice"
 LEFT = {
+    "argwhere": "the shape of its result is a matter of its operand's values",
     "unique": "the shape of its result is a matter of its operand's values",
     "tensor_split": "its sizes are the values of a tensor: no shape of the result follows from those of the operands",
     "_batch_norm_with_update": _WRITES,
@@ -191,6 +192,26 @@ def exported_by_torch(sample: Sample, folder: Path) -> bool:
     except Exception:
         return False
     return agrees(folder / "torch.onnx", [value.name for value in program.model.graph.inputs], sample)
+
+
+WRITTEN_IN_PLACE = {
+    "nanmean": lambda x: torch.ops.aten.nanmean.default(x, [1]),
+    "pool": lambda x: nn.functional.adaptive_avg_pool1d(x.mT, 1),
+    "classes": lambda x: nn.functional.one_hot((x > 0).long(), 3),
+    "many results": lambda x: torch.ops.aten.var_mean.default(x),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_IN_PLACE)
+def test_decompositions_that_write_check_or_have_many_results(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert exported(Sample(WRITTEN_IN_PLACE[name], *tree_flatten(((x,), {}))), tmp_path)
+
+
+def test_a_formula_that_fails_names_its_operator(tmp_path: Path) -> None:
+    x, part = torch.zeros(3, 3), torch.ones(3)
+    with pytest.raises(ExportError, match=r"operator aten.diagonal_scatter.default has no ONNX translation"):
+        export_onnx(trace(Sample(torch.diagonal_scatter, *tree_flatten(((x, part), {}))), (x, part)), tmp_path, Export())
 
 
 @pytest.mark.full

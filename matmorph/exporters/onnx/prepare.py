@@ -96,7 +96,7 @@ def _decomposed(node: torch.fx.Node, leaves: list[torch.fx.Node], table: dict[An
         try:
             traced = trace(run)
             if any(_writes(inner) for inner in traced.graph.nodes):
-                traced = trace(functionalize(traced, remove="mutations_and_views"))
+                traced = trace(functionalize(traced, remove="mutations"))
         except Exception:  # whatever a formula of torch raises: the operator is named as one without a translation
             return None
     remove_checks(traced)
