@@ -347,3 +347,11 @@ def test_only_long_paths_may_break() -> None:
     assert fitted(short) == short
     assert fitted(long) == '<span class="long">encoder.<wbr>layer.<wbr>11.<wbr>attention.<wbr>output.<wbr>dense</span>'
     assert "<script>" not in fitted("<script>" * 9)
+
+
+def test_names_bring_no_control_characters_onto_the_page() -> None:
+    report = make_report()
+    odd = replace(report, sites=tuple(replace(row, path=f"{row.path}\x1b[31m") for row in report.sites))
+    page = html_page(odd)
+    assert "\x1b" not in page
+    assert "\\x1b[31m" in page

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from matmorph.cli.output import complain
 
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Read files of a folder without checking their sizes and hashes.")]
 
@@ -14,5 +15,5 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Read files of a fol
 def verifying(skipped: bool, *folders: Path) -> bool:
     """Whether files are checked; where they are not, a line on stderr says so."""
     if skipped:
-        print(f"not checked (--no-verify): sizes and hashes in {', '.join(map(str, folders))}", file=sys.stderr)
+        complain(f"not checked (--no-verify): sizes and hashes in {', '.join(map(str, folders))}")
     return not skipped

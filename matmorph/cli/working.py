@@ -11,6 +11,7 @@ from typing import Any
 
 from matmorph.errors import InputError
 from matmorph.progress import Progress, silent
+from matmorph.runtime.format.printable import printable
 
 
 @contextmanager
@@ -82,13 +83,13 @@ def drawn(quiet: bool = False, first: str = "starting") -> Iterator[Progress]:
     if not console.is_terminal:
         yield silent
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {first: bars.add_task(first, total=1)}
+        tasks: dict[str, Any] = {first: bars.add_task(printable(first), total=1)}
 
         def show(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(printable(what), total=total)
                 bars.update(tasks[first], completed=1)
             bars.update(tasks[what], completed=done, total=total)
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matmorph.ir.core import Const, Node, Value
 from matmorph.report.charts import hint, line, text
 from matmorph.report.diff import Difference, DiffSide, outside, short
+from matmorph.runtime.format.printable import printable
 
 _CHAR, _LINE, _PAD = 6.7, 15, 9
 """Width of a character and height of a line of the 11 px monospace face, and the margin in a box."""
@@ -78,7 +79,7 @@ def difference_svg(found: Difference) -> str:
     open_tag = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" width="{:.0f}" height="{:.0f}" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">'
     ).format(width, height, width, height, f"The graph around {found.path} before and after")
-    return f"{open_tag}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+    return printable(f"{open_tag}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n")  # XML has no control characters
 
 
 def _count(boxes: Sequence[_Box]) -> str:

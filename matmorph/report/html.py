@@ -18,6 +18,7 @@ from matmorph.report.model import Pair, Report, SiteRow
 from matmorph.report.palette import palette
 from matmorph.report.reading import Context
 from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size, slowest
+from matmorph.runtime.format.printable import printable
 
 LINE = 32
 _NOTHING = Context()
@@ -76,7 +77,7 @@ def render(name: str, **values: Any) -> str:
     """A page from one of the package's templates, its style and script inside. Everything else is escaped."""
     source = files("matmorph.report") / "templates"
     own = {key: Markup((source / f"page.{key}").read_text(encoding="utf-8")) for key in ("css", "js")}
-    return _environment().get_template(name).render(**own, **values)
+    return printable(_environment().get_template(name).render(**own, **values))
 
 
 @cache

@@ -15,6 +15,7 @@ from matmorph.runtime.adapters import LoadedAdapter, load_adapter, read_slots
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.format.artifact import Manifest, TensorInfo
+from matmorph.runtime.format.printable import printable
 from matmorph.runtime.manifest import checked_model, open_folder
 from matmorph.runtime.providers import Provider, name_of, requested
 from matmorph.runtime.targets import TARGETS
@@ -23,7 +24,7 @@ from matmorph.runtime.targets.target import Target
 
 def to_stderr(line: str) -> None:
     """The default `log`: one plain line on stderr."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 class Session:
