@@ -62,7 +62,7 @@ def search_command(
             found = loader_of(data, batch_size, 0, None)
             loader = found if not isinstance(found, Batches) else list(found)
             trainer = Trainer(folder, provider, threads=threads, verify=verifying(no_verify, folder))
-            spec = folder / SPEC if no_verify else checked_file(folder, SPEC)
+            spec = folder / SPEC if no_verify or trainer.supernet is None else checked_file(folder, SPEC)
             trainer.load_parameters(trained)
             judge = _metric(folder, metric)
         result = search(trainer, loader, judge, settings, state=out / STATE, resume=resume, watch=None if as_json else _watch(settings))

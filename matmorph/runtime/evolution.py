@@ -335,7 +335,7 @@ class _Keeper:
             raise CheckpointError(f"{error} (read as the state of a search)") from error
         for key, here in self._belongs().items():
             if data.get(key) != here:
-                raise CheckpointError(f"{self.path}: belongs to another search: its {key} is {data.get(key)!r:.80}, here {here}")
+                raise CheckpointError(f"{self.path}: belongs to another search: its {key} is {str(data.get(key))[:300]}, here {here}")
         return {self._configuration(one.words): one.fitness for one in entries}
 
     def _configuration(self, text: str) -> Configuration:
