@@ -73,8 +73,8 @@ MUTANTS = {
     "NaN let through": Mutant("tt_svd", "not isfinite(peak)", "False"),
     "parameters without the last rank": Mutant("tt_parameters", "edges[k] * mode * edges[k + 1]", "edges[k] * mode * edges[k]"),
     "boundary after the whole": Mutant("boundary", "products.index(in_features) + 1", "products.index(in_features)"),
-    "ones always allowed": Mutant("modes.factors", "1 if ones else 2", "1"),
-    "primes accepted": Mutant("modes.factors", "found[0] <= max(SPREAD * size ** (1 / d), 2)", "True"),
+    "ones always allowed": Mutant("modes.factors", "primes is None or (d > len(primes) and (not ones))", "primes is None"),
+    "primes accepted": Mutant("modes.factors", "max(SPREAD * size ** (1 / d), 2)", "size"),
     "input modes paired in order": Mutant("_paired", "sorted(in_, reverse=True)", "sorted(in_)"),
     "padding downwards": Mutant(
         "_at_least", "(n for n in count(size) if factors(n, d, ones=ones))", "(n for n in count(size, -1) if factors(n, d, ones=ones))"
