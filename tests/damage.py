@@ -52,8 +52,10 @@ def start(work: Callable[[], object], folder: Path) -> Child:
     """Forks; the child does the work in `folder` and ends as `work` says (SystemExit)."""
     said = folder / "stderr.txt"
     sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the command line itself runs
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return Child(pid, said)
     code = 70
     try:
@@ -115,10 +117,15 @@ def leftovers(folder: Path) -> list[str]:
 
 def compile_once(out: str, force: bool, rank: int) -> None:
     """The command line itself."""
-    from matmorph.cli.main import main
+    from matmorph.__main__ import run
 
     Path("spec.yaml").write_text(SPEC.replace("rank: 2", f"rank: {rank}"), encoding="utf-8")
-    main(["compile", "made:make", "--spec", "spec.yaml", "--out", out, *(["--force"] if force else [])])
+    arguments = ["compile", "made:make", "--spec", "spec.yaml", "--out", out, *(["--force"] if force else [])]
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        run(arguments)
+    except KeyboardInterrupt:  # before it began
+        sys.exit(130)
 
 
 def ended(number: int, signal_number: int, seed: int, folder: Path, within: float) -> Counts:
