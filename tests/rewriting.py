@@ -62,7 +62,7 @@ def rewritten(
     graph: Graph, rule: Rule, stats: Mapping[str, SiteStats] | None = None, methods: Mapping[str, Any] = METHODS
 ) -> tuple[Graph, tuple[Outcome, ...]]:
     """Every site of the graph under one rule; `stats` by path. The result obeys the laws of the IR."""
-    sites = [site for site in find_sites(graph) if site.form != "embedding"]
+    sites = [site for site in find_sites(graph) if site.form != "embedding" and not site.listed]
     known = {site: stats[site.path] for site in sites if stats and site.path in stats}
     result, outcomes = rewrite(graph, [(site, rule) for site in sites], methods, known or None)
     verify(result)

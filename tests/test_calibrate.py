@@ -41,7 +41,7 @@ output %c "output_1"
 
 
 def needs(graph: Graph) -> list[tuple[Site, frozenset[Statistic]]]:
-    return [(site, MOMENT) for site in find_sites(graph) if site.form != "embedding"]
+    return [(site, MOMENT) for site in find_sites(graph) if site.form != "embedding" and not site.listed]
 
 
 def by_path(graph: Graph, batches: Any, samples: int = 10**6, **more: Any) -> dict[str, Any]:
@@ -108,7 +108,9 @@ def test_moments_are_those_of_hooked_modules(name: str, bert: Any) -> None:
     mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
 
     def record(path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
+        x = args[0]
+        if isinstance(module, nn.Conv2d):
+            x = x[..., :: module.stride[0], :: module.stride[1]].movedim(1, -1)
         x = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x
         rows = x.reshape(-1, x.shape[-1]).double()
         seen[path] = seen.get(path, 0) + rows.T @ rows

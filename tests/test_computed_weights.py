@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import matmorph as mm
 from matmorph.errors import SpecError
+from matmorph.folders.after_training import unmerged
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.runtime import Session
 
@@ -123,11 +124,27 @@ def test_an_adapter_beside_it_and_merged(name: str) -> None:
     values = {f"fc1.lora.{k}": torch.randn(s, generator=generator) for k, s in (("down", (8, 2)), ("up", (2, 8)))}
     merged = done.merge(values)
     assert not parts & set(merged.module.state_dict())
+    (row, _) = merged.report.sites
+    assert row.notes[1].startswith("fc1.weight takes the place of ")
+    assert all(part in row.notes[1] for part in parts)
+    assert row.parameters[1] == 64
     with torch.no_grad():
         update = float(done.adapters[0].scale) * (values["fc1.lora.down"] @ values["fc1.lora.up"]).T
         wanted = net.fc2(torch.relu(F.linear(X, net.fc1.weight + update, net.fc1.bias)))
         torch.testing.assert_close(merged.module.state_dict()["fc1.weight"], net.fc1.weight + update, rtol=1e-6, atol=1e-6)  # rounded once
     torch.testing.assert_close(merged(X), wanted, rtol=0, atol=1e-5)  # float32, another order of sums
+
+
+def test_it_is_found_again_in_a_merged_folder(tmp_path: Path) -> None:
+    net = Net(parametrizations.weight_norm).eval()
+    done = mm.compile(net, rule({"lora": {"rank": 2}}), (X,), AXES)
+    generator = torch.Generator().manual_seed(1)
+    values = {f"fc1.lora.{k}": torch.randn(s, generator=generator) for k, s in (("down", (8, 2)), ("up", (2, 8)))}
+    folder = done.merge(values).save(tmp_path / "merged")
+    found, rest = unmerged(done.graph, done.adapters, folder)
+    product = found["fc1.lora.down"].double() @ found["fc1.lora.up"].double()
+    torch.testing.assert_close(product, values["fc1.lora.down"].double() @ values["fc1.lora.up"].double(), rtol=1e-5, atol=1e-5)  # float32
+    assert rest["fc1"] < 1e-5  # of the difference, after rounding to float32
 
 
 def test_what_trains_with_all_is_the_parts() -> None:

@@ -156,8 +156,12 @@ def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
     coded = row.parameters[0] if merged.quantizer is not None else 0
     consts = [const for const in graph.state if const.path in merged.consts]
     dense = merged.quantizer is None
-    size = row.bytes[0] if dense else sum(const.numel * item_size(const.tensor.dtype, precision) for const in consts)
+    made = sum(const.numel * item_size(const.tensor.dtype, precision) for const in consts)
+    gone = [name for name in row.weights if name not in {const.path for const in graph.state}] if dense else []
+    size = row.bytes[0] if dense and not gone else made
+    parameters = sum(const.numel for const in consts) if gone else row.parameters[0]
     note = f"merged: error {merged.error:.3g} of the weight, which the update changed by {merged.change:.3g}"
+    instead = f"{', '.join(merged.consts)} takes the place of {', '.join(gone)}"
     return replace(
         row,
         method=f"{row.method}, merged",
@@ -166,12 +170,12 @@ def _row(row: SiteRow, merged: Merged, graph: Graph, precision: str) -> SiteRow:
         weight_error=None,
         output_error=None,
         bound=None,
-        parameters=(row.parameters[0], row.parameters[0]),
+        parameters=(row.parameters[0], parameters),
         bytes=(row.bytes[0], size),
         macs=(row.macs[0], row.macs[0]),
         trainable=0,
         coded=coded,
-        notes=(note,),
+        notes=(note, instead) if gone else (note,),
     )
 
 
@@ -193,7 +197,7 @@ def unmerged(graph: Graph, adapters: Sequence[Adapter], merged: Path, verify: bo
     taken: set[str] = set()
     for adapter in adapters:
         site = sites[adapter.site if adapter.base == "dense" else adapter.base_consts["base"]]
-        name = site.const.path if adapter.base == "dense" else f"{adapter.site}.weight"
+        name = site.const.path if adapter.base == "dense" and not site.parts else f"{adapter.site}.weight"
         taken.add(name)
         rank = int(state[adapter.consts["down"]].tensor.shape[-1])
         factors, rest[adapter.site] = factors_of(_read(site, weights, name, merged), site.weight().detach(), adapter, rank)

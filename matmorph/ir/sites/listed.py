@@ -38,12 +38,12 @@ class _Read:
 
 
 def list_rest(graph: Graph, behind: Behind, sites: Iterable[Site]) -> list[Site]:
-    """A blocked site for each parameter of two or more axes that a product reads and that none of the sites accounts for."""
+    """A blocked site for each parameter of the model, of two or more axes, that a product reads and that none of the sites accounts for."""
     known = {_key(const) for site in sites for const in (site.const, *site.parts)}
     found: dict[str, _Read] = {}
     for node in graph.nodes:
         for const, form, reason in _multiplied(node, behind):
-            if _key(const) not in known and is_weight(const, axes=2):
+            if _key(const) not in known and is_weight(const, axes=2) and const.rule is None:
                 found.setdefault(_key(const), _Read(const, form, reason)).nodes[node] = None
     return [_site(read) for read in found.values()]
 

@@ -82,7 +82,7 @@ def sizes_of(site: Site, cost: Cost | None, dense: Mapping[Const, int], precisio
 
 
 def _macs(site: Site) -> int:
-    return 0 if site.form == "embedding" else dense_cost(site).macs
+    return 0 if site.form == "embedding" or site.listed else dense_cost(site).macs
 
 
 def offer(site: Site, rule: Rule, methods: Methods, dense: Mapping[Const, int], export: Export) -> Offer:
