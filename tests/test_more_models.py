@@ -102,7 +102,7 @@ MODELS: dict[str, tuple[Any, tuple[Any, Any, list[Any]]]] = {
         ),
     ),
 }
-FULL = ("convnext", "swinv2")
+FULL = ("convnext", "swin", "swinv2")  # of which "head" and "lines" are the ends
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in MODELS])
