@@ -36,7 +36,7 @@ MUTANTS = {
         "low_rank._objective", "weighted(w.double(), weighting) @ whitening.factor", "weighted(w.double(), weighting)"
     ),
     "bound not rooted": Mutant("low_rank._bound", "sqrt(tail / total)", "tail / total"),
-    "bound against the wrong norm": Mutant("low_rank._bound", "found.optimum / norm", "found.optimum"),
+    "bound against the wrong norm": Mutant("low_rank._bound", "optimum / norm", "optimum"),
     "NaN let through": Mutant("readable", "not isfinite(largest(w))", "False"),
     "bytes are parameters": Mutant("LowRank.cost", "parameters * site.const.tensor.torch_dtype.itemsize", "parameters"),
     "multiple rounds a promise of accuracy down": Mutant("low_rank._within", "-(-wanted // step)", "wanted // step"),

@@ -27,7 +27,7 @@ from matmorph.passes.linalg.svd import (
     singular_values,
     truncated_svd,
 )
-from matmorph.passes.linalg.whiten import Whitening, project, weighted
+from matmorph.passes.linalg.whiten import Whitening, project, weighted, whitening_factor
 from matmorph.passes.methods.low_rank.settings import LowRankLanguage, LowRankSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
 from matmorph.passes.methods.weights import FLOATS, curve_errors, rank_beyond, readable, stored, weighting_of, whitening_of, widened
@@ -105,7 +105,7 @@ class LowRank(LowRankLanguage, ReplaceMethod):
             [down, up],
             lambda: self.merge({"down": factors[0], "up": factors[1]})[0],
             choice=Choice(rank),
-            bound=_bound(w, objective, found, whitening) if weighting is None else None,
+            bound=None if weighting is not None else _sharper(w, rank, whitening, stats) or _bound(w, objective, found.optimum, whitening),
             spectrum=_spectrum(found.spectrum, rank, _seen(whitening, weighting), min(site.in_features, site.out_features)),
             notes=(*(whitening.notes if whitening else ()), *_solver_note(found)),
         )
@@ -187,8 +187,22 @@ def _spectrum(values: Tensor, rank: int, of: Literal["W", "W L", "C^T W L"], siz
     return Spectrum(of, size, at, tuple(float(f"{float(values[number - 1]):.4e}") for number in at))
 
 
-def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening | None) -> Bound | None:
-    """Eckart-Young: no matrix of this rank has a smaller error. `found.optimum` is the proven least |(W - W') L|_F.
+_SHARP_SIDE = 1024
+_BARELY = 1e-10
+
+
+def _sharper(w: Tensor, rank: int, whitening: Whitening | None, stats: SiteStats | None) -> Bound | None:
+    """The bound by the singular values of W L with next to no damping: what a sample of few rows has been shrunk by loosens the one that
+    comes with the factors. One more eigenvalue problem, of matrices where that is short."""
+    if whitening is None or stats is None or min(w.shape[-2:]) > _SHARP_SIDE:
+        return None
+    barely = whitening_factor(stats.second_moment, stats.rows, _BARELY)
+    objective = w.double() @ barely.factor
+    return _bound(w, objective, float(torch.linalg.vector_norm(singular_values(objective)[..., rank:])), barely)
+
+
+def _bound(w: Tensor, objective: Tensor, optimum: float, whitening: Whitening | None) -> Bound | None:
+    """Eckart-Young: no matrix of this rank has a smaller error. `optimum` is the proven least |(W - W') L|_F.
 
     For whitened factors it is one of the error on the rows that they were fitted to, measured without the damping d: the tail of W H W^T is
     at least that of W (H + d I) W^T less d |W|_F^2, and the norm |W L|^2 is smaller without it by exactly d |W|_F^2.
@@ -197,10 +211,10 @@ def _bound(w: Tensor, objective: Tensor, found: Truncated, whitening: Whitening 
     if norm == 0:
         return None
     if whitening is None:
-        return Bound("eckart_young", "weight_error", found.optimum / norm)
+        return Bound("eckart_young", "weight_error", optimum / norm)
     shift = whitening.shift.reshape(-1)
     damped = float((w.double().square().reshape(len(shift), -1).sum(1) * shift).sum())
-    tail, total = found.optimum**2 - damped, norm**2 - damped
+    tail, total = optimum**2 - damped, norm**2 - damped
     if tail <= 0 or total <= 0:
         return None
     return Bound("eckart_young", "fitted_error", sqrt(tail / total))
