@@ -167,3 +167,19 @@ def test_casts_inside_are_widened_too() -> None:
 def test_a_float32_graph_is_left_as_it_is() -> None:
     graph = mlp_graph()
     assert widened(graph) is graph
+
+
+def test_what_is_made_out_of_nothing_is_widened_too() -> None:
+    class Made(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            grid = torch.linspace(0, 1, 3) + torch.ones(3) / 3 + torch.full((3,), 0.1)
+            return nn.functional.linear(x, torch.eye(3) + torch.zeros(3), grid) + torch.arange(3)
+
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    graph = trace(Made(), (x,))
+    [wide] = evaluate(widened(graph, torch.float64), [x.double()])
+    assert wide.dtype == torch.float64
+    exact = np.array([1.0, 2.0, 3.0]) + np.linspace(0, 1, 3) + 1 / 3 + 0.1 + np.arange(3)
+    assert np.abs(wide.numpy()[0] - exact).max() <= 1e-15 * 8  # float64 from its first operation on
+    [plain] = evaluate(graph, [x])
+    assert np.abs(plain.numpy()[0] - exact).max() > 1e-9

@@ -18,6 +18,7 @@ import torch
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph, Node, Range, Value
 from matmorph.ir.evaluate import Runner, evaluate
+from matmorph.ir.ops import resolve
 from matmorph.ir.sites.attention_masks import attention_masks
 from matmorph.ir.types import Dim, TensorType, dim_symbols, symbol
 from matmorph.runtime.format.cases import Case
@@ -167,9 +168,21 @@ def widened(graph: Graph, to: torch.dtype = torch.float32) -> Graph:
         return known.get(arg, arg) if isinstance(arg, Const) else arg
 
     def rewritten(node: Node) -> Node:
-        return replace(node, args=change(node.args), attrs={name: change(arg) for name, arg in node.attrs.items()})
+        made = {"dtype": to} if _makes(node, narrow) else {}
+        return replace(node, args=change(node.args), attrs={**{name: change(arg) for name, arg in node.attrs.items()}, **made})
 
     return replace(graph, nodes=tuple(map(rewritten, graph.nodes)), outputs=change(graph.outputs))
+
+
+def _makes(node: Node, narrow: Sequence[torch.dtype]) -> bool:
+    """Whether the node makes a tensor of a narrow type out of nothing and says no type: `zeros` has torch's default one."""
+    if "dtype" in node.attrs or any(isinstance(value.type, TensorType) for value in node.inputs()):
+        return False
+    types = [value.type for value in node.outputs]
+    if not any(isinstance(kind, TensorType) and kind.torch_dtype in narrow for kind in types):
+        return False
+    schema = getattr(resolve(node.op), "_schema", None)
+    return schema is not None and any(argument.name == "dtype" and argument.kwarg_only for argument in schema.arguments)
 
 
 def _wide(const: Const, to: torch.dtype) -> Const:
