@@ -9,6 +9,7 @@ from torch import nn
 
 import matmorph as mm
 from matmorph.report.model import Report
+from matmorph.report.table import make_console, print_inspect
 
 
 def accounted(report: Report) -> set[str]:
@@ -48,6 +49,20 @@ def test_reasons() -> None:
         "second": chain,
         "outer": "einsum multiplies it in a form that is not read as rows times a matrix",
     }
+
+
+def test_what_a_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    build, example = FAMILIES["convnext"]
+    print_inspect(make_console(), mm.inspect_model(build().eval(), (example(),)))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no method")]
+    assert told == [
+        f"no method takes 1 of form conv: {reason}"
+        for reason in (
+            "a kernel of 4 x 4 pixels is multiplied at every place that it slides to",
+            "a convolution in 8 groups multiplies each group of channels by a part of its kernel (3 x 3 pixels)",
+        )
+    ]
 
 
 def test_a_rule_for_matmuls_leaves_out_what_is_listed() -> None:

@@ -259,10 +259,9 @@ def _print_reasons(console: Console, report: Report) -> None:
 
 
 def _print_blocked(console: Console, report: Report) -> None:
-    """What no method takes, each reason once with its first path."""
-    for part in group([row for row in report.sites if row.reason], lambda row: row.reason):
-        more = f" and {len(part.rows) - 1} more" if len(part.rows) > 1 else ""
-        console.print(f"no method takes {part.first.path}{more}: {part.first.reason}")
+    """What no method takes, each reason once with its number of sites."""
+    for part in group([row for row in report.sites if row.reason and row.status == "unclaimed"], lambda row: (row.form, row.reason)):
+        console.print(f"no method takes {len(part.rows)} of form {part.first.form}: {part.first.reason}")
 
 
 def _print_notes(console: Console, report: Report) -> None:
