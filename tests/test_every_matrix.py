@@ -79,3 +79,33 @@ def test_a_rule_for_matmuls_leaves_out_what_is_listed() -> None:
     ]
     assert rows[0].reason == "a kernel of 4 x 4 pixels is multiplied at every place that it slides to"
     assert rows[1].reason == "a convolution in 8 groups multiplies each group of channels by a part of its kernel (3 x 3 pixels)"
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+WINDOWED = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+PICTURES = {
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    "ConvNext": {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]},
+    "Swin": WINDOWED,
+    "Swinv2": WINDOWED,
+    "Dinov2": {**TINY, "image_size": 32, "patch_size": 8},
+    "MobileNetV2": {"depth_multiplier": 0.25, "image_size": 64},
+    "Segformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 8},
+}
+TEXTS = {"Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40}, "Falcon": {**TINY, "vocab_size": 40, "alibi": False}}
+LARGE = ("MobileNetV2", "ResNet", "Segformer")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [*PICTURES, *TEXTS])
+def test_every_matrix_of_hugging_faces_families(family: str) -> None:
+    """Tiny models with random weights, families that the zoo has not."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**PICTURES, **TEXTS}[family])
+    module = getattr(transformers, f"{family}Model")(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    side = 64 if family in LARGE else 32
+    picture, tokens = torch.randn(2, 3, side, side, generator=generator), torch.randint(0, 40, (2, 5), generator=generator)
+    report = mm.inspect_model(module, {"pixel_values": picture} if family in PICTURES else {"input_ids": tokens})
+    assert product_parameters(module) - accounted(report) == set()
