@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def roles(net: nn.Module, *inputs: torch.Tensor) -> dict[str, str]:
-    return {site.path: site.role for site in find_sites(trace(net, inputs))}
+    return {site.path: site.role for site in find_sites(trace(net, inputs)) if not site.listed}
 
 
 def x(*shape: int) -> torch.Tensor:
