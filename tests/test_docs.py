@@ -78,7 +78,7 @@ def test_a_block_that_is_not_run_says_why(block: Block) -> None:
 
 def test_most_code_is_run() -> None:
     code = [block for block in BLOCKS if block.language in CODE]
-    assert len([block for block in code if block.skipped]) <= 5
+    assert len([block for block in code if block.skipped]) <= 7
     assert len(code) >= 80
     assert {block.language for block in code if not block.skipped} == set(CODE)
 

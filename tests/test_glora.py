@@ -342,7 +342,6 @@ def test_a_and_c_need_the_dense_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize(("rewrite", "reason"), [
-    ({"glora": {"A": "lora", "rank": 17}}, "rank 17 is above min(in, out) = 16"),
     ([{"glora": {"E": "vector"}}, {"glora": {"A": "vector"}}],
      "glora works on the dense weight, and glora before it has made that its own"),
     ([{"lora": {"rank": 2, "init": "pissa"}}, {"glora": {"A": "vector"}}],
@@ -351,6 +350,11 @@ def test_a_and_c_need_the_dense_weight(name: str) -> None:
 def test_rejects(rewrite: Any, reason: str) -> None:
     row = next(row for row in compiled(rewrite, path="0").report.sites if row.path == "0")
     assert (row.status, row.reason) == ("rejected", reason)
+
+
+def test_a_rank_above_every_matrix_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"rank 17 is above min\(in, out\) of every matched site; the largest is 16 \(0\)"):
+        compiled({"glora": {"A": "lora", "rank": 17}}, path="0")
 
 
 def test_d_alone_without_a_bias_is_rejected() -> None:

@@ -102,7 +102,7 @@ def test_ci_runs_lint_and_tests() -> None:
 
 
 def test_command_is_installed_by_its_entry_point() -> None:
-    assert PROJECT["scripts"] == {"matmorph": "matmorph.cli.main:main"}
+    assert PROJECT["scripts"] == {"matmorph": "matmorph.__main__:run"}
 
 
 def test_public_names_resolve_and_unknown_ones_do_not() -> None:

@@ -361,7 +361,8 @@ ERRORS = [
     ("match: {op: lineer}", "s.yaml:1:13: match.op: unknown op 'lineer'; did you mean linear?"),
     (
         "match: {op: xyz}",
-        "s.yaml:1:13: match.op: unknown op 'xyz'; known: matmul, linear, addmm, mm, einsum, conv1x1, expert, embedding",
+        "s.yaml:1:13: match.op: unknown op 'xyz'; known: matmul, linear, addmm, mm, einsum, conv1x1, expert, embedding, conv, "
+        "recurrent, product",
     ),
     ("match: {block: {mlp: 1}}", "s.yaml:1:16: match.block: expected a block (attention, mlp), got a mapping with mlp"),
     ("match: {block: atention}", "s.yaml:1:16: match.block: unknown block 'atention'; did you mean attention?"),

@@ -37,8 +37,9 @@ def iterated(s: np.ndarray, n: int) -> float:
 def test_it_is_the_limit_of_the_papers_iteration(count: int, features: int, seed: int) -> None:
     x = rows_of(count, features, seed)
     s = x.T @ x / count
-    # the iteration contracts towards its limit and stops at steps of 1e-15; near rho = 1 it slows down: 1e-6 of it
-    assert oas(torch.from_numpy(s), count) == pytest.approx(iterated(s, count), abs=1e-6)
+    wanted = iterated(s, count)
+    # the iteration contracts towards its limit; where that is 1 its steps shrink like 1 / k^2, so 20 000 of them leave up to 5e-5
+    assert oas(torch.from_numpy(s), count) == pytest.approx(wanted, abs=1e-6 if wanted < 0.999 else 1e-4)
 
 
 def test_it_vanishes_with_rows_and_leaves_nothing_of_one() -> None:

@@ -7,7 +7,6 @@ tt_lora). A few pairs of model and method here, so that each method occurs, and 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -210,15 +209,12 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def edited(case: Case, folder: Path, name: str, change: Any) -> Trainer:
-    """A Trainer of the same folder with one graph changed; sizes are no longer those of train.json, which is told so."""
+    """A Trainer of the same folder with one graph changed; nothing is what the manifests say any more, so nothing is held against them."""
     shutil.copytree(case.folder, folder)
     model = onnx.load(folder / name, load_external_data=False)
     change(model.graph)
     (folder / name).write_bytes(model.SerializeToString())
-    manifest = json.loads((folder / "train.json").read_text())
-    manifest["files"][name]["bytes"] = (folder / name).stat().st_size
-    (folder / "train.json").write_text(json.dumps(manifest))
-    return Trainer(folder, "cpu", threads=1)
+    return Trainer(folder, "cpu", threads=1, verify=False)
 
 
 def constant(graph: onnx.GraphProto, value: float, new: float) -> None:

@@ -17,7 +17,7 @@ from matmorph.compiled import Compiled
 from matmorph.exporters.onnx.precision import PARITY_TOLERANCE
 from matmorph.exporters.training.training_vectors import TIMES_ROUNDING
 from matmorph.runtime.format.training import TRAIN_MANIFEST
-from matmorph.runtime.train_manifest import read_train_manifest
+from matmorph.runtime.train_manifest import open_training
 from matmorph.runtime.train_values import initial_theta
 
 
@@ -48,8 +48,8 @@ def trained(far: float) -> Compiled:
 
 def expected(compiled: Compiled, folder: Path, arrays: dict[str, np.ndarray], case: int) -> tuple[float, np.ndarray]:
     """Loss and gradient of loss * scale with respect to theta, in float64 by hand: mean cross entropy over labels that are not ignored."""
-    manifest = read_train_manifest(folder)
-    theta = initial_theta(folder, manifest)
+    manifest, stored = open_training(folder)
+    theta = initial_theta(stored, manifest)
     theta = (theta + np.resize(arrays["nudge"], len(theta))).astype(np.float64)
     state = {name: tensor.double().numpy() for name, tensor in compiled.module.state_dict().items()}
     parts = {}

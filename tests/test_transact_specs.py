@@ -218,17 +218,17 @@ def test_heads_round_up_and_say_so() -> None:
     assert (row.rank, row.notes) == (24, ("width 17 rounds up to 24: 3 heads",))
 
 
-def test_pruned_matmuls_can_be_quantized_by_a_later_stage() -> None:
+def test_pruned_matmuls_can_be_replaced_by_a_later_stage() -> None:
     _, inputs, graph = traced("bert")
-    quantize = {"quantize": {"quantizer": "uniform", "bits": 4, "block_size": 16}}
+    low_rank = {"low_rank": {"rank": 8}}
     stages = [
         {"name": "prune", "rules": [{"name": "half", "match": {"block": "mlp"}, "rewrite": {"transact": {"width": "50%"}}}]},
-        {"name": "codes", "rules": [{"name": "q", "match": {"role": "mlp.fc1"}, "rewrite": quantize}]},
+        {"name": "factors", "rules": [{"name": "q", "match": {"role": "mlp.fc1"}, "rewrite": low_rank}]},
     ]
     spec = {"version": 1, "name": "two", "stages": stages}
     found = pruned(graph, spec, [inputs])
     row = next(row for row in found.report.sites if row.path == "encoder.layer.0.intermediate.dense")
-    assert (row.method, row.shape, row.parameters) == ("transact, then quantize", (44, 32), (44 * 32, 24 * 32))
+    assert (row.method, row.shape, row.parameters) == ("transact, then low_rank", (44, 32), (44 * 32, 8 * (24 + 32)))
     assert planned(graph, spec).sites[0].path == found.report.sites[0].path
 
 
