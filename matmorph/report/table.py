@@ -230,7 +230,7 @@ def print_plan(console: Console, report: Report, every: bool = False) -> None:
     else:
         print_listing(console, columns, lines)
     if slow:
-        console.print("time: over dense, predicted, at the number of rows (export.tokens) where it is worst")
+        console.print("time: predicted, over dense, at the worst number of rows (export.tokens)")
     if summary and not report.is_plan:
         console.print("errors: the worst of each group, relative to the original")
     _print_reasons(console, report)
