@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from matmorph.runtime.format.cases import (
     training_arrays,
 )
 from matmorph.runtime.format.plain import ManifestError, from_plain, stored, to_plain
+from matmorph.runtime.format.reading import StoredError, parse_json
 from matmorph.runtime.format.training import Parameter, SearchedSite, SearchSpace, SearchTensor, Segment, TrainedLoss, TrainManifest
 
 X, Y = TensorInfo("x", "float32", ("batch", 4)), TensorInfo("y", "float16", ("batch*seq", 3))
@@ -286,3 +288,10 @@ def test_training_vectors_come_back() -> None:
         read_training_arrays({**arrays, f"input:x:{'9' * 5000}": array(1)})
     with pytest.raises(ManifestError, match="holds no case"):
         read_training_arrays({"nudge": array(1)})
+
+
+@pytest.mark.parametrize("text", ["1e400", "-1e999", '[1.5, {"a": 2e308}]'])
+def test_a_number_beyond_all_numbers_is_damage(text: str, tmp_path: Path) -> None:
+    with pytest.raises(StoredError, match=r"x\.json: cannot be read: .* is beyond the largest number"):
+        parse_json(text, tmp_path / "x.json", lambda data: data)
+    assert parse_json("[1e308, -0.5]", tmp_path / "x.json", lambda data: data) == [1e308, -0.5]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def read_json(path: Path, read: Callable[[Any], T]) -> T:
 def parse_json(text: str, path: Path, read: Callable[[Any], T]) -> T:
     """The same of a text; `path` is what errors call it."""
     with reading(path):
-        data = json.loads(text, parse_constant=_no_constant)
+        data = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if _deeper_than(data, DEEPEST):
             raise StoredError(f"{path}: cannot be read: nested more than {DEEPEST} deep")
         return read(data)
@@ -88,6 +89,14 @@ def parse_json(text: str, path: Path, read: Callable[[Any], T]) -> T:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """A number with a point or an exponent. `1e400` is JSON, but no number that could be written again."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is beyond the largest number")
+    return value
 
 
 def _deeper_than(data: Any, depth: int) -> bool:
