@@ -73,12 +73,12 @@ def test_block_is_of_a_known_language_and_parses(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.skipped or block.title.startswith("not run")], ids=str)
 def test_a_block_that_is_not_run_says_why(block: Block) -> None:
-    assert re.search(r"\b(GPU|installs|wrong on purpose|Ctrl-C|downloaded model|settings)\b", block.skipped), block.title
+    assert re.search(r"\b(GPU|installs|wrong on purpose)\b", block.skipped), block.title
 
 
 def test_most_code_is_run() -> None:
     code = [block for block in BLOCKS if block.language in CODE]
-    assert len([block for block in code if block.skipped]) <= 7
+    assert len([block for block in code if block.skipped]) <= 5
     assert len(code) >= 80
     assert {block.language for block in code if not block.skipped} == set(CODE)
 
