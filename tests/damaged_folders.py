@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -33,6 +32,7 @@ import numpy as np
 import onnx
 import torch
 from adapting import X, compiled, network, trained
+from marks import Mark
 from safetensors.torch import save_file
 
 from matmorph.cli.main import main
@@ -78,16 +78,6 @@ def quiet(*words: Any) -> Outcome:
 
 
 # ---- damage
-
-
-class Mark:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.place),)
 
 
 def flip(path: Path, rng: Rng) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import Mark
 from torch._export.serde.serialize import serialize
 
 from matmorph.errors import InputError
@@ -83,16 +83,6 @@ def refusal(file: Path) -> str | None:
     except InputError as error:
         return error.message
     return None
-
-
-class Mark:
-    """Unpickled, it leaves a folder behind."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.place),)
 
 
 def torch_saved(value: Any) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import Mark
 from safetensors.torch import load_file, save_file
 
 from matmorph.errors import InputError
@@ -97,14 +97,6 @@ def test_code_of_the_folder_is_not_run(own: Path, tmp_path: Path) -> None:
     configured(own, architectures=["EvilModel"])
     assert "has no EvilModel; its auto_map names code of the folder, which is not run" in refused(own)
     assert not mark.exists()
-
-
-class Mark:
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.place),)
 
 
 def test_pickled_weights_are_read_as_weights_only(own: Path, tmp_path: Path) -> None:
