@@ -19,8 +19,8 @@ _GATHER = "GatherBlockQuantized: only the rows that are looked up are unpacked"
 
 def kernel_notes(outcome: Outcome, export: Export) -> tuple[str, ...]:
     """What is known of the kernels that a rewritten site will run on; () where it has no quantised part."""
-    spec = next((part.use.spec for part in outcome.parts if getattr(part.use.spec, "kernel", None)), None)
-    if spec is None or outcome.reject is not None:
+    spec = _quantised(outcome)
+    if spec is None:
         return ()
     looks_up = bool(outcome.site.gathers) and not outcome.rule.untie
     notes = list(_matmul_notes(spec.kernel, spec.block_size, export)) if outcome.site.applications else []
@@ -34,8 +34,14 @@ def predicted_times(spec: Any, export: Export) -> tuple[tuple[int, float], ...]:
 
 def times_of(outcome: Outcome, export: Export) -> tuple[tuple[int, float, float], ...]:
     """`time_ranges` of the kernel that a rewritten site will run on; () where it has no quantised part."""
-    spec = next((part.use.spec for part in outcome.parts if getattr(part.use.spec, "kernel", None)), None)
-    return time_ranges(spec, export) if spec is not None and outcome.reject is None and outcome.site.applications else ()
+    spec = _quantised(outcome)
+    return time_ranges(spec, export) if spec is not None and outcome.site.applications else ()
+
+
+def _quantised(outcome: Outcome) -> Any:
+    """The settings of the part that a kernel for codes runs; None where a site was not rewritten, or has no such part."""
+    specs = (part.use.spec for part in outcome.parts if getattr(part.use.spec, "kernel", None))
+    return next(specs, None) if outcome.reject is None else None
 
 
 def time_ranges(spec: Any, export: Export) -> tuple[tuple[int, float, float], ...]:

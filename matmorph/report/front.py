@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from matmorph.report.charts import Frame, dot, path, text, tick_text, ticks, x_axis, y_axis
+from matmorph.report.listing import plain_table
 from matmorph.report.table import count, error_text, size
 from matmorph.runtime.format.artifact import PARETO, PARETO_PICTURE
 
@@ -31,7 +31,7 @@ def front_files(front: Front) -> Mapping[str, bytes]:
 def print_front(console: Console, front: Front) -> None:
     """One line per point, the smallest first."""
     console.print(f"pareto: {front.resource}, % of the {_whole(front)}; error: root of the mean squared error that the budget minimises")
-    table = Table(box=None, pad_edge=False, padding=(0, 2), collapse_padding=True)
+    table = plain_table(console)
     for name in (front.resource, "%", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("sites")

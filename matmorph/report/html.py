@@ -17,7 +17,7 @@ from matmorph.report.figures import Cell, Panel, arrow, error_figures, front_fig
 from matmorph.report.model import Pair, Report, SiteRow
 from matmorph.report.palette import palette
 from matmorph.report.reading import Context
-from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size, slowest
+from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size, slowest, span
 from matmorph.runtime.format.printable import printable
 
 LINE = 32
@@ -185,12 +185,12 @@ def _time_card(report: Report, run: Mapping[str, Any]) -> Card:
     if seconds:
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         return Card("Time to compile", f"{sum(seconds.values()):.1f} s", parts)
-    worst = max(report.sites, key=slowest, default=None)
-    if worst is None or not slowest(worst):
+    found = slowest(report.sites)
+    if found is None:
         return Card("Time", "-", "none is predicted; matmorph report DIR adds the times of run.json")
-    rows, low, high = max(worst.times, key=lambda time: time[2])
-    span = f"{low:g} {TIMES}" if low == high else f"{low:g} to {high:g} {TIMES}"
-    return Card("Kernel time, slowest", span, f"dense, predicted at {rows} row{'s' * (rows > 1)}; at {worst.path}")
+    row, time = found
+    below = f"dense, predicted at {time[0]} row{'s' * (time[0] > 1)}; at {row.path}"
+    return Card("Kernel time, slowest", span(time, TIMES, " to "), below)
 
 
 def _seconds(run: Mapping[str, Any]) -> dict[str, float]:

@@ -94,18 +94,25 @@ def rank_text(rows: Sequence[SiteRow]) -> str:
     return f"{prefix}{low}" if low == high else f"{prefix}{low}..{high}"
 
 
-def slowest(row: SiteRow) -> float:
-    """Largest predicted time over dense, the worse end of its range; 0 where none is predicted."""
-    return max((high for _, _, high in row.times), default=0.0)
+Time = tuple[int, float, float]
+"""(rows, low, high): predicted time over dense at a number of rows."""
+
+
+def slowest(rows: Iterable[SiteRow]) -> tuple[SiteRow, Time] | None:
+    """The row and the number of rows of x at which the worse end of the predicted time is largest; None where none is predicted."""
+    return max(((row, time) for row in rows for time in row.times), key=lambda found: found[1][2], default=None)
+
+
+def span(time: Time, unit: str, between: str) -> str:
+    """Its range in words, one number where both ends are the same."""
+    _, low, high = time
+    return f"{low:g} {unit}" if low == high else f"{low:g}{between}{high:g} {unit}"
 
 
 def time_text(rows: Sequence[SiteRow]) -> str:
     """ "7..16 x" at the number of rows where it is worst, "-" where no row is predicted to be slower than dense."""
-    worst = max(rows, key=slowest)
-    if slowest(worst) <= 1:
-        return "-"
-    _, low, high = max(worst.times, key=lambda time: time[2])
-    return f"{high:g} x" if low == high else f"{low:g}..{high:g} x"
+    worst = slowest(rows)
+    return span(worst[1], "x", "..") if worst is not None and worst[1][2] > 1 else "-"
 
 
 def parity_line(parity: Parity) -> str:
@@ -203,7 +210,7 @@ def print_plan(console: Console, report: Report, every: bool = False) -> None:
     groups = group(report.sites, lambda row: (row.role, row.rule, outcome(row)))
     summary = _summarised(console, report, len(groups), every)
     rules = ("rule",) if len({row.rule for row in report.sites if row.rule is not None}) > 1 else ()
-    slow = any(slowest(row) > 1 for row in report.sites)
+    slow = time_text(report.sites) != "-"
     figures = [name for name in _FIGURES if not (report.is_plan and name.endswith("error")) and (slow or name != "time")]
     roomy = console.width >= _ROLE_BESIDE_PATH
     columns = [

@@ -34,7 +34,7 @@ def _judged(outcome: Outcome, export: Export, methods: Methods) -> Outcome:
     rule, site = outcome.rule, outcome.site
     if outcome.reject is not None or not rule.pays.time or not site.applications:
         return outcome
-    main = next((part for part in outcome.parts if part.kind == "replace"), None)
+    main = _main(outcome)
     if main is None:
         raise SpecError(f"rule {rule.name}: pays.time judges what replaces a matmul, and {_names(outcome)} only adds to it", at=rule.at)
     if main.choice.at_most:  # the weight decides: judged when it is compiled
@@ -50,13 +50,18 @@ def _judged(outcome: Outcome, export: Export, methods: Methods) -> Outcome:
 
 def much_slower(outcome: Outcome, export: Export, methods: Methods) -> str | None:
     """Why a budget leaves an option out, where its rule says nothing of time; None where it does, and where no time is predicted."""
-    main = next((part for part in outcome.parts if part.kind == "replace"), None)
+    main = _main(outcome)
     if main is None or main.choice.at_most or outcome.rule.pays.time is not None or not outcome.site.applications:
         return None
     times = _times(outcome.site, main, export, methods)
     if max((ratio for _, ratio in times), default=0.0) <= MUCH_SLOWER:
         return None
     return f"{main.use.method} is predicted to take {_said(times)} (pays: {{time: false}} lets a budget choose it)"
+
+
+def _main(outcome: Outcome) -> Part | None:
+    """What takes the place of the matmul, where anything does."""
+    return next((part for part in outcome.parts if part.kind == "replace"), None)
 
 
 def _times(site: Site, main: Part, export: Export, methods: Methods) -> tuple[tuple[int, float], ...]:
