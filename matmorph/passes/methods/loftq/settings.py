@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from matmorph.passes.methods.language import MethodKind, MethodLanguage
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, refuse_impossible, refuse_other_ranks
+from matmorph.passes.methods.whitened_settings import damping_field, whiten_field
 from matmorph.specs.notations import Rank
 
 
@@ -17,17 +18,8 @@ class LoftQSpec(QuantizedSpec):
     rank: Rank = field(metadata={"doc": "inner size of the two factors: a number, or auto"})
     iterations: int = field(default=5, metadata={"doc": "alternations between quantizer and SVD; the best is kept", "minimum": 1})
     svd_first: bool = field(default=False, metadata={"doc": "SVD of W first, then the quantizer on what is left: a variant of the paper"})
-    whiten: bool = field(
-        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
-    )
-    damping: float | None = field(
-        default=None,
-        metadata={
-            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
-            "minimum": 0,
-            "maximum": 1,
-        },
-    )
+    whiten: bool = whiten_field()
+    damping: float | None = damping_field()
     factors: Literal["keep", "fp16"] = field(
         default="keep",
         metadata={"doc": "type the factors are stored in: the weight's, or half precision (with export.precision: keep; fp32 widens them)"},

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from matmorph.passes.linalg.choices import Solver
 from matmorph.passes.methods.language import MethodKind, MethodLanguage
+from matmorph.passes.methods.whitened_settings import damping_field, whiten_field
 from matmorph.specs.notations import Rank
 
 
@@ -21,17 +22,8 @@ class LowRankSpec:
     """
 
     rank: Rank = field(metadata={"doc": "inner size of the two factors"})
-    whiten: bool = field(
-        default=False, metadata={"doc": "minimise the error of the outputs on the calibration data instead of that of the weight"}
-    )
-    damping: float | None = field(
-        default=None,
-        metadata={
-            "doc": "share of the mean of the second moment's diagonal that whitening adds to it; by default as the sample asks for (OAS)",
-            "minimum": 0,
-            "maximum": 1,
-        },
-    )
+    whiten: bool = whiten_field()
+    damping: float | None = damping_field()
     solver: Solver = field(default="auto", metadata={"doc": "singular value solver; each proves its result within 1 % of the best"})
 
 
