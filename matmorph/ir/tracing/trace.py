@@ -83,8 +83,7 @@ def trace(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs
         if axes.hints:
             axes = axes.settled(_sizes(_export(model, args, kwargs, axes)[0], (args, kwargs), axes))
         program, axes, adopted = _export(model, args, kwargs, axes)
-        symbols = {name: axes.symbol(label) for name, label in _symbol_names(program, (args, kwargs), axes).items()}
-        names = Names(symbols, _state(model), names_of_inputs, axes.empty)
+        names = Names(_symbols(program, (args, kwargs), axes), _state(model), names_of_inputs, axes.empty)
         return read_program(_functional(program), names, str(device), (*notes, *adopted))
 
 
@@ -245,17 +244,17 @@ def _state(model: torch.nn.Module) -> tuple[Const, ...]:
     return tuple(constant(tensor, tuple(names), kind, persistent) for tensor, names, kind, persistent in tensors.values())
 
 
-def _symbol_names(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> dict[str, str]:
-    """The program's symbol for each named axis, read off the placeholders that carry it."""
-    names: dict[str, str] = {}
+def _symbols(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> dict[str, Dim]:
+    """By the program's symbol, what it is in the IR; read off the placeholders that carry it."""
+    found: dict[str, Dim] = {}
     for node, axis, label, size in _placed(program, examples, axes):
         if isinstance(size, int):
             raise TraceError(
                 f"the model works only with {label} = {size}: it fixes that axis of {node.name}",
                 [f"leave axis {axis} of {node.name} out of dynamic_shapes, or change the model to accept any size"],
             )
-        names[size] = label
-    return names
+        found[size] = axes.symbol(label)
+    return found
 
 
 def _sizes(program: ExportedProgram, examples: Any, axes: DynamicAxes) -> dict[str, int | str]:
@@ -296,7 +295,7 @@ def _trace_program(program: ExportedProgram, dynamic_shapes: Any) -> Graph:
     if dynamic_shapes is not None:
         axes = read_dynamic_shapes(args, kwargs, dynamic_shapes, (*_positional_names(program, args), *kwargs))
         axes = axes.settled(_sizes(program, (args, kwargs), axes)) if axes.hints else axes
-        labels.update({name: axes.symbol(label) for name, label in _symbol_names(program, (args, kwargs), axes).items()})
+        labels.update(_symbols(program, (args, kwargs), axes))
     state = _program_state(program)
     device = next((const.load().device for const in state), torch.device("cpu"))
     flat = _user_inputs(program)
