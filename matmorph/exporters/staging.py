@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matmorph.errors import InputError, VerifyError
+from matmorph.runtime.disk.files import is_full
 from matmorph.runtime.disk.locks import abandoned, passing
 from matmorph.runtime.disk.naming import OLD, PARTIAL, exchange, free_name, passing_names, take_name, with_ending
 from matmorph.runtime.format.artifact import MANIFEST, is_manifest
@@ -175,12 +176,11 @@ def _beside(folder: Path, target: Path) -> Path:
     raise VerifyError(f"no name is free beside {target}")
 
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def _reason(folder: Path, error: OSError) -> str:
-    if error.errno in _FULL:
+    if is_full(error.errno):
         return f"{folder} cannot be written: the disk is full ({error.strerror}); nothing was left behind"
     if error.errno in _DENIED:
         return f"{folder} cannot be written: no permission ({error.strerror})"

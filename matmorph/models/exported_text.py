@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._functorch import predispatch
 from torch.utils._sympy import functions
 
 from matmorph.errors import InputError
+from matmorph.runtime.format.reading import entries
 
 _NAME = re.compile(r"\w*")
 """Of a node, an input, an argument: it becomes a variable in generated code."""
@@ -52,7 +53,7 @@ def judge_program(data: Any, member: str) -> dict[str, Any]:
     """The program's data with what is not needed left out. InputError names `member` and the string that was refused."""
     if not isinstance(data, dict) or not isinstance(data.get("graph_module"), dict):
         raise InputError(f"{member}: no exported program")
-    for where, value in _entries(data):
+    for where, value in entries(data):
         judge = _JUDGES.get(where)
         if judge is not None and value is not None:
             reason = judge(value)
@@ -79,22 +80,6 @@ def judge_payloads(data: Any, member: str, folder: str, members: list[str]) -> N
             raise InputError(f"{member}: {name!r:.80} lies in {place!r:.80}, which is no member of the archive")
         if not isinstance(about, dict):
             raise InputError(f"{member}: {name!r:.80} has no size and type")
-
-
-def _entries(data: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every table, at any depth; a list under a key is each of its items. No recursion: files may nest as they like."""
-    waiting: list[Any] = [data]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, list):
-            waiting.extend(here)
-            continue
-        if not isinstance(here, dict):
-            continue
-        for key, value in here.items():
-            yield str(key), value
-            if isinstance(value, dict | list):
-                waiting.append(value)
 
 
 def _trimmed(data: Any) -> Any:
@@ -235,7 +220,7 @@ def _judge_tree(value: Any) -> str | None:
         data = json.loads(value)
     except (ValueError, RecursionError):
         return "is no pytree"
-    for key, entry in _entries(data):
+    for key, entry in entries(data):
         if key in ("default_factory_module", "__enum__", "fqn"):
             return "names a class to import"
         if key == "context" and isinstance(entry, str) and ("__enum__" in entry or "default_factory" in entry or "\\u" in entry):

@@ -6,13 +6,13 @@ here: no code is loaded for it, and nothing outside it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matmorph.errors import InputError
 from matmorph.runtime.format.plain import ManifestError
-from matmorph.runtime.format.reading import StoredError, check_name, inside, read_json
+from matmorph.runtime.format.reading import StoredError, check_name, entries, inside, read_json
 
 _READ = (".json", ".safetensors", ".bin", ".pt", ".model", ".gguf")
 """Endings of the files that transformers looks for."""
@@ -48,7 +48,7 @@ def refused_code(config: Mapping[str, Any]) -> str:
 
 
 def _judge_config(path: Path, config: Mapping[str, Any]) -> None:
-    for key, value in _settings(config):
+    for key, value in entries(config):
         if key.rstrip("s").endswith("implementation"):
             names = list(value.values()) if isinstance(value, dict) else [value]
             strange = next((name for name in names if isinstance(name, str) and not name.replace("_", "").isalnum()), None)
@@ -56,16 +56,6 @@ def _judge_config(path: Path, config: Mapping[str, Any]) -> None:
                 raise InputError(f"{path}: {key}: {json.dumps(strange)} is a kernel that would be loaded and run, and is not")
         if key in _ELSEWHERE and value is not None:
             check_name(value, f"{key}: {json.dumps(value)}")
-
-
-def _settings(data: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) at any depth."""
-    waiting = [data]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, dict):
-            yield from here.items()
-        waiting.extend(here.values() if isinstance(here, dict) else here if isinstance(here, list) else ())
 
 
 def _judge_index(data: Any) -> None:

@@ -6,7 +6,6 @@ that is full, leaves the older file as it was.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from matmorph.runtime.disk.files import whole_file
+from matmorph.runtime.disk.files import is_full, whole_file
 from matmorph.runtime.disk.locks import Held, held
 from matmorph.runtime.errors import CheckpointError, first_line
 from matmorph.runtime.feeds import Array
@@ -30,7 +29,6 @@ CHECKPOINT_FORMAT = 1
 """Version of a checkpoint, which only this module writes and reads."""
 
 _KEY = "matmorph"  # of the metadata
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Array], about: Mapping[str, Any], replace: bool = True) -> None:
@@ -95,4 +93,4 @@ def _reason(error: Exception) -> str:
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     text = os.strerror(number) if number else str(error)
-    return f"the disk is full ({text})" if number in _FULL else text
+    return f"the disk is full ({text})" if is_full(number) else text

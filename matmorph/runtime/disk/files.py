@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,14 @@ def write_whole(target: Path, data: bytes, replace: bool = True) -> None:
     """The file with this in it, else as it was. OSError, and FileExistsError as `whole_file`."""
     with whole_file(target, replace) as partial:
         partial.write_bytes(data)
+
+
+def is_full(number: int | None) -> bool:
+    """Whether this error number says that there is no place left: on the disk, for the user, or in one file."""
+    return number in _FULL
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def _touch(path: Path) -> None:

@@ -87,6 +87,22 @@ def parse_json(text: str, path: Path, read: Callable[[Any], T]) -> T:
         return read(data)
 
 
+def entries(data: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every table, at any depth; a list under a key is each of its items. No recursion: files may nest as they like."""
+    waiting: list[Any] = [data]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, list):
+            waiting.extend(here)
+            continue
+        if not isinstance(here, dict):
+            continue
+        for key, value in here.items():
+            yield str(key), value
+            if isinstance(value, dict | list):
+                waiting.append(value)
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
