@@ -93,7 +93,7 @@ def stacks(m: Any) -> None:
 CHECKS: tuple[Callable[[Any], None], ...] = (computed, shared, listed, random, learned, stacks)
 
 MUTANTS = {
-    "random numbers are stored ones": Mutant("constants._is_fixed", "torch.Tag.nondeterministic_seeded in resolve(node.op).tags", "False"),
+    "random numbers are stored ones": Mutant("constants._is_fixed", "may_draw(node.op)", "False"),
     "a weight that is computed again reads its parameter too": Mutant("Constants._weight", "its == key", "other is value"),
     "all expressions of one operator are equal": Mutant("constants._key", "repr(args)", "''"),
     "a masked weight loses its mask": Mutant("Constants._weight", "c in parameters or not others[c]", "c in parameters"),

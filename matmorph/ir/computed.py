@@ -17,7 +17,8 @@ from matmorph.errors import RewriteError, VerifyError
 from matmorph.ir.build import names_of, unique_name
 from matmorph.ir.core import Const, Graph, Node, Value, map_values
 from matmorph.ir.evaluate import run_node
-from matmorph.ir.ops import base_name, resolve
+from matmorph.ir.ops import base_name
+from matmorph.ir.randomness import may_draw
 from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.types import TensorType, dtype_name
 
@@ -66,7 +67,7 @@ def settled(graph: Graph, chosen: Callable[[str], bool]) -> Graph:
     made: dict[Value, Value] = {}
     taken = names_of(graph) | {name for const in graph.state for name in const.names}
     for node in graph.nodes:
-        if not all(isinstance(value, Const) or value in fixed for value in node.inputs()) or _draws(node):
+        if not all(isinstance(value, Const) or value in fixed for value in node.inputs()) or may_draw(node.op):
             continue
         fixed.update(node.outputs)
         if any(node.inputs()) and chosen(node.op):  # what no weight goes into is no weight
@@ -77,10 +78,6 @@ def settled(graph: Graph, chosen: Callable[[str], bool]) -> Graph:
     outputs = map_values(graph.outputs, lambda value: made.get(value, value))
     state = (*graph.state, *(const for const in made.values() if isinstance(const, Const)))
     return swept(replace(graph, nodes=nodes, outputs=outputs, state=state), graph)
-
-
-def _draws(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(resolve(node.op), "tags", ())
 
 
 def _result(graph: Graph, node: Node, value: Value, taken: set[str]) -> Const:

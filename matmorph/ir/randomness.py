@@ -15,10 +15,15 @@ _SHARES = ("p", "dropout_p", "dropout")
 """Arguments that say whether an operator draws at all, and how much of its operand it drops."""
 
 
+def may_draw(op: str) -> bool:
+    """Whether the operator can draw, whatever its arguments say. By torch's own tag."""
+    return torch.Tag.nondeterministic_seeded in getattr(resolve(op), "tags", ())
+
+
 def draws(node: Node) -> bool:
     """Whether the node's result is random: dropout outside of training is not."""
     target = resolve(node.op)
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    if not isinstance(target, torch._ops.OpOverload) or not may_draw(node.op):
         return False
     given: dict[str, Any] = {
         argument.name: node.args[place] if place < len(node.args) else node.attrs.get(argument.name, argument.default_value)

@@ -15,11 +15,11 @@ import torch.fx
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.func import functionalize
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._pytree import tree_map_only
+
+from matmorph.ir.tracing.functional import written_out
 
 _CHECKS = frozenset(
     {
@@ -87,16 +87,11 @@ def _decomposed(node: torch.fx.Node, leaves: list[torch.fx.Node], table: dict[An
         args, kwargs = tree_map_only(torch.fx.Node, given.__getitem__, (node.args, dict(node.kwargs)))
         return target(*args, **kwargs)
 
-    def trace(function: Callable[..., Any]) -> torch.fx.GraphModule:
-        return make_fx(function, decomposition_table=table, _allow_non_fake_inputs=True)(*fresh)
-
     with _fake_mode(node.graph), enable_python_dispatcher():
         # The tracer tells arguments apart by identity, and two nodes of one type may share their fake value.
         fresh = [_in_rows(leaf.meta["val"]) for leaf in leaves]
         try:
-            traced = trace(run)
-            if any(_writes(inner) for inner in traced.graph.nodes):
-                traced = trace(functionalize(traced, remove="mutations"))
+            traced = written_out(run, fresh, table)
         except Exception:  # whatever a formula of torch raises: the operator is named as one without a translation
             return None
     remove_checks(traced)
@@ -107,10 +102,6 @@ def _in_rows(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _splice(node: torch.fx.Node, body: torch.fx.Graph, leaves: list[torch.fx.Node]) -> None:

@@ -7,16 +7,15 @@ matrix at a time, by the graph's own operators and therefore to the bit as the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from matmorph.ir.computed import constant
 from matmorph.ir.core import Const, Graph, Node, Value, map_values, values_in
-from matmorph.ir.evaluate import run_node
 from matmorph.ir.op_table import of_kind
-from matmorph.ir.ops import base_name, is_overload, resolve
+from matmorph.ir.ops import base_name, is_overload
+from matmorph.ir.randomness import may_draw
 from matmorph.ir.types import TensorType
 
 _READS_WEIGHT: Mapping[str, int] = {**dict.fromkeys(of_kind("convolution"), 1), "linear": 1}
@@ -46,7 +45,6 @@ class Constants:
     serving: frozenset[Node]
     keys: Mapping[Value, int]
     _readers: Mapping[Value, tuple[Node, ...]]
-    _order: Mapping[Node, int]
     _known: dict[int, ComputedWeight | None] = field(default_factory=dict)
 
     @classmethod
@@ -63,8 +61,7 @@ class Constants:
             for k, value in enumerate(node.outputs):
                 origins[value], makers[value] = behind, node
                 keys[value] = table.setdefault((_key(node, keys), k), len(table))
-        order = {node: k for k, node in enumerate(graph.nodes)}
-        return cls(graph, origins, makers, _serving(graph, makers), keys, graph.users(), order)
+        return cls(graph, origins, makers, _serving(graph, makers), keys, graph.users())
 
     def weight(self, value: Value) -> ComputedWeight | None:
         """The weight that a computed value is; None where no parameter of the model has a part in it, or where a rule put something in."""
@@ -84,22 +81,22 @@ class Constants:
         shared = next((f"{const.path}, which {others[const]} reads too" for const in parameters if others[const]), None)
         main = max(parameters, key=lambda const: (len(const.tensor.shape) > 1, const.numel))
         path = _path(main.path)  # a wish: two weights may have it
-        const = Const(path, value.tensor, computed(value, self._nodes(value)), (path,), storage=f"{path} (computed {key})")
+        const = Const(path, value.tensor, lambda: constant(self.graph, value, wide=False), (path,), storage=f"{path} (computed {key})")
         return ComputedWeight(const, tuple(c for c in others if c in parameters or not others[c]), shared)
 
     def _other_reader(self, const: Const, nodes: set[Node]) -> str | None:
         found = next((base_name(node.op) for node in self._readers.get(const, ()) if node not in nodes), None)
         return "the result of the model" if found is None and const in set(values_in(self.graph.outputs)) else found
 
-    def _nodes(self, value: Value) -> tuple[Node, ...]:
-        """All that compute a value, in order."""
-        found, todo = dict[Node, None](), [value]
+    def _nodes(self, value: Value) -> set[Node]:
+        """All that compute a value."""
+        found, todo = set[Node](), [value]
         while todo:
             node = self.makers.get(todo.pop())
             if node is not None and node not in found:
-                found[node] = None
+                found.add(node)
                 todo += node.inputs()
-        return tuple(sorted(found, key=self._order.__getitem__))
+        return found
 
 
 def is_weight(value: Value, axes: int) -> bool:
@@ -109,29 +106,11 @@ def is_weight(value: Value, axes: int) -> bool:
     return value.tensor.torch_dtype.is_floating_point and len(value.tensor.shape) >= axes
 
 
-def computed(value: Value, nodes: Sequence[Node]) -> Callable[[], torch.Tensor]:
-    """Loads what the nodes compute; nothing is kept."""
-
-    def load() -> torch.Tensor:
-        known: dict[Value, Any] = {}
-
-        def read(wanted: Value) -> Any:
-            return wanted.load().detach() if isinstance(wanted, Const) else known[wanted]
-
-        with torch.no_grad():
-            for node in nodes:
-                known.update(zip(node.outputs, run_node(node, read), strict=True))
-        found: torch.Tensor = known[value]
-        return found
-
-    return load
-
-
 def _is_fixed(node: Node) -> bool:
     """Whether it gives the same tensors each time: no random numbers, no sub-graph, no size that varies."""
     if not is_overload(node.op) or not all(isinstance(value.type, TensorType) for value in node.outputs):
         return False
-    if torch.Tag.nondeterministic_seeded in resolve(node.op).tags:  # type: ignore[attr-defined]
+    if may_draw(node.op):
         return False
     return all(isinstance(dim, int) for value in node.outputs for dim in value.tensor.shape)
 

@@ -17,6 +17,7 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Graph, Node, Value, values_in
 from matmorph.ir.infer import Inference
 from matmorph.ir.ops import base_name, resolve
+from matmorph.ir.randomness import may_draw
 from matmorph.ir.rewiring import needed, rewired, rewired_outputs
 from matmorph.ir.training.cleanup_rules import CLEANUP_RULES, CleanupWalk
 
@@ -83,7 +84,7 @@ def _pure(node: Node) -> bool:
     target = resolve(node.op)
     if not isinstance(target, torch._ops.OpOverload):
         return not node.op.startswith("higher_order.")
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+    return not may_draw(node.op) and not target._schema.is_mutable
 
 
 def _identity(node: Node) -> Any:

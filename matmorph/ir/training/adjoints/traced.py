@@ -16,9 +16,7 @@ import torch
 import torch.fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functionalize
 from torch.fx.experimental import _config as shape_config
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from matmorph.errors import ExportError, MatmorphError
@@ -26,6 +24,7 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Arg, Node, Value, map_values
 from matmorph.ir.infer import Inference
 from matmorph.ir.ops import normalize, op_name, resolve
+from matmorph.ir.tracing.functional import writes, written_out
 from matmorph.ir.tracing.normal_form import Same, normal
 from matmorph.ir.tracing.trace import quiet
 from matmorph.ir.training.adjoints.tape import Cotangents, Tape, TapeStep, composite, is_float
@@ -115,16 +114,9 @@ def trace_function(inference: Inference, function: Callable[..., Any], inputs: S
     patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     plain = torch.backends.mkldnn.flags(enabled=False)  # its fused layers (LSTM) have a backward that nothing but torch runs
     with quiet(), patched, plain, mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
-        module = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
-        if any(_writes(node) for node in module.graph.nodes):
-            # Some of torch's formulas fill their own scratch tensors.
-            module = make_fx(functionalize(module, remove="mutations"), tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        module = written_out(function, fakes)
     module.graph.eliminate_dead_code()
     return module.graph
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def emit(
@@ -168,7 +160,7 @@ def _call(node: torch.fx.Node, env: Mapping[torch.fx.Node, Any], write: Callable
     form = normal(node)
     if isinstance(form, Same) or op in _THE_SAME:
         return env[form.value if isinstance(form, Same) else cast(torch.fx.Node, node.args[0])]
-    if _writes(node):
+    if writes(node):
         raise ExportError(f"the gradient uses {op}, which writes to its operand")
     op, raw, named = (form.op, form.args, form.attrs) if form is not None else (op, node.args, node.kwargs)
     result: Any = node.meta.get("val")
