@@ -168,6 +168,24 @@ def test_a_quantised_folder_is_merged(tmp_path: Path) -> None:
         run("adapter", "unmerge", folder, "--merged", tmp_path / "merged", "--out", tmp_path / "back.safetensors")
 
 
+@pytest.mark.parametrize("short", ["up", "down"])
+def test_a_factor_without_the_other_is_refused(home: tuple[mm.Compiled, Path], values: Any, short: str, tmp_path: Path) -> None:
+    """One byte of a name: the pair would be taken for none, and what it learned left out of the merge."""
+    _, folder = home
+    file = tmp_path / "a.onnx_adapter"
+    run("adapter", "save", folder, "--trained", values[1], "--out", file)
+    own, other = f"0.lora.{short}".encode(), f"0.lorx.{short}".encode()
+    assert own in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(own, other))
+    with pytest.raises(InputError, match="holds one factor for 0, and not the other"):
+        run("merge", folder, "--trained", file, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    strange = tmp_path / "b.onnx_adapter"
+    strange.write_bytes(file.read_bytes().replace(b"0.lora.", b"0.lorx."))
+    with pytest.raises(InputError, match=r"holds '0\.lorx\.(up|down)', which is no factor of the model"):
+        run("merge", folder, "--trained", strange, "--out", tmp_path / "no")
+
+
 def test_adapters_are_saved_loaded_and_switched(home: tuple[mm.Compiled, Path], values: Any, tmp_path: Path) -> None:
     found, folder = home
     told = run("adapter", "save", folder, "--trained", values[1], "--out", tmp_path / "a.onnx_adapter")

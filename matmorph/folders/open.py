@@ -224,12 +224,17 @@ def _of_adapter(source: Path, graph: Graph, adapters: Sequence[Adapter]) -> Mapp
     found: dict[str, Any] = {}
     for adapter in adapters:
         stem = next(iter(adapter.consts.values())).rpartition(".")[0]
-        if f"{stem}.up" not in arrays:
+        down, up = (arrays.pop(f"{stem}.{short}", None) for short in ("down", "up"))
+        if down is None and up is None:
             continue
+        if down is None or up is None:
+            raise InputError(f"{source}: holds one factor for {adapter.site}, and not the other")
         if set(adapter.consts) != {"down", "up"}:
             raise InputError(f"{source}: holds two factors for {adapter.site}, where the model has a {adapter.method} adapter")
-        found[adapter.consts["down"]] = arrays[f"{stem}.down"].astype(np.float64)
-        found[adapter.consts["up"]] = arrays[f"{stem}.up"].astype(np.float64) / adapter.scale
+        found[adapter.consts["down"]] = down.astype(np.float64)
+        found[adapter.consts["up"]] = up.astype(np.float64) / adapter.scale
+    if arrays:
+        raise InputError(f"{source}: holds {next(iter(arrays))!r:.80}, which is no factor of the model")
     return found
 
 
