@@ -220,6 +220,12 @@ def test_errors_have_line_and_column(line: str, column: int, message: str) -> No
     assert caught.value.details == (line, " " * (column - 1) + "^")
 
 
+def test_outputs_have_names_of_their_own() -> None:
+    """A file could not tell the two apart."""
+    with pytest.raises(InputError, match=r"line 4, column 11: a second output is called 'y'"):
+        parse_graph('graph device=cpu\ninput %x: float32[2] "x"\noutput %x "y"\noutput %x "y"')
+
+
 @pytest.mark.parametrize(("text", "message"), [("", "expected `graph`"), ("graph", "expected `device=`")])
 def test_a_text_starts_with_its_header(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

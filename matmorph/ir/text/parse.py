@@ -148,7 +148,12 @@ def _loader(name: str, type: TensorType, names: list[str], weights: Mapping[str,
 
 
 def _output(s: Scanner, parts: _Parts) -> None:
-    parts.outputs.append((_arg(s, parts), s.string()))
+    value = _arg(s, parts)
+    s.blanks()
+    at, name = s.at, s.string()
+    if any(name == other for _, other in parts.outputs):
+        s.fail(f"a second output is called {name!r}", at)
+    parts.outputs.append((value, name))
 
 
 def _node(s: Scanner, parts: _Parts) -> None:
