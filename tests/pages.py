@@ -201,8 +201,11 @@ def _commands(text: str) -> list[str]:
 
 
 def _run(command: str) -> int:
-    """The exit code of one command, run in this process."""
+    """The exit code of one command, run in this process; `> FILE` at its end is followed as a shell does."""
     words = shlex.split(command, comments=True)
+    if ">" in words[:-1]:
+        with Path(words[-1]).open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            return _run(shlex.join(words[: words.index(">")]))
     known: Mapping[tuple[str, ...], Callable[[list[str]], object]] = {
         ("matmorph",): _matmorph,
         ("python", "-m", "matmorph.runtime.check"): _check,
