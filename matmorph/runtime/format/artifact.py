@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from matmorph.runtime.format.cache import CacheInfo
 from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, stored, to_plain, typed
 from matmorph.runtime.format.reading import check_name
 
@@ -104,8 +105,8 @@ FILES_CODEC = Codec(_read_files, lambda files: {name: to_plain(files[name]) for 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """`tolerance` is the largest allowed difference of the check outputs, relative to max(1, max |expected|). `notes`: plain lines.
-    `adapters`: plain data of `Slots` for a model whose adapters are inputs, None where it takes none. What has a default may lack in a
-    file."""
+    `adapters`: plain data of `Slots` for a model whose adapters are inputs, None where it takes none. `cache`: of a model that takes its
+    key/value cache and gives it back, else None. What has a default may lack in a file."""
 
     version: str = field(metadata=stored(key="matmorph"))
     source: Source | None = field(default=None, metadata=stored(omitted=True))
@@ -118,6 +119,7 @@ class Manifest:
     target: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, Any] | None = field(default=None, metadata=stored(omitted=True))
+    cache: CacheInfo | None = field(default=None, metadata=stored(omitted=True))
     files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     def to_dict(self) -> dict[str, Any]:
