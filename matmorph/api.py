@@ -23,6 +23,7 @@ from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.call import read_examples
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.tracing.unwrap import unwrapped
+from matmorph.models.cached_call import CachedCall, WholeCalls, cached_call
 from matmorph.models.resolve import Model
 from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
@@ -42,25 +43,30 @@ def _name(model: Any) -> str:
     return type(unwrapped(model)[0]).__name__
 
 
-def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None) -> Report:
-    """Every matmul site as it is: rows of status "unclaimed"."""
-    return inspect_graph(trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), _name(model))
+def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None, cache: bool = False) -> Report:
+    """Every matmul site as it is: rows of status "unclaimed". `cache` as `compile` has it."""
+    return inspect_graph(_traced(model, example_inputs, dynamic_shapes, kwargs, cache)[0], _name(model))
 
 
-def plan(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None) -> Report:
+def plan(
+    model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None, cache: bool = False
+) -> Report:
     """What `compile` would do and what it would cost; needs no weights (a model on the meta device will do), calibration or labels.
 
     The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
     """
     loaded = load_spec(spec)
-    return plan_graph(trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), loaded, all_methods(), _name(model))
+    graph, _ = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
+    return plan_graph(graph, loaded, all_methods(), _name(model))
 
 
-def explain(model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str, *, kwargs: Kwargs = None) -> Explanation:
+def explain(
+    model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str, *, kwargs: Kwargs = None, cache: bool = False
+) -> Explanation:
     """Why the site at `path` is or is not claimed: each rule of the first stage, condition by condition. Raises InputError for a path
     that is no site (with the nearest)."""
     loaded = load_spec(spec)
-    graph = trace(model, example_inputs, dynamic_shapes, kwargs=kwargs)
+    graph, _ = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
     return explain_site(loaded.stages[0], graph, find_sites(graph), path)
 
 
@@ -73,6 +79,7 @@ def compile(
     seed: int | None = None,
     *,
     kwargs: Kwargs = None,
+    cache: bool = False,
     progress: Progress | None = None,
     onnx_lowerings: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Compiled:
@@ -82,7 +89,9 @@ def compile(
     arguments beside positional ones. dynamic_shapes: names of axes by input ({"input_ids": {0: "batch", 1: "seq"}}) or in a tuple over all
     inputs, None = static; an axis may be a `torch.export.Dim` too. calibration: batches like the example inputs (beside kwargs a pair of
     args and kwargs, or all inputs by name), for methods that need data; where given, every claimed site's output error is measured. seed:
-    None = the spec's. onnx_lowerings: translations of your own operators for the export (torch operator -> onnxscript function).
+    None = the spec's. cache: a causal language model of transformers with its key/value cache as inputs and outputs
+    (`models.cached_call`); example inputs and calibration are its tokens and their mask, axes get their names by themselves, and training
+    graphs have none. onnx_lowerings: translations of your own operators for the export (torch operator -> onnxscript function).
 
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
@@ -91,11 +100,12 @@ def compile(
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
-    graph = trace(model, example_inputs, dynamic_shapes, kwargs=kwargs)
+    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
     show("tracing", 1, 1)
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
-    examples = _flat_examples(model, graph, example_inputs, kwargs)
+    examples = _flat_examples(model, graph, example_inputs if call is None else call.examples, kwargs)
+    calibration = calibration if call is None or calibration is None else WholeCalls(call, calibration)
     traced = time.perf_counter()
     done = compile_graph(graph, loaded, all_methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
@@ -109,8 +119,22 @@ def compile(
         seconds,
         decisions=done.decisions,
         adapters=done.adapters,
+        max_length=None if call is None else call.max_length,
     )
     return Compiled(job, show)
+
+
+def _traced(model: Any, example_inputs: Any, dynamic_shapes: Any, kwargs: Kwargs, cache: bool) -> tuple[Graph, CachedCall | None]:
+    """The model's graph, and how it is called where it keeps its cache."""
+    if not cache:
+        return trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), None
+    module, _ = unwrapped(model)
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"cache=True is for a model of transformers, and this is a {type(module).__name__}")
+    if dynamic_shapes is not None or kwargs is not None:
+        raise InputError("a model with cache=True takes neither dynamic_shapes nor kwargs: its axes get their names by themselves")
+    with cached_call(module, example_inputs) as call:
+        return trace(model, call.examples, call.axes), call
 
 
 def _seeded(spec: Spec, seed: int | None) -> Spec:

@@ -60,6 +60,7 @@ app.command(name="completion", cls=Command, short_help="Print a completion scrip
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face folder, package.module:factory or FILE.pt2.")]
 SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Whether a causal language model of a folder keeps its key/value cache.")]
 Every = Annotated[bool, typer.Option("--all", help="List every site of a long model.")]
 
 
@@ -79,7 +80,7 @@ def _options(
 
 
 @app.command(name="inspect", cls=Command)
-def inspect_command(model: ModelName, every: Every = False, as_json: Json = False) -> None:
+def inspect_command(model: ModelName, cache: Cache = True, every: Every = False, as_json: Json = False) -> None:
     """List every matmul site of MODEL.
 
     Path, role, form, shape, parameters and number of uses."""
@@ -88,14 +89,14 @@ def inspect_command(model: ModelName, every: Every = False, as_json: Json = Fals
         from matmorph.models.resolve import resolve
         from matmorph.report.table import print_inspect
 
-        found = resolve(model)
+        found = resolve(model, cache)
         with step(show, "tracing"):
-            report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
+            report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs, cache=found.cache)
     _show(report, as_json, every, print_inspect)
 
 
 @app.command(cls=Command)
-def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json = False) -> None:
+def plan(model: ModelName, spec: SpecName, cache: Cache = True, every: Every = False, as_json: Json = False) -> None:
     """Say what SPEC would do and cost.
 
     Rows and totals like those of compile, without errors: no weight is read."""
@@ -107,9 +108,9 @@ def plan(model: ModelName, spec: SpecName, every: Every = False, as_json: Json =
         from matmorph.models.resolve import resolve
         from matmorph.report.table import print_plan
 
-        found = resolve(model)
+        found = resolve(model, cache)
         with step(show, "tracing and planning"):
-            report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs)
+            report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs, cache=found.cache)
     _show(report, as_json, every, print_plan)
 
 
@@ -118,6 +119,7 @@ def explain(
     model: ModelName,
     spec: SpecName,
     node: Annotated[str, typer.Option("--node", metavar="PATH", help="Path of a site, as `matmorph inspect` prints it.")],
+    cache: Cache = True,
     as_json: Json = False,
 ) -> None:
     """Say why a site is (not) rewritten.
@@ -130,9 +132,10 @@ def explain(
         from matmorph import api
         from matmorph.models.resolve import resolve
 
-        found = resolve(model)
+        found = resolve(model, cache)
         with step(show, "tracing"):
-            explanation = api.explain(found.module, loaded, found.example_inputs, found.dynamic_shapes, node, kwargs=found.kwargs)
+            inputs = (found.example_inputs, found.dynamic_shapes)
+            explanation = api.explain(found.module, loaded, *inputs, node, kwargs=found.kwargs, cache=found.cache)
     if as_json:
         say_json(explanation.to_dict())
     else:
@@ -153,6 +156,7 @@ def compile_command(
     pareto: Annotated[
         int | None, typer.Option("--pareto", metavar="N", help="Also the smallest errors at N sizes: table, pareto.json, pareto.svg.")
     ] = None,
+    cache: Cache = True,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
     every: Every = False,
     as_json: Json = False,
@@ -175,10 +179,18 @@ def compile_command(
 
         if pareto is not None:
             refuse_unswept(loaded, pareto)
-        found = resolve(model)
+        found = resolve(model, cache)
         batches = found.calibration if calibration is None else read_calibration(calibration, found)
-        inputs = (found.example_inputs, found.dynamic_shapes)
-        compiled = api.compile(found.module, loaded, *inputs, calibration=batches, kwargs=found.kwargs, progress=show)
+        compiled = api.compile(
+            found.module,
+            loaded,
+            found.example_inputs,
+            found.dynamic_shapes,
+            batches,
+            kwargs=found.kwargs,
+            cache=found.cache,
+            progress=show,
+        )
         front = None if pareto is None else compiled.pareto(pareto)
         folder = compiled.save(out, force=force, train=train, pareto=front)
     _show(compiled.report, as_json, every, print_plan)

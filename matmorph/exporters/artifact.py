@@ -36,6 +36,7 @@ from matmorph.runtime.format.artifact import (
     file_record,
     with_file,
 )
+from matmorph.runtime.format.cache import CacheInfo
 from matmorph.runtime.format.cases import Case, case_arrays
 from matmorph.runtime.format.reading import StoredError, read_json
 
@@ -57,8 +58,8 @@ class Artifact:
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
     run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`:
     writes further graphs on the open data file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`:
-    plain lines for the manifest; `adapters`: those that are inputs, for it too; `tolerance`: least one of the outputs, beside that of the
-    precision."""
+    plain lines for the manifest; `adapters`, `cache`: those that are inputs, for it too; `tolerance`: least one of the outputs, beside that
+    of the precision."""
 
     graph: Graph
     export: Export
@@ -72,6 +73,7 @@ class Artifact:
     run: Callable[[], Mapping[str, Any]] = dict
     notes: Sequence[str] = ()
     adapters: Mapping[str, Any] | None = None
+    cache: CacheInfo | None = None
     onnx_lowerings: Lowerings | None = field(default=None)
     tolerance: float = 0.0
 
@@ -131,6 +133,7 @@ def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]
         target=tuple(artifact.export.target),
         notes=tuple(artifact.notes),
         adapters=artifact.adapters,
+        cache=artifact.cache,
         files=files,
     )
 

@@ -22,7 +22,8 @@ class Job:
 
     `training`: what training files are asked for, None = none. `decisions`: of the budgets. `adapters`: what the rules put in to be
     trained; merged ones have left the graph. `more`: further files.
-    `source_sha256`: of the source's weights, None = those of `source`.
+    `source_sha256`: of the source's weights, None = those of `source`. `max_length`: tokens that a model with a cache has positions for,
+    None = it does not say.
     """
 
     spec: Spec
@@ -37,6 +38,7 @@ class Job:
     decisions: tuple[Decision, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     more: Mapping[str, bytes] = field(default_factory=dict)
+    max_length: int | None = None
 
     @property
     def remaining(self) -> tuple[Adapter, ...]:

@@ -65,7 +65,9 @@ def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]
     source = None if manifest.source is None else manifest.source.weights_sha256
     adapters = _fitting(read_adapters(train.adapters, str(folder / TRAIN_MANIFEST)), graph, folder / TRAIN_MANIFEST)
     examples = _examples(folder, manifest, graph)
-    job = Job(spec, graph, graph, read_report(report_file), examples, {}, {}, source_sha256=source, adapters=adapters)
+    length = None if manifest.cache is None else manifest.cache.max_length
+    report = read_report(report_file)
+    job = Job(spec, graph, graph, report, examples, {}, {}, source_sha256=source, adapters=adapters, max_length=length)
     return job, adapters
 
 

@@ -18,6 +18,7 @@ import torch
 from matmorph.errors import CheckError, ExportError
 from matmorph.exporters.adapters import Served, serve
 from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, write_artifact
+from matmorph.exporters.cache_info import cache_info
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
@@ -89,6 +90,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,
         adapters=None if served is None else served.to_dict(),
+        cache=cache_info(plain, job.max_length),
         onnx_lowerings=job.onnx_lowerings or None,
         tolerance=_rounding(plain, job, vectors),
     )

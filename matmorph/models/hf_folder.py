@@ -20,8 +20,18 @@ DEMO_HINT = "install it with: pip install 'matmorph[demo]'"
 _FACTORY_HINT = "use a package.module:factory that returns matmorph.Model(module, example_inputs, dynamic_shapes)"
 
 
-def load_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, dict[int, str]]]:
-    """The folder's module, example inputs drawn from a fixed seed, and the names of their dynamic axes.
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """`module` with example inputs drawn from a fixed seed, and the names of their dynamic `axes`, None where a cache gives them."""
+
+    module: Any
+    examples: dict[str, Any]
+    axes: dict[str, dict[int, str]] | None
+    cache: bool
+
+
+def load_folder(folder: Path, cache: bool = False) -> FolderModel:
+    """The folder's model. cache: a causal language model, which is known by its class, keeps its key/value cache.
 
     Raises InputError naming the folder and the fault.
     """
@@ -34,8 +44,18 @@ def load_folder(folder: Path) -> tuple[Any, dict[str, Any], dict[str, dict[int, 
         raise InputError(f"{config_file}: names no class under architectures")
     judge_folder(folder, config)
     module = load_pretrained(folder, architectures[0], refused_code(config))
-    examples = _examples(folder, module)
-    return module, {name: tensor for name, (tensor, _) in examples.items()}, {name: axes for name, (_, axes) in examples.items()}
+    cached = cache and _is_causal(architectures[0], module)
+    examples = _examples(folder, module, cached)
+    tensors = {name: tensor for name, (tensor, _) in examples.items()}
+    return FolderModel(module, tensors, None if cached else {name: axes for name, (_, axes) in examples.items()}, cached)
+
+
+def _is_causal(architecture: str, module: Any) -> bool:
+    """Whether the class writes text token by token and says so by its name, as BERT with a head for words does not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and bool(getattr(module.config, "is_decoder", True))
+    return not getattr(module.config, "is_encoder_decoder", False) and (architecture.endswith("ForCausalLM") or known)
 
 
 def import_or_fail(module: str, message: str) -> Any:
@@ -107,11 +127,12 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """What the makers below read: the model's configurations and a seeded generator."""
+    """What the makers below read: the model's configurations and a seeded generator. `cached`: tokens are a text and what follows."""
 
     config: Any
     text: Any
     generator: Any
+    cached: bool
 
     def first(self, *names: str) -> Any:
         """The first of `names` that the config, its vision part or its text part has; None without one."""
@@ -150,7 +171,8 @@ def _attention_mask(draw: _Draw) -> Example:
 
     length = _length(draw)
     mask = torch.ones(BATCH, length, dtype=torch.int64)
-    mask[1:, length - length // 4 :] = 0  # the last sample is shorter and padded on the right, as in real batches
+    # The last sample is shorter: padded on the right, as in real batches, or on the left, where texts go on.
+    mask[1:, slice(0, length // 4) if draw.cached else slice(length - length // 4, None)] = 0
     return mask, {0: "batch", 1: "seq"}
 
 
@@ -195,12 +217,12 @@ _MAKERS: dict[str, Callable[[_Draw], Example]] = {
 }
 
 
-def _examples(folder: Path, module: Any) -> dict[str, Example]:
+def _examples(folder: Path, module: Any, cached: bool) -> dict[str, Example]:
     """The inputs in the order of forward's parameters."""
     import torch
 
     config = module.config
-    draw = _Draw(config, config.get_text_config(), torch.Generator().manual_seed(0))
+    draw = _Draw(config, config.get_text_config(), torch.Generator().manual_seed(0), cached)
     parameters = inspect.signature(module.forward).parameters
     wanted = _wanted(module, parameters)
     if module.main_input_name not in _MAKERS:

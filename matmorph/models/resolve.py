@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,7 +51,8 @@ class Model:
     `module`: an nn.Module, fx.GraphModule or ExportedProgram. `example_inputs`: a dict = keyword arguments, a tuple = positional ones.
     `dynamic_shapes`: names of dynamic axes by input ({"input_ids": {0: "batch", 1: "seq"}}), None = all static. `calibration`: batches
     as `compile` takes them, used where a method asks for statistics and no file is given. `kwargs`: keyword arguments beside positional
-    ones.
+    ones. `cache`: a causal language model of transformers is compiled with its key/value cache (`models.cached_call`); the example inputs
+    are then its tokens and their mask, and axes get their names by themselves.
     """
 
     module: Any
@@ -59,20 +60,22 @@ class Model:
     dynamic_shapes: Any = None
     calibration: Iterable[Any] | None = None
     kwargs: Mapping[str, Any] | None = None
+    cache: bool = False
 
 
-def resolve(name: str) -> Model:
-    """The model that `name` stands for (see the four forms above). Raises InputError."""
+def resolve(name: str, cache: bool = True) -> Model:
+    """The model that `name` stands for (see the four forms above). cache False: without a key/value cache, which the causal language model
+    of a folder has else. Raises InputError."""
     if name == "minilm":
         return minilm()
     path = Path(name)
     if path.is_dir():
-        module, examples, axes = load_folder(path)
-        return Model(module, examples, axes)
+        found = load_folder(path, cache)
+        return Model(found.module, found.examples, found.axes, cache=found.cache)
     if path.suffix == ".pt2":
         return _exported_program(path)
     if ":" in name:
-        return _from_factory(name)
+        return _from_factory(name) if cache else replace(_from_factory(name), cache=False)
     if path.exists():
         raise InputError(f"{name}: is a file, and of files only .pt2 can be a model", _forms())
     if "/" in name or os.sep in name:
@@ -210,6 +213,8 @@ def _checked(name: str, attribute: str, model: Any) -> Model:
     if not isinstance(model.example_inputs, Mapping | tuple):
         kind = type(model.example_inputs).__name__
         raise InputError(f"{name}: example_inputs is a {kind}; give a dict (keyword arguments) or a tuple (positional ones)")
+    if model.cache and (model.dynamic_shapes is not None or model.kwargs is not None):
+        raise InputError(f"{name}: a model with cache=True has neither dynamic_shapes nor kwargs: its axes get their names by themselves")
     if model.kwargs is not None and (isinstance(model.example_inputs, Mapping) or not isinstance(model.kwargs, Mapping)):
         raise InputError(f"{name}: kwargs is a dict of keyword arguments beside a tuple of positional ones")
     return model

@@ -23,6 +23,7 @@ from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
 from matmorph.exporters.onnx.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
+from matmorph.ir.cache import find_slots
 from matmorph.ir.computed import settled
 from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
@@ -77,12 +78,15 @@ def write_model(
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
     total = data.attach(_weights(model, graph), progress)
+    inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
+    outputs = tuple(map(_port, model.graph.outputs))
+    _name_totals(model, graph)
     text = _serialized(model)
     path.write_bytes(text)
     _check(path)
     return OnnxInfo(
-        inputs=tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers),
-        outputs=tuple(map(_port, model.graph.outputs)),
+        inputs=inputs,
+        outputs=outputs,
         opset=export.opset,
         precision=export.precision,
         tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
@@ -163,6 +167,20 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
     for value, (name, source) in zip(model.graph.outputs, results, strict=True):
         value.name = unique(name, taken)
         value.shape = _shape(source)
+
+
+_TOTAL = "total_sequence_length"
+"""What other runtimes call the past and the new tokens together, in a file alone: a manifest says what it is a sum of."""
+
+
+def _name_totals(model: ir.Model, graph: Graph) -> None:
+    """The axis of all tokens of a cache gets a name of its own in the place of a sum."""
+    names = {format_dim(slot.total): _TOTAL for slot in find_slots(graph)}
+    if not names or _TOTAL in graph.symbols():
+        return
+    for value in (*model.graph.inputs, *model.graph.outputs, *(value for node in model.graph.all_nodes() for value in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else names.get(str(dim.value), dim.value) for dim in value.shape])
 
 
 def _shape(value: Value) -> ir.Shape:

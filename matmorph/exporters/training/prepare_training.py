@@ -11,12 +11,13 @@ import torch
 from matmorph.errors import InputError, Position, SpecError, did_you_mean
 from matmorph.exporters.training.training import Training, initial_theta
 from matmorph.exporters.training.training_vectors import check_labels, training_vectors
-from matmorph.exporters.vectors import example_sizes
+from matmorph.exporters.vectors import example_sizes, resized
 from matmorph.ir.adapter import Adapter, as_data
 from matmorph.ir.core import Const, Graph, Value, values_in
 from matmorph.ir.training.gradient import gradient_graph, loss_graph
 from matmorph.ir.training.losses import FUNCTION, Loss, LossFunction, judged, label_inputs, tensor_outputs
 from matmorph.ir.types import TensorType, dtype_name, symbol
+from matmorph.ir.without_cache import without_cache
 from matmorph.optimizers import AdamW, AnyOptimizer
 from matmorph.passes.adapters.trainables import Trainable, resolve
 from matmorph.passes.methods.protocol import Methods, TrainingForm
@@ -68,6 +69,7 @@ def prepare_training(
     """
     _check_output(graph, request)
     compiled = graph
+    graph, examples = _whole(graph, examples)
     forms: list[TrainingForm] = []
     for name, method in methods.items():
         form = method.for_training(graph, [adapter for adapter in adapters if adapter.method == name])
@@ -98,6 +100,21 @@ def prepare_training(
         space=next((form.space for form in forms if form.space is not None), None),
         kept={adapter.consts[part]: count for adapter in adapters for part, count in adapter.kept.items()},
     )
+
+
+def _whole(graph: Graph, examples: Sequence[torch.Tensor]) -> tuple[Graph, Sequence[torch.Tensor]]:
+    """The graph without its cache, and its examples: tokens as many as the longest of them, the mask's, has."""
+    plain = without_cache(graph)
+    if plain is graph:
+        return graph, examples
+    names = {entry.name: tensor for entry, tensor in zip([e for e in graph.signature.inputs if e.value is not None], examples, strict=True)}
+    kept = [(entry.value, names[entry.name]) for entry in plain.signature.inputs if entry.value is not None]
+    sizes: dict[str, int] = {}
+    for value, tensor in kept:
+        for dim, size in zip(value.tensor.shape, tensor.shape, strict=True):
+            if not isinstance(dim, int) and dim.is_Symbol:
+                sizes[str(dim)] = max(size, sizes.get(str(dim), 0))
+    return plain, [resized(tensor, value, sizes) for value, tensor in kept]
 
 
 def _refuse_partly(forms: Sequence[TrainingForm], trainables: Sequence[Trainable]) -> None:

@@ -10,6 +10,7 @@ import inspect
 import io
 import itertools
 import logging
+import re
 import sysconfig
 import traceback
 import warnings
@@ -157,20 +158,48 @@ def _export(
     except Exception as error:
         found = suggested_ranges(str(error), axes)
         if not found:
-            raise _explain(error, axes) from error
+            return _export_special(model, args, kwargs, axes, error), axes, ()
     narrowed = axes.narrowed(found)
     notes = tuple(f"{name} must be in {r.low}..{r.high or ''}: the model itself demands it" for name, r in found.items())
     try:
         return _export_once(model, args, kwargs, narrowed), narrowed, notes
     except Exception as error:
-        raise _explain(error, narrowed) from error
+        return _export_special(model, args, kwargs, narrowed, error), narrowed, notes
 
 
-def _export_once(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes) -> ExportedProgram:
+def _export_special(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes, error: Exception
+) -> ExportedProgram:
+    """Once more, with guards deferred that only say that a size is not 1: where an axis may be empty no branch was taken for such a size,
+    and the checks of a file run it at one (decision T13). Raises what `error`, of the trace before, says, where that was another."""
+    if not axes.empty or not _only_not_one(str(error)):
+        raise _explain(error, axes) from error
+    try:
+        return _export_once(model, args, kwargs, axes, deferred=True)
+    except Exception as again:
+        raise _explain(again, axes) from again
+
+
+_GUARD = re.compile(r"the generated guard (.*?)\.?$", re.MULTILINE)
+_NOT_ONE = re.compile(r"\(?(?:(\d+)\*)?L\[.*\]\.size\(\)\[\d+\]\)? != (\d+)")
+
+
+def _only_not_one(message: str) -> bool:
+    """Whether torch complains of nothing but guards that a size, or so many times it, is not 1 (that many)."""
+    guards = [_NOT_ONE.fullmatch(guard.strip()) for guard in _GUARD.findall(message)]
+    return bool(guards) and all(found is not None and (found[1] or "1") == found[2] for found in guards)
+
+
+def _export_once(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: DynamicAxes, deferred: bool = False
+) -> ExportedProgram:
     # An axis that may be empty needs a trace to which sizes 0 and 1 are no special cases: else its limits are the trace's, not the model's.
     plain = fx_config.patch(backed_size_oblivious=True) if axes.empty else nullcontext()  # type: ignore[attr-defined]
+    dims = axes.for_export(inspect.signature(model.forward))
     with quiet(), torch.no_grad(), plain:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=axes.for_export(inspect.signature(model.forward)), strict=False)
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=dims, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
+        )
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -33,9 +33,9 @@ from matmorph.ir.types import as_dim
 from matmorph.passes.linalg.svd import power_of_two
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
+from matmorph.passes.statistics.token_mask import of_rows, token_mask
 from matmorph.progress import StepProgress
 
-MASK_INPUT = "attention_mask"
 HELD_OUT_EVERY = 5
 """One in so many batches, or rows, is kept from what is fitted."""
 SPILL_ABOVE = 1 << 30
@@ -152,11 +152,11 @@ def _source(graph: Graph, site: Site, application: Application) -> _Source:
 
 def _mask(graph: Graph, site: Site, application: Application) -> Value | None:
     """The attention mask, where its axes are those in front of the features of x, apart or flattened into one."""
-    mask = next((entry.value for entry in graph.signature.inputs if entry.name == MASK_INPUT and entry.value is not None), None)
+    mask = token_mask(graph)
     if mask is None or site.form == "conv1x1" or site.batch is not None:
         return None
-    leading, axes = application.x.tensor.shape[:-1], mask.tensor.shape
-    return mask if leading in (axes, (as_dim(prod(axes)),)) else None
+    leading = application.x.tensor.shape[:-1]
+    return mask.value if leading in (mask.axes, (as_dim(prod(mask.axes)),)) else None
 
 
 # Streaming
@@ -297,7 +297,7 @@ def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | N
     part = held if any(target.held is not None for target in targets) else "none"
     for out, pick in _PARTS[part]:
         if source.experts is None:
-            moment, count = _plain(rows, mask, pick)
+            moment, count = _plain(rows, None if mask is None else of_rows(mask, prod(rows.shape[:-1])), pick)
         elif picked is None:
             moment, count = _all_experts(rows, pick)
         else:

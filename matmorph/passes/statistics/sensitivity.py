@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from matmorph.ir.site import Site
 from matmorph.ir.training.losses import tensor_outputs
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, row_view, undo
-from matmorph.passes.statistics.calibrate import MASK_INPUT, SPILL_ABOVE, accumulator, bound_batch, cut_batch
+from matmorph.passes.statistics.calibrate import SPILL_ABOVE, accumulator, bound_batch, cut_batch
 from matmorph.passes.statistics.loss_gradients import Slopes, differentiated, loss_gradients
+from matmorph.passes.statistics.token_mask import TokenMask, of_rows, token_mask
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Calibration, Spec, Train
 
@@ -95,7 +96,7 @@ def of_output(
     """From at most `samples` samples of batches like the model's inputs."""
     sums = _Sums(sites)
     generator = torch.Generator().manual_seed(seed)
-    mask = next((entry.value for entry in graph.signature.inputs if entry.name == MASK_INPUT and entry.value is not None), None)
+    mask = token_mask(graph)
     for number, batch in enumerate(batches):
         tensors, count = cut_batch(graph, bound_batch(graph, batch, number), samples - sums.samples)
         known: dict[Value, Any] = dict(zip(graph.inputs, tensors, strict=True))
@@ -111,11 +112,12 @@ def of_output(
     return sums.means()
 
 
-def _probe(z: Tensor, value: Value, known: Mapping[Value, Any], mask: Value | None, generator: torch.Generator) -> Tensor:
+def _probe(z: Tensor, value: Value, known: Mapping[Value, Any], mask: TokenMask | None, generator: torch.Generator) -> Tensor:
     """v . z / |z| over the rows that count."""
     v = torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z)
-    if mask is not None and value.tensor.shape[: len(mask.tensor.shape)] == mask.tensor.shape:
-        kept = (known[mask] != 0).reshape(*known[mask].shape, *(1,) * (z.dim() - known[mask].dim()))
+    if mask is not None and value.tensor.shape[: len(mask.axes)] == mask.axes:
+        leading = z.shape[: len(mask.axes)]
+        kept = (of_rows(known[mask.value], prod(leading)) != 0).reshape(*leading, *(1,) * (z.dim() - len(leading)))
         z = torch.where(kept, z, 0.0)
     size = torch.linalg.vector_norm(z.detach()).clamp_min(torch.finfo(z.dtype).tiny)
     found: Tensor = (v * z).sum() / size

@@ -1,0 +1,26 @@
+"""What a manifest says of a graph's key/value cache."""
+
+from __future__ import annotations
+
+from matmorph.ir.cache import Slot, find_slots
+from matmorph.ir.core import Graph
+from matmorph.runtime.format.cache import CacheInfo, CacheSlot
+
+
+def cache_info(graph: Graph, max_length: int | None) -> CacheInfo | None:
+    """Of the graph as it is exported; None where it keeps no cache. `max_length`: tokens that the model has positions for."""
+    slots = find_slots(graph)
+    if not slots:
+        return None
+    return CacheInfo(
+        slots=tuple(CacheSlot(slot.input, slot.output, slot.axis) for slot in slots),
+        padding="any",
+        share_buffer=False,
+        max_length=max_length,
+        bytes_per_token=bytes_per_token(slots),
+    )
+
+
+def bytes_per_token(slots: tuple[Slot, ...]) -> int:
+    """Of all slots, for one row of a batch; those of a size that is not fixed do not count."""
+    return sum(slot.bytes_per_token or 0 for slot in slots)

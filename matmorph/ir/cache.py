@@ -1,0 +1,76 @@
+"""The key/value cache of a graph, found by dataflow: names play no part.
+
+A slot is an input that one `cat` puts in front of something new, the result of which is an output. A layer of a decoder has two of them,
+its keys and its values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from matmorph.ir.core import Graph, Node, Value
+from matmorph.ir.ops import base_name
+from matmorph.ir.types import Dim, TensorType, element_size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """One tensor of the cache. `past`: what came before; `new`: what this call adds; `present`: both along `axis`, made by `join`.
+    `input` and `output`: what past and present are called."""
+
+    past: Value
+    new: Value
+    present: Value
+    join: Node
+    axis: int
+    input: str
+    output: str
+
+    @property
+    def before(self) -> Dim:
+        """Tokens in `past`."""
+        return self.past.tensor.shape[self.axis]
+
+    @property
+    def total(self) -> Dim:
+        """Tokens in `present`: the past and the new ones."""
+        return self.present.tensor.shape[self.axis]
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Of one row of the batch, which is the first axis; None where another axis is dynamic too."""
+        kind = self.past.tensor
+        sizes = [size for axis, size in enumerate(kind.shape) if axis not in (0, self.axis)]
+        return prod(map(int, sizes)) * element_size(kind.dtype) if all(isinstance(size, int) for size in sizes) else None
+
+
+def find_slots(graph: Graph) -> tuple[Slot, ...]:
+    """The slots, in the order of their inputs; () for a graph that keeps no cache."""
+    users = graph.users()
+    results = {value: name for value, name in zip(graph.outputs, graph.signature.outputs, strict=True) if isinstance(value, Value)}
+    found = []
+    for entry in graph.signature.inputs:
+        past = entry.value
+        readers = [node for node in users.get(past, ()) if not reads_size(node)] if past is not None else []
+        if past is not None and len(readers) == 1 and (axis := _appended(readers[0], past)) is not None:
+            join = readers[0]
+            if join.output in results:
+                found.append(Slot(past, join.args[0][1], join.output, join, axis, entry.name, results[join.output]))
+    return tuple(found)
+
+
+def reads_size(node: Node) -> bool:
+    """Whether the node reads how long an axis is, and nothing of what lies along it."""
+    return base_name(node.op) == "sym_size"
+
+
+def _appended(node: Node, past: Value) -> int | None:
+    """The axis along which the node puts one other tensor behind `past`; None where it does something else."""
+    if base_name(node.op) != "cat" or len(node.args[0]) != 2 or node.args[0][0] is not past or node.args[0][1] is past:
+        return None
+    kind = past.type
+    if not isinstance(kind, TensorType) or not kind.torch_dtype.is_floating_point:
+        return None
+    axis = int(node.args[1] if len(node.args) > 1 else node.attrs.get("dim", 0)) % len(kind.shape)
+    return None if isinstance(kind.shape[axis], int) else axis
