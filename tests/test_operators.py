@@ -223,3 +223,17 @@ def test_what_torch_exports_we_export(tmp_path: Path) -> None:
             failing.append(name)
     assert seen > 300, "torch has described its operators in another way"
     assert sorted(failing) == sorted(LEFT)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(lambda x: torch.stft(x, 10, window=torch.ones(10), return_complex=True), "output_0"), (lambda x: torch.fft.fft(x), "output_0")],
+    ids=["stft", "fft"],
+)
+def test_complex_results_are_refused_with_what_to_return_instead(function: Any, name: str, tmp_path: Path) -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    sample = Sample(function, *tree_flatten(((x,), {})))
+    with pytest.raises(ExportError, match=f"{name} is complex64, and ONNX Runtime takes and gives real numbers"):
+        export_onnx(trace(sample, (x,)), tmp_path, Export())
+    real = Sample(lambda x: torch.view_as_real(function(x)), *tree_flatten(((x,), {})))
+    assert exported(real, tmp_path)

@@ -71,6 +71,7 @@ def write_model(
     Raises ExportError for a precision, opset, operator or weight that cannot be written, VerifyError where ONNX's own checker refuses the
     result, OSError from the file system.
     """
+    _refuse_complex(graph)
     stored = [const.tensor.dtype for const in graph.used_state()]
     check_target(export.precision, export.target, stored)
     known = translated(export.opset, _lowerings(graph, export, onnx_lowerings))
@@ -94,6 +95,18 @@ def write_model(
         nodes=len(model.graph),
         files={path.name: file_record(text)},
     )
+
+
+def _refuse_complex(graph: Graph) -> None:
+    """ExportError for a complex input or output: a translation has pairs of real numbers in its place, on an axis more."""
+    entries = [(entry.name, entry.value) for entry in graph.signature.inputs]
+    entries += [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
+    for name, value in entries:
+        if value is not None and isinstance(value.type, TensorType) and value.tensor.torch_dtype.is_complex:
+            raise ExportError(
+                f"{name} is {value.tensor.dtype}, and ONNX Runtime takes and gives real numbers",
+                ["inside of the model complex numbers are translated: let it take and return torch.view_as_real(x)"],
+            )
 
 
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
