@@ -7,9 +7,11 @@ compiled.save("out/")
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +26,7 @@ from matmorph.ir.tracing.call import read_examples
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.tracing.unwrap import unwrapped
 from matmorph.models.cached_call import CachedCall, WholeCalls, cached_call
+from matmorph.models.companions import read_companions
 from matmorph.models.resolve import Model
 from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
@@ -82,6 +85,7 @@ def compile(
     cache: bool = False,
     progress: Progress | None = None,
     onnx_lowerings: Mapping[Any, Callable[..., Any]] | None = None,
+    hf_folder: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Rewrites the model's matmuls by the spec.
 
@@ -92,11 +96,13 @@ def compile(
     None = the spec's. cache: a causal language model of transformers with its key/value cache as inputs and outputs
     (`models.cached_call`); example inputs and calibration are its tokens and their mask, axes get their names by themselves, and training
     graphs have none. onnx_lowerings: translations of your own operators for the export (torch operator -> onnxscript function).
+    hf_folder: a Hugging Face folder; its configurations, tokenizer and chat template go into the folder that `save` writes.
 
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
     """
     loaded = _seeded(load_spec(spec), seed)
+    files = {} if hf_folder is None else read_companions(Path(hf_folder))
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
@@ -120,6 +126,7 @@ def compile(
         decisions=done.decisions,
         adapters=done.adapters,
         max_length=None if call is None else call.max_length,
+        source_files=files,
     )
     return Compiled(job, show)
 

@@ -64,9 +64,8 @@ def run_demo(out: Path, spec: str, progress: Progress | None) -> Callable[[], No
     replace = _refuse_foreign(out)
     loaded = api.load_spec(spec)
     model = minilm()
-    compiled = api.compile(
-        model.module, loaded, model.example_inputs, model.dynamic_shapes, calibration=model.calibration, progress=progress
-    )
+    inputs = (model.example_inputs, model.dynamic_shapes)
+    compiled = api.compile(model.module, loaded, *inputs, calibration=model.calibration, progress=progress, hf_folder=model.hf_folder)
     compiled.save(out, force=replace)
     _record(out, {})
     said: list[str] = []

@@ -21,6 +21,7 @@ import typer
 from matmorph.cli.adapters import adapter_app, merge_command
 from matmorph.cli.commands import Command, Group
 from matmorph.cli.completion import completion_command
+from matmorph.cli.layout import layout_command
 from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
 from matmorph.cli.search import search_command
@@ -53,6 +54,7 @@ app.command(name="search", cls=Command)(search_command)
 app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")
 app.command(name="report", cls=Command, short_help="Draw report.html of DIR anew, with times.")(report_command)
+app.command(name="layout", cls=Command, short_help="Write DIR as another runtime wants it.")(layout_command)
 app.command(name="compare", cls=Command, short_help="Two folders side by side.")(compare_command)
 app.command(name="diff", cls=Command, short_help="The graph around one matmul before and after.")(diff_command)
 app.command(name="completion", cls=Command, short_help="Print a completion script for a shell.")(completion_command)
@@ -190,6 +192,7 @@ def compile_command(
             kwargs=found.kwargs,
             cache=found.cache,
             progress=show,
+            hf_folder=found.hf_folder,
         )
         front = None if pareto is None else compiled.pareto(pareto)
         folder = compiled.save(out, force=force, train=train, pareto=front)

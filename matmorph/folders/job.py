@@ -23,7 +23,7 @@ class Job:
     `training`: what training files are asked for, None = none. `decisions`: of the budgets. `adapters`: what the rules put in to be
     trained; merged ones have left the graph. `more`: further files.
     `source_sha256`: of the source's weights, None = those of `source`. `max_length`: tokens that a model with a cache has positions for,
-    None = it does not say.
+    None = it does not say. `source_files`: the source folder's configurations and tokenizer, by name.
     """
 
     spec: Spec
@@ -39,6 +39,7 @@ class Job:
     adapters: tuple[Adapter, ...] = ()
     more: Mapping[str, bytes] = field(default_factory=dict)
     max_length: int | None = None
+    source_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def remaining(self) -> tuple[Adapter, ...]:

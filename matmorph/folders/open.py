@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from matmorph.errors import InputError
 from matmorph.exporters.adapters import base_fingerprint
 from matmorph.exporters.peft import CONFIG, read_peft
+from matmorph.folders.beside import stored_companions
 from matmorph.folders.job import Job
 from matmorph.ir.adapter import Adapter, read_adapters
 from matmorph.ir.core import Const, Graph
@@ -55,6 +56,7 @@ def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]
         manifest, stored = open_folder(folder, verify)
         graph_file, report_file, spec_file = (stored.checked(name) for name in (GRAPH, REPORT, SPEC))
         stored.checked(CHECK_VECTORS)
+        beside = stored_companions(stored)
     plain = read_graph(graph_file, _no_class)
     weights = _Weights({const.path: const for const in plain.state}, stored, train.initial)
     graph = read_graph(graph_file, _no_class, weights)
@@ -67,7 +69,7 @@ def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]
     examples = _examples(folder, manifest, graph)
     length = None if manifest.cache is None else manifest.cache.max_length
     report = read_report(report_file)
-    job = Job(spec, graph, graph, report, examples, {}, {}, source_sha256=source, adapters=adapters, max_length=length)
+    job = Job(spec, graph, graph, report, examples, {}, {}, source_sha256=source, adapters=adapters, max_length=length, source_files=beside)
     return job, adapters
 
 

@@ -26,6 +26,7 @@ from matmorph.exporters.staging import refuse_existing
 from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
 from matmorph.exporters.vectors import Vectors, check_vectors
+from matmorph.folders.beside import beside_model
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
 from matmorph.ir.randomness import drawing
@@ -63,7 +64,9 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     _refuse_random(plain)
     vectors = check_vectors(plain, job.examples, job.spec.export.precision)
     unchecked = _unchecked(job.spec)
-    found = (*job.report.notes, *vectors.notes, *unchecked)
+    cache = cache_info(plain, job.max_length)
+    beside = beside_model(job, plain, cache)
+    found = (*job.report.notes, *vectors.notes, *unchecked, *beside.notes)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
     graph = _relocated(job.graph, job.spec, spec)
@@ -85,12 +88,12 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         spec=spec,
         describe=describe,
         cases=vectors.cases,
-        more={**job.more, **_graphs(job.source, graph, training)},
+        more={**job.more, **_graphs(job.source, graph, training), **beside.files},
         companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,
         adapters=None if served is None else served.to_dict(),
-        cache=cache_info(plain, job.max_length),
+        cache=cache,
         onnx_lowerings=job.onnx_lowerings or None,
         tolerance=_rounding(plain, job, vectors),
     )

@@ -52,7 +52,8 @@ class Model:
     `dynamic_shapes`: names of dynamic axes by input ({"input_ids": {0: "batch", 1: "seq"}}), None = all static. `calibration`: batches
     as `compile` takes them, used where a method asks for statistics and no file is given. `kwargs`: keyword arguments beside positional
     ones. `cache`: a causal language model of transformers is compiled with its key/value cache (`models.cached_call`); the example inputs
-    are then its tokens and their mask, and axes get their names by themselves.
+    are then its tokens and their mask, and axes get their names by themselves. `hf_folder`: a Hugging Face folder, whose configurations
+    and tokenizer go into what is written.
     """
 
     module: Any
@@ -61,6 +62,7 @@ class Model:
     calibration: Iterable[Any] | None = None
     kwargs: Mapping[str, Any] | None = None
     cache: bool = False
+    hf_folder: str | os.PathLike[str] | None = None
 
 
 def resolve(name: str, cache: bool = True) -> Model:
@@ -71,7 +73,7 @@ def resolve(name: str, cache: bool = True) -> Model:
     path = Path(name)
     if path.is_dir():
         found = load_folder(path, cache)
-        return Model(found.module, found.examples, found.axes, cache=found.cache)
+        return Model(found.module, found.examples, found.axes, cache=found.cache, hf_folder=path)
     if path.suffix == ".pt2":
         return _exported_program(path)
     if ":" in name:
@@ -99,6 +101,7 @@ def minilm() -> Model:
         example_inputs=_tensors(tokenize(EXAMPLE_SENTENCES)),
         dynamic_shapes={"input_ids": axes, "attention_mask": axes},
         calibration=[_tensors(tokenize(batch)) for batch in _batches(calibration_sentences(), 16)],
+        hf_folder=minilm_folder(),
     )
 
 

@@ -64,13 +64,25 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """UTF-8. Raises StoredError for a file that is missing, larger, or of something else."""
+    _refuse_large(path, largest)
+    with reading(path):
+        return path.read_text(encoding="utf-8")
+
+
+def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """All of a small file. Raises StoredError for one that is missing, larger, or of something else."""
+    _refuse_large(path, largest)
+    with reading(path):
+        return path.read_bytes()
+
+
+def _refuse_large(path: Path, largest: int) -> None:
     if not path.is_file():
         raise StoredError(f"{path}: {'not a file' if path.exists() else 'missing'}")
     with reading(path):
         size = path.stat().st_size
         if size > largest:
             raise StoredError(f"{path}: has {size} bytes, at most {largest} are read")
-        return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, read: Callable[[Any], T]) -> T:
