@@ -3,6 +3,9 @@
     from matmorph.runtime import Session
     outputs = Session("out/").run({"input_ids": ids, "attention_mask": mask})
 
+    from matmorph.runtime import Generator
+    tokens = Generator("out-decoder/").generate([[1, 2, 3]], max_new_tokens=32)
+
     from matmorph.runtime import Trainer, linear, load_batches
     trainer = Trainer("out-train/", lr=1e-4)
     trainer.fit(load_batches("train.npz", 16), epochs=3, schedule=linear(warmup=0.06), checkpoint="run.safetensors")
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from matmorph.runtime.evolution import SearchResult, SearchSettings, search
     from matmorph.runtime.fitting import StepInfo
     from matmorph.runtime.format.artifact import TensorInfo
+    from matmorph.runtime.generator import Generator, PromptCache
     from matmorph.runtime.schedules import constant, cosine, linear
     from matmorph.runtime.session import Session
     from matmorph.runtime.trainer import Trainer
@@ -42,7 +46,9 @@ __all__ = [
     "Batches",
     "CheckpointError",
     "ExecutionError",
+    "Generator",
     "InputMismatch",
+    "PromptCache",
     "ProviderError",
     "SearchResult",
     "SearchSettings",
@@ -66,6 +72,8 @@ _HOMES = {
     "load_batches": "batches",
     "trim_padding": "batches",
     "StepInfo": "fitting",
+    "Generator": "generator",
+    "PromptCache": "generator",
     "constant": "schedules",
     "cosine": "schedules",
     "linear": "schedules",

@@ -25,12 +25,14 @@ from matmorph.runtime.format.plain import ManifestError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedAdapter:
-    """A checked adapter, ready to run. `ranks` by site and method ("encoder.0.query lora")."""
+    """A checked adapter, ready to run. `ranks` by site and method ("encoder.0.query lora"). `handle`: for runs with options; `values`: by
+    input, for runs that bind their inputs, in which ONNX Runtime looks at no options."""
 
     path: Path
     ranks: Mapping[str, int]
     model_version: int
     handle: Any = field(repr=False)
+    values: Mapping[str, Any] = field(repr=False)
 
 
 def read_slots(data: Mapping[str, Any] | None, where: str) -> Slots:
@@ -81,7 +83,8 @@ def load_adapter(path: str | os.PathLike[str], slots: Slots) -> LoadedAdapter:
         handle.Load(str(file))
     except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
         raise AdapterError(f"{file}: not an .onnx_adapter file: {first_line(error)}") from error
-    return LoadedAdapter(file, ranks, version, handle)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    return LoadedAdapter(file, ranks, version, handle, values)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Array], int]:

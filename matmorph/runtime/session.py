@@ -12,11 +12,13 @@ from typing import Any
 import onnxruntime
 
 from matmorph.runtime.adapters import LoadedAdapter, load_adapter, read_slots
+from matmorph.runtime.decoder import MASK
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
 from matmorph.runtime.format.artifact import Manifest, TensorInfo
 from matmorph.runtime.format.printable import printable
 from matmorph.runtime.manifest import checked_model, open_folder
+from matmorph.runtime.prompts import refuse_left_padding
 from matmorph.runtime.providers import Provider, name_of, requested
 from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.target import Target
@@ -82,6 +84,11 @@ class Session:
         """The execution provider that loaded and comes first, as ONNX Runtime calls it."""
         return str(self._session.get_providers()[0])
 
+    @property
+    def inference(self) -> onnxruntime.InferenceSession:
+        """ONNX Runtime's own session, for who binds memory to it; nothing is checked on that way."""
+        return self._session
+
     def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """An `.onnx_adapter` file, checked against this model. Raises AdapterError: no adapter, another base, other sizes."""
         return load_adapter(path, read_slots(self._manifest.adapters, str(self._folder)))
@@ -89,7 +96,7 @@ class Session:
     def switch(self, adapter: LoadedAdapter | None) -> None:
         """What `run` computes with from now on, in every thread; None = the model as it was exported. Threads that want different
         adapters name theirs in `run(adapter=...)`."""
-        self._mine.adapter = self._adapter = self._checked(adapter)
+        self._mine.adapter = self._adapter = self.checked_adapter(adapter)
 
     def run(self, feeds: Mapping[str, Any], *, adapter: LoadedAdapter | None = None) -> dict[str, Array]:
         """Outputs by name, in the manifest's order, for numpy arrays by input name. `adapter`: for this run, in place of the one that
@@ -99,8 +106,10 @@ class Session:
         another thread has switched since this one did, ExecutionError when ONNX Runtime refuses.
         """
         arrays = check_feeds(self._manifest, feeds)
+        if self._manifest.cache is not None and self._manifest.cache.padding == "right" and MASK in arrays:
+            refuse_left_padding(arrays[MASK])
         names = [info.name for info in self._manifest.outputs]
-        chosen = self._switched() if adapter is None else self._checked(adapter)
+        chosen = self._switched() if adapter is None else self.checked_adapter(adapter)
         try:
             results = self._session.run(names, arrays, _run_options(chosen))
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
@@ -114,7 +123,8 @@ class Session:
             raise AdapterError("another thread has switched the adapter since this one did: name the adapter with run(..., adapter=...)")
         return found
 
-    def _checked(self, adapter: LoadedAdapter | None) -> LoadedAdapter | None:
+    def checked_adapter(self, adapter: LoadedAdapter | None) -> LoadedAdapter | None:
+        """The same. Raises AdapterError for one of another model."""
         if adapter is not None and adapter.model_version != read_slots(self._manifest.adapters, str(self._folder)).model_version:
             raise AdapterError(f"{adapter.path}: made for another base; load it with load_adapter of this session")
         return adapter

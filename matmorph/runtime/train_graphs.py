@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from matmorph.runtime.device import Device
 from matmorph.runtime.errors import ArtifactError, ExecutionError, first_line
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.training import (
@@ -30,7 +31,6 @@ from matmorph.runtime.format.training import (
 )
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import load_session, session_settings
-from matmorph.runtime.targets import TARGETS
 from matmorph.runtime.targets.cpu import CPU
 
 _OPTIONAL = ("mask", "segment_lr", "segment_decay")
@@ -58,28 +58,6 @@ class Sessions:
             options.log_severity_level = _ERRORS_ONLY
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return load_session(self.folder / name, self.providers, options, self.log)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where vectors lie, as ONNX Runtime names it."""
-
-    kind: str = CPU.memory
-    number: int = 0
-
-    @classmethod
-    def of(cls, session: onnxruntime.InferenceSession) -> Device:
-        provider = session.get_providers()[0]
-        kind = next((target.memory for target in TARGETS.values() if target.provider == provider), CPU.memory)
-        if kind == CPU.memory:
-            return cls()
-        return cls(kind, int(session.get_provider_options()[provider].get("device_id", 0)))
-
-    def value(self, array: Array) -> onnxruntime.OrtValue:
-        """A copy of the array here."""
-        made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.kind, self.number)
-        made.update_inplace(np.ascontiguousarray(array))
-        return made
 
 
 class StateVectors:
