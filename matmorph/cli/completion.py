@@ -46,7 +46,7 @@ def values(metavar: str | None) -> tuple[str, ...]:
 
     known: Mapping[str, Callable[[], tuple[str, ...]]] = {
         "SPEC": library_names,
-        "MODEL": lambda: ("minilm",),
+        "MODEL": lambda: ("minilm", "smollm2"),
         "PROVIDER": lambda: tuple(TARGETS),
         "SCHEDULE": lambda: tuple(SCHEDULES),
         "SHELL": lambda: tuple(SHELLS),

@@ -58,12 +58,12 @@ def _is_causal(architecture: str, module: Any) -> bool:
     return not getattr(module.config, "is_encoder_decoder", False) and (architecture.endswith("ForCausalLM") or known)
 
 
-def import_or_fail(module: str, message: str) -> Any:
-    """An optional package, or InputError with the extra that brings it."""
+def import_or_fail(module: str, message: str, hint: str = DEMO_HINT) -> Any:
+    """An optional package, or InputError with what brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(message, [str(error), DEMO_HINT]) from error
+        raise InputError(message, [str(error), hint]) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def load_pretrained(folder: Path, architecture: str, elsewhere: str = "") -> Any
         raise InputError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} has no {architecture}{elsewhere or hint}", [_FACTORY_HINT]
         )
-    with _quiet(transformers):
+    with quiet_loading(transformers):
         try:
             module, info = cls.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
@@ -108,7 +108,7 @@ def load_pretrained(folder: Path, architecture: str, elsewhere: str = "") -> Any
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet_loading(transformers: Any) -> Iterator[None]:
     """No progress bar and no advice on stderr while loading; both settings are put back."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

