@@ -104,6 +104,9 @@ class Export:
         default="rebuild", metadata={"doc": "rebuild: dense again when the session loads; packed: codes stay packed"}
     )
     adapters: Literal["inline", "inputs"] = field(default="inline", metadata={"doc": "inputs: adapters are inputs of the graph"})
+    fuse: Literal["auto", "none"] = field(
+        default="auto", metadata={"doc": "auto: norms become one operator where every target has it; none: written out"}
+    )
 
     def __post_init__(self) -> None:
         if len(set(self.target)) < len(self.target):

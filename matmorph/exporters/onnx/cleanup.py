@@ -328,7 +328,7 @@ def name_everything(model: ir.Model, fixed: Iterable[str]) -> None:
         path = node.metadata_props.get("matmorph.path", "")
         node.name = unique(f"{path}/{node.op_type}" if path else node.op_type, taken_nodes)
         for index, value in enumerate(node.outputs):
-            if value in outputs:
+            if value in outputs or value.name == "":  # an optional result that nobody asked for
                 continue
             invented = value.name is None or value.name.startswith("val_")
             name = node.name + (f":{index}" if len(node.outputs) > 1 else "") if invented else str(value.name)

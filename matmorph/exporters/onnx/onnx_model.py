@@ -20,6 +20,7 @@ from matmorph.exporters.onnx.attention import attention_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
+from matmorph.exporters.onnx.norms import fuse_norms
 from matmorph.exporters.onnx.precision import check_target, convert, parity_tolerance
 from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
@@ -119,6 +120,8 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
     clean(model)
     convert(model, export.precision)
     remove_unused(model.graph)
+    if export.fuse == "auto" and not training:
+        fuse_norms(model, export.target)
     _separate_outputs(model.graph)
     _name_axes(model, graph)
     fixed = [*(str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)), *model.graph.initializers]

@@ -167,12 +167,12 @@ def _obstacle(node: ir.Node, kernel: Kernel | None) -> str | None:
     if kernel is None:
         return "at all"
     dtype = node.outputs[0].dtype
-    block, bits = node.attributes.get_int("block_size"), node.attributes.get_int("bits", 4)
+    block, bits = node.attributes.get_int("block_size", None), node.attributes.get_int("bits", 4)
     if dtype is not None and dtype.numpy().name not in kernel.dtypes:
         return f"for {dtype.numpy().name}"
-    if block not in kernel.blocks:
+    if block is not None and block not in kernel.blocks:
         return f"with blocks of {block}"
-    return None if bits in kernel.bits else f"with {bits} bits"
+    return None if block is None or bits in kernel.bits else f"with {bits} bits"
 
 
 def _kernels_of(name: str) -> str:

@@ -101,7 +101,7 @@ def write_training(
     Frozen weights that `model.onnx` has too are found in the data file, not written again. Activations are never rounded to 8 bits here:
     no gradient flows through the rounding. Raises what `write_model` raises.
     """
-    export = replace(export, activations="fp32")
+    export = replace(export, activations="fp32", fuse="none")
     parameters = _parameters(training.trainables, training.kept)
     pieces = [Kept(one.offset, one.size, one.keep) for one in parameters if one.keep is not None]
     grad = write_model(training.gradient, folder / GRAD_MODEL, data, export, onnx_lowerings)

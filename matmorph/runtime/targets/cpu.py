@@ -37,6 +37,7 @@ CPU = Target(
         "MatMulNBits": Kernel(("float32", "float16")),
         "MatMulBnb4": Kernel(("float32", "float16"), bits=(4,)),  # the kernel is float's; ONNX Runtime writes Casts around it for fp16
         "GatherBlockQuantized": Kernel(("float32", "float16")),
+        "SkipSimplifiedLayerNormalization": Kernel(("float32", "float16")),
     },
     lacks={"bf16": "ONNX Runtime has no bfloat16 MatMul or Gemm there"},
     rates=CPU_RATES,

@@ -72,6 +72,7 @@ CUDA = Target(
         "MatMulNBits": Kernel(_ALL_FLOATS),
         "MatMulBnb4": Kernel(_ALL_FLOATS, bits=(4,)),
         "GatherBlockQuantized": Kernel(_ALL_FLOATS),
+        "SkipSimplifiedLayerNormalization": Kernel(_ALL_FLOATS),
     },
     # A launch of some microseconds, 20 TFLOP/s of float32, 2 TB/s; batches run at once.
     rates=Rates(
