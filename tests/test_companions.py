@@ -121,14 +121,15 @@ def test_end_and_pad_that_are_missing_are_said() -> None:
     found = genai_config(bare, {}, info, *ports(info))
     assert found.data is not None
     assert "eos_token_id" not in found.data["model"]
-    assert found.data["model"]["pad_token_id"] == 0
-    assert [note.partition("; ")[0] for note in found.notes] == [
-        "genai_config.json: the source names no eos_token_id, so generation ends at max_length alone",
-        "genai_config.json: the source names no pad_token_id",
-    ]
+    assert found.data["model"]["pad_token_id"] == 49151
+    assert found.notes == (
+        "genai_config.json: the source names no pad_token_id; 49151 stands for it",
+        "genai_config.json: the source names no eos_token_id; onnxruntime-genai ends at the pad token, 49151, and at max_length",
+    )
     ended = genai_config({**bare, "eos_token_id": [4, 5]}, {"pad_token_id": None}, info, *ports(info))
     assert ended.data is not None
     assert ended.data["model"]["pad_token_id"] == 4
+    assert ended.notes == ("genai_config.json: the source names no pad_token_id; 4 stands for it",)
 
 
 def test_a_shared_buffer_and_a_gpu_are_said() -> None:
@@ -182,13 +183,14 @@ def source(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=7))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (folder / "tokenizer.json").write_bytes(b'{"version":"1.0" }\r\n')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656, "eos_token": "\\u00e9"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}\u00e9", encoding="utf-8")
     (folder / "README.md").write_text("of the source")
     (folder / "modeling_mine.py").write_text("raise SystemExit")
     return folder
 
 
-TAKEN = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
+TAKEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -309,6 +311,9 @@ def test_transformers_js_finds_its_tree(home: Path, tmp_path: Path, capsys: pyte
     assert config.pop("transformers.js_config") == {"use_external_data_format": True, "dtype": "fp32"}
     assert config == CONFIG
     assert (tree / "tokenizer.json").read_bytes() == (home / "hf/tokenizer.json").read_bytes()
+    joined = json.loads((tree / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert joined.pop("chat_template") == (home / "hf/chat_template.jinja").read_text(encoding="utf-8")
+    assert joined == json.loads((home / "hf/tokenizer_config.json").read_text())
 
 
 def test_optimum_finds_its_tree(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

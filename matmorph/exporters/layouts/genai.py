@@ -60,7 +60,7 @@ def genai_config(
     if isinstance(facts, str):
         return GenaiConfig(None, (f"no genai_config.json: {facts}",))
     kind, said = _type(text)
-    tokens, unsaid = _tokens(text, generation)
+    tokens, unsaid = _tokens(text, generation, facts.vocabulary)
     model = {"type": kind, **tokens, "vocab_size": facts.vocabulary, "context_length": facts.length}
     decoder = {
         "filename": MODEL,
@@ -126,22 +126,21 @@ def _type(text: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     return (found, ()) if found is not None else (GENERIC, (note,))
 
 
-def _tokens(text: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Ids of the special tokens; generation_config.json comes first, as in transformers."""
+def _tokens(text: Mapping[str, Any], generation: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Ids of the special tokens; generation_config.json comes first, as in transformers. Without an end token genai ends at the pad token,
+    for which the last of the vocabulary then stands: id 0, genai's own, is written by many models."""
     bos, eos, pad = (_token(name, generation, text) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
     notes = []
-    found: dict[str, Any] = {}
-    if isinstance(bos, int):
-        found["bos_token_id"] = bos
-    ends = [eos] if isinstance(eos, int) else eos
-    if ends is None:
-        notes.append("genai_config.json: the source names no eos_token_id, so generation ends at max_length alone")
-    else:
-        found["eos_token_id"] = ends
+    ends = [eos] if isinstance(eos, int) else eos or []
     if not isinstance(pad, int):
-        pad = ends[0] if ends else 0
+        pad = ends[0] if ends else vocabulary - 1
         notes.append(f"genai_config.json: the source names no pad_token_id; {pad} stands for it")
-    return {**found, "pad_token_id": pad}, tuple(notes)
+    if not ends:
+        notes.append(
+            f"genai_config.json: the source names no eos_token_id; onnxruntime-genai ends at the pad token, {pad}, and at max_length"
+        )
+    named = {"bos_token_id": bos if isinstance(bos, int) else None, "eos_token_id": ends or None, "pad_token_id": pad}
+    return {name: value for name, value in named.items() if value is not None}, tuple(notes)
 
 
 def _token(name: str, *places: Mapping[str, Any]) -> int | list[int] | None:

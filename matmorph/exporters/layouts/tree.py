@@ -2,7 +2,8 @@
 
 What `compile` writes can be opened by onnxruntime-genai and optimum as it is; their trees here are the same files without reports, check
 vectors and training graphs. transformers.js looks for `onnx/model.onnx` and, in a browser, for its weights under no other name than
-`model.onnx_data`, so that its model file is written anew with that name in it.
+`model.onnx_data`, so that its model file is written anew with that name in it; and for the chat template nowhere but in
+tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -19,34 +20,36 @@ from matmorph.errors import InputError
 from matmorph.exporters.artifact import json_bytes
 from matmorph.exporters.staging import FolderKind, staged_folder
 from matmorph.runtime.format.artifact import DATA, MODEL
-from matmorph.runtime.format.companions import COMPANIONS, CONFIG, GENAI, companion_table
+from matmorph.runtime.format.companions import CHAT_TEMPLATE, COMPANIONS, CONFIG, GENAI, TOKENIZER_CONFIG, companion_table
 from matmorph.runtime.format.folder import StoredFolder
-from matmorph.runtime.format.reading import StoredError, reading
+from matmorph.runtime.format.reading import StoredError, read_text, reading
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`opens`: the file that its runtime looks for first. `model`, `data`: where these go. `settings`: keys put into config.json."""
+    """`opens`: the file that its runtime looks for first. `model`, `data`: where these go. `settings`: keys put into config.json.
+    `joined`: the chat template goes into tokenizer_config.json too, where that has none."""
 
     name: str
     opens: str
     model: str = MODEL
     data: str = DATA
     settings: Mapping[str, Any] = field(default_factory=dict)
+    joined: bool = False
 
 
 _JS = "transformers.js_config"
+_JS_SETTINGS = {"use_external_data_format": True, "dtype": "fp32"}
+"""transformers.js takes `dtype` for the ending of the file's name, and fp32 for none."""
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("genai", GENAI),
         Layout("hf", CONFIG),
-        Layout(
-            "transformers.js", CONFIG, f"onnx/{MODEL}", f"onnx/{MODEL}_data", {_JS: {"use_external_data_format": True, "dtype": "fp32"}}
-        ),
+        Layout("transformers.js", CONFIG, f"onnx/{MODEL}", f"onnx/{MODEL}_data", {_JS: _JS_SETTINGS}, joined=True),
     )
 }
-"""By name. transformers.js takes `dtype` for the ending of the file's name, and fp32 for none."""
+"""By name."""
 
 
 def _is_tree(folder: Path) -> bool:
@@ -74,15 +77,18 @@ def write_tree(stored: StoredFolder, layout: Layout, folder: Path, force: bool =
         for place, name in sources.items():
             target = staging / place
             target.parent.mkdir(exist_ok=True)
-            _placed(stored.checked(name), target, name, layout)
+            _placed(stored, target, name, layout)
     return tuple(sources)
 
 
-def _placed(source: Path, target: Path, name: str, layout: Layout) -> None:
+def _placed(stored: StoredFolder, target: Path, name: str, layout: Layout) -> None:
+    source = stored.checked(name)
     if name == MODEL and PurePosixPath(layout.data).name != DATA:
         target.write_bytes(_relocated(source, PurePosixPath(layout.data).name))
     elif name == CONFIG and layout.settings:
         target.write_bytes(_with_settings(source, layout.settings))
+    elif name == TOKENIZER_CONFIG and layout.joined and CHAT_TEMPLATE in stored.files:
+        target.write_bytes(_with_template(source, stored.checked(CHAT_TEMPLATE)))
     else:
         shutil.copyfile(source, target)
 
@@ -104,3 +110,8 @@ def _with_settings(config: Path, settings: Mapping[str, Any]) -> bytes:
     found = companion_table(config.read_bytes(), config)
     given = {key: {**value, **found[key]} if isinstance(found.get(key), dict) else value for key, value in settings.items()}
     return json_bytes({**found, **given})
+
+
+def _with_template(tokenizer_config: Path, template: Path) -> bytes:
+    found = companion_table(tokenizer_config.read_bytes(), tokenizer_config)
+    return json_bytes({"chat_template": read_text(template), **found})

@@ -11,7 +11,8 @@ from matmorph.runtime.format.plain import typed
 from matmorph.runtime.format.reading import parse_json, reading
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 VOCABULARIES = (
     TOKENIZER,
     "tokenizer.model",
@@ -30,8 +31,8 @@ COMPANIONS = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",

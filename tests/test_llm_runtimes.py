@@ -1,0 +1,134 @@
+"""Folders of language models run by onnxruntime-genai, optimum and transformers.js. Oracle: transformers' own `generate` on the source, in
+float32. Greedy tokens must be equal, every one: the weights are spread, so that no choice is a tie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cached_models import FAMILIES, VOCAB, built, llama, phi3, tokens
+from llm_runtimes import of_genai, of_optimum, of_transformers_js
+
+import matmorph as mm
+from matmorph.cli.main import main
+
+pytestmark = pytest.mark.full
+KEEP = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"target": ["cpu"]}}
+PROMPT, NEW = 7, 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """`expected`: new tokens of both prompts, each alone. `folder`: compiled; its source names an end that is none of them."""
+
+    module: Any
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    folder: Path
+    shorter: list[list[int]]
+    of_shorter: list[list[int]]
+
+
+def greedy(module: Any, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+    """Of transformers, one prompt at a time."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            row = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **more)
+        found.append(row[0, len(prompt) :].tolist())
+    return found
+
+
+def ungrouped_phi3() -> Any:
+    """As Phi-3-mini is: optimum-onnx 0.1 does not look at the number of key heads of this family."""
+    from transformers import Phi3ForCausalLM
+
+    config = phi3().config
+    config.num_key_value_heads = config.num_attention_heads
+    return Phi3ForCausalLM(config)
+
+
+def ending(module: Any, *ends: int) -> Any:
+    for place in (module.config, module.generation_config):
+        place.bos_token_id = place.eos_token_id = place.pad_token_id = None
+    module.generation_config.eos_token_id = list(ends) or None
+    return module
+
+
+def compiled(module: Any, home: Path) -> Path:
+    module.save_pretrained(home / "hf")
+    return mm.compile(module, KEEP, {"input_ids": tokens(2, 16)}, cache=True, hf_folder=home / "hf").save(home / "out")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in made:
+            module = ending(built({**FAMILIES, "phi3, ungrouped": ungrouped_phi3}[name]))
+            prompts = tokens(2, PROMPT, seed=1).tolist()
+            shorter = [prompts[0], prompts[1][2:]]
+            expected, padded = greedy(module, prompts), greedy(module, shorter)
+            end = min(set(range(VOCAB)) - {token for row in (*expected, *padded) for token in row})
+            made[name] = Case(module, prompts, expected, compiled(ending(module, end), tmp_path_factory.mktemp("case")), shorter, padded)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_genai_writes_the_same(case: Callable[[str], Case], name: str) -> None:
+    found = case(name)
+    assert [of_genai(found.folder, [prompt], NEW)[0] for prompt in found.prompts] == found.expected
+    assert of_genai(found.folder, found.prompts, NEW) == found.expected  # both in one batch
+    assert len(found.expected[0]) == NEW
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3", "phi3, ungrouped"])
+def test_optimum_writes_the_same(case: Callable[[str], Case], name: str) -> None:
+    """The second row is shorter and padded on the left."""
+    found = case(name)
+    assert of_optimum(found.folder, found.shorter, NEW) == found.of_shorter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_js_writes_the_same(case: Callable[[str], Case], name: str, tmp_path: Path) -> None:
+    found = case(name)
+    with pytest.raises(SystemExit) as end:
+        main(["layout", str(found.folder), "--for", "transformers.js", "--out", str(tmp_path / "tree")])
+    assert not end.value.code
+    assert of_transformers_js(tmp_path / "tree", found.prompts[0], NEW) == found.expected[0]
+
+
+def test_a_laid_out_folder_is_one_of_genais(case: Callable[[str], Case], tmp_path: Path) -> None:
+    found = case("llama")
+    with pytest.raises(SystemExit) as end:
+        main(["layout", str(found.folder), "--for", "genai", "--out", str(tmp_path / "tree")])
+    assert not end.value.code
+    assert of_genai(tmp_path / "tree", found.prompts[:1], NEW) == found.expected[:1]
+
+
+def test_genai_ends_where_the_source_says(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """With the fourth token of the answer as its end, which generation_config.json alone names, in a list."""
+    known = case("llama")
+    end = known.expected[0][3]
+    folder = compiled(ending(built(llama), 0, end), tmp_path)
+    assert json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"] == [0, end]
+    until = known.expected[0].index(end)
+    assert of_genai(folder, known.prompts[:1], NEW)[0] == known.expected[0][:until]
+
+
+def test_without_an_end_genai_ends_at_the_pad_token(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """As a note says; without that its own pad token, 0, would be the end."""
+    known = case("qwen3")
+    assert 0 in known.expected[0]
+    folder = compiled(ending(built(FAMILIES["qwen3"])), tmp_path)
+    assert VOCAB - 1 not in known.expected[0]
+    assert of_genai(folder, known.prompts[:1], NEW)[0] == known.expected[0]
