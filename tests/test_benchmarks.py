@@ -39,6 +39,7 @@ SCRIPTS = (
     "gallery",
     "allocate_time",
     "artefact_hashes",
+    "decode",
 )
 Load = Callable[[str], ModuleType]
 
@@ -93,6 +94,17 @@ def test_quantized_prints_ratios(load: Load, capsys: pytest.CaptureFixture[str])
     assert [(row["tokens"], row["kernel"]) for row in rows] == [(1, "u4-int8"), (1, "nf4"), (2, "u4-int8"), (2, "nf4")]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["quantized_ms"] / row["dense_ms"])
+
+
+@pytest.mark.full
+def test_decode_prints_ratios_beside_torch(load: Load, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the model is one of transformers")
+    rows = tiny(load("decode"), capsys, "--only", "dense", "adapter-r8", "--keep", str(tmp_path))
+    assert [(row["past"], row["model"]) for row in rows] == [(4, "torch eager"), (4, "dense"), (4, "adapter-r8")]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["cpu_ms"])
+        assert row["over_torch"] == pytest.approx(rows[0]["cpu_ms"] / row["cpu_ms"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-r8", "dense"]
 
 
 def test_low_rank_prints_time_beside_flops(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

