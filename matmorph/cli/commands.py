@@ -7,7 +7,9 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-ORDER = "demo inspect plan explain compile verify layout report compare diff train search merge adapter specs completion".split()
+ORDER = (
+    "demo inspect plan explain compile verify layout generate chat report compare diff train search merge adapter specs completion".split()
+)
 """The commands as one meets them."""
 
 DEBUG = ("--debug", "Show Python's traceback of an error too.")

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from matmorph.cli.adapters import adapter_app, merge_command
+from matmorph.cli.chat import chat_command
 from matmorph.cli.commands import Command, Group
 from matmorph.cli.completion import completion_command
+from matmorph.cli.generate import generate_command
 from matmorph.cli.layout import layout_command
 from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
@@ -49,6 +51,8 @@ app = typer.Typer(
 )
 specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args_is_help=True, cls=Group)
 app.add_typer(specs_app, name="specs")
+app.command(name="generate", cls=Command)(generate_command)
+app.command(name="chat", cls=Command)(chat_command)
 app.command(name="train", cls=Command)(train_command)
 app.command(name="search", cls=Command)(search_command)
 app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)

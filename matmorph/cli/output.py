@@ -19,6 +19,11 @@ def say(text: str, end: str = "\n") -> None:
     print(printable(text), end=end)
 
 
+def say_now(text: str) -> None:
+    """A piece of a result that is still being made, on stdout at once."""
+    print(printable(text), end="", flush=True)
+
+
 def complain(text: str) -> None:
     """Lines on stderr."""
     print(printable(text), file=sys.stderr)
