@@ -25,7 +25,7 @@ from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.call import read_examples
 from matmorph.ir.tracing.trace import trace
 from matmorph.ir.tracing.unwrap import unwrapped
-from matmorph.models.cached_call import CachedCall, WholeCalls, cached_call
+from matmorph.models.cached_call import CachedCall, cached_call
 from matmorph.models.companions import read_companions
 from matmorph.models.resolve import Model
 from matmorph.passes.methods import all_methods
@@ -111,10 +111,10 @@ def compile(
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
     examples = _flat_examples(model, graph, example_inputs if call is None else call.examples, kwargs)
-    calibration = calibration if call is None or calibration is None else WholeCalls(call, calibration)
     traced = time.perf_counter()
     done = compile_graph(graph, loaded, all_methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
+    examples = examples if call is None else tuple(call.examples_of(done.graph))
     job = Job(
         loaded,
         done.source,

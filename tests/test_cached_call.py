@@ -20,8 +20,8 @@ from matmorph.ir.cache import find_slots
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.ir.verify import verify
-from matmorph.ir.without_cache import without_cache
-from matmorph.models.cached_call import cached_call, positions_of
+from matmorph.ir.without_cache import positions_of, without_cache
+from matmorph.models.cached_call import cached_call
 from matmorph.models.resolve import resolve
 from matmorph.runtime import InputMismatch, Session
 

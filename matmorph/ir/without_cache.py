@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._pytree import tree_structure
 
 from matmorph.ir.build import Builder, names_of
@@ -16,6 +18,11 @@ from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dim_sym
 
 POSITIONS, MASK = "position_ids", "attention_mask"
 """Inputs of a decoder, as transformers calls them: the place of each token in its text, and which tokens there are."""
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """The place of each token among those of its row that the mask shows, from 0; what is hidden has a place too, and nobody asks."""
+    return (mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
 
 
 def without_cache(graph: Graph) -> Graph:

@@ -8,15 +8,20 @@ exchanged, and put back, so that modules and parameters keep their names.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from matmorph.errors import InputError
-from matmorph.ir.without_cache import MASK, POSITIONS
+from matmorph.ir.cache import Slot, find_slots
+from matmorph.ir.core import Graph
+from matmorph.ir.evaluate import evaluate
+from matmorph.ir.without_cache import MASK, POSITIONS, positions_of
+from matmorph.passes.statistics.empty_cache import with_empty_cache
 
 IDS, PAST, PRESENT = "input_ids", "past_key_values", "present"
 BATCH, NEW, BEFORE = "batch_size", "sequence_length", "past_sequence_length"
@@ -28,43 +33,30 @@ _WITHOUT = "compile it without a cache: --no-cache, or cache=False"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedCall:
-    """`examples`: a call with a past that the model made itself; `axes`: names of its dynamic axes; `empty`: the pairs of an empty cache,
-    for one row; `positions`: whether the model takes positions; `max_length`: tokens that it has positions for, None = it does not say."""
+    """`examples`: a call with a past that the model made itself; `text`: tokens and mask that it is a part of; `axes`: names of its dynamic
+    axes; `max_length`: tokens that the model has positions for, None = it does not say."""
 
     examples: Mapping[str, Any]
+    text: Mapping[str, torch.Tensor]
     axes: Mapping[str, Any]
-    empty: Sequence[Mapping[str, torch.Tensor]]
-    positions: bool
     max_length: int | None
 
-    def whole(self, batch: Any) -> Any:
-        """A batch of tokens and mask, as a model without a cache takes them, as a call with an empty cache; labels beside them stay."""
-        named = _named(batch)
-        ids = torch.as_tensor(named[IDS])
-        mask = torch.as_tensor(named[MASK]) if MASK in named else torch.ones_like(ids)
-        past = [{part: tensor.expand(len(ids), *tensor.shape[1:]) for part, tensor in pair.items()} for pair in self.empty]
-        call = {IDS: ids, MASK: mask.to(torch.int64), **({POSITIONS: positions_of(mask)} if self.positions else {}), PAST: past}
-        return {**call, **{name: leaf for name, leaf in named.items() if name not in call}}
+    def examples_of(self, graph: Graph) -> list[torch.Tensor]:
+        """The examples in `graph.inputs` order for what has become of the model: where heads are gone, the past is what the graph makes."""
+        names = [entry.name for entry in graph.signature.inputs]
+        known = dict(zip(names, tree_leaves(self.examples), strict=True))
+        slots = find_slots(graph)
+        if all(known[slot.input].shape[1:2] + known[slot.input].shape[3:] == _fixed(slot) for slot in slots):
+            return list(known.values())
+        before = known[slots[0].input].shape[slots[0].axis]
+        batch = with_empty_cache(graph, {name: tensor[:, :before] for name, tensor in self.text.items()})
+        with torch.no_grad():
+            made = dict(zip(graph.signature.outputs, evaluate(graph, tree_leaves(batch)), strict=True))
+        return list({**known, **{slot.input: made[slot.output].contiguous() for slot in slots}}.values())
 
 
-@dataclass(frozen=True, slots=True)
-class WholeCalls:
-    """Batches of tokens, each time they are read as calls with an empty cache."""
-
-    call: CachedCall
-    batches: Iterable[Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.batches):
-            try:
-                yield self.call.whole(batch)
-            except InputError as error:
-                raise InputError(f"calibration batch {number + 1}: {error.message}", error.details) from error
-
-
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """The place of each token among those of its row that the mask shows, from 0; what is hidden has a place too, and nobody asks."""
-    return (mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+def _fixed(slot: Slot) -> tuple[Any, ...]:
+    return tuple(size for axis, size in enumerate(slot.past.tensor.shape) if axis not in (0, slot.axis))
 
 
 @contextmanager
@@ -180,9 +172,8 @@ def _call(module: torch.nn.Module, given: Mapping[str, torch.Tensor], positions:
     axes = {IDS: {0: BATCH, 1: NEW}, MASK: {0: BATCH, 1: TOTAL}, **({POSITIONS: {0: BATCH, 1: NEW}} if positions else {})}
     return CachedCall(
         examples=call(slice(-new, None), None, past),
+        text=given,
         axes={**axes, PAST: [{part: {0: BATCH, 2: before} for part in pair} for pair in past]},
-        empty=[{part: tensor[:1, :, :0] for part, tensor in pair.items()} for pair in past],
-        positions=positions,
         max_length=max_length(module),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from matmorph.ir.cache import Slot
 from matmorph.ir.core import Arg, Node, Value
 from matmorph.ir.op_table import having, of_kind
 from matmorph.ir.ops import base_name
@@ -70,6 +71,14 @@ class OutsideValue:
 
 
 @dataclass(frozen=True, slots=True)
+class PastValue:
+    """What a cache brings of the keys or values of calls before: its axes are those of what this call adds to it."""
+
+    value: Value
+    axes: Axes
+
+
+@dataclass(frozen=True, slots=True)
 class SoftmaxScale:
     """A softmax scale that the operator takes from the head dimension: it must be written out as it is before that shrinks."""
 
@@ -90,19 +99,22 @@ _PROBES: tuple[Mapping[str, int], ...] = ({HEADS: 1}, {WIDTH: 1})
 
 
 class AxisWalk:
-    """`starts`: axes of the producers' results. After `run`: `literals`, `sides`, `scales`, and `axes(value)` of every value between.
+    """`starts`: axes of the producers' results; `slots`: of a cache, by the node that puts a past in front of what the block makes. After
+    `run`: `literals`, `sides`, `scales`, `pasts`, and `axes(value)` of every value between.
 
     A value may have alternatives, one per part of a fused projection that a reshape has put on an axis of its own; the part that is picked
     from that axis has one again.
     """
 
-    def __init__(self, starts: Mapping[Value, Axes], rules: Mapping[str, AxisRule]) -> None:
+    def __init__(self, starts: Mapping[Value, Axes], rules: Mapping[str, AxisRule], slots: Mapping[Node, Slot]) -> None:
         self._known: dict[Value, tuple[Axes, ...]] = {value: (axes,) for value, axes in starts.items()}
         self._rules = rules
+        self._slots = slots
         self._alternative = 0
         self.literals: dict[tuple[Node, Place], Literal] = {}
         self.sides: dict[tuple[Node, Place], OutsideValue] = {}
         self.scales: dict[Node, SoftmaxScale] = {}
+        self.pasts: dict[Value, PastValue] = {}
 
     def run(self, region: Sequence[Node]) -> None:
         for node in region:
@@ -152,6 +164,10 @@ class AxisWalk:
             return
         if not read:
             return
+        slot = self._slots.get(node)
+        if slot is not None and slot.new in self._known:
+            self._append(node, slot)
+            return
         if base in _SPECIAL:
             _SPECIAL[base](self, node)
             return
@@ -163,6 +179,16 @@ class AxisWalk:
         for k, value in enumerate(node.outputs):
             if isinstance(value.type, TensorType):
                 self._known[value] = tuple(result[k] for result in results)
+
+    def _append(self, node: Node, slot: Slot) -> None:
+        """A past in front of what the block makes: all but the tokens runs alike in both."""
+        found = self._known[slot.new]
+        axes = found[0]
+        if units_of(axes[slot.axis]) or any(other != axes for other in found):
+            raise stuck(node, "puts a cache in front of what is no whole of keys or of values", *(axis for own in found for axis in own))
+        self.pasts[slot.past] = PastValue(slot.past, axes)
+        tokens = plain([slot.total])[0]
+        self._known[slot.present] = ((*axes[: slot.axis], tokens, *axes[slot.axis + 1 :]),)
 
     def _unknown(self, node: Node, read: Sequence[Value]) -> list[Axes]:
         axes = [axis for value in read for axis in self.axes(value)]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal as OneOf
 
+from matmorph.ir.cache import Slot, find_slots
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.op_table import PRODUCTS, having, of_kind
 from matmorph.ir.ops import base_name
@@ -19,7 +20,7 @@ from matmorph.ir.sites.roles import FUSED
 from matmorph.ir.types import TensorType
 from matmorph.passes.pruning.axes import HEADS, QK, WIDTH, Atom, Axis, AxisProduct, Concat, V, plain, product, size_of, units_of
 from matmorph.passes.pruning.axis_rules import AXIS_RULES
-from matmorph.passes.pruning.axis_walk import AxisWalk, Literal, OutsideValue, SoftmaxScale, Stuck
+from matmorph.passes.pruning.axis_walk import AxisWalk, Literal, OutsideValue, PastValue, SoftmaxScale, Stuck
 
 BlockKind = OneOf["attention", "mlp"]
 _FAMILIES: Mapping[str, BlockKind] = {"attention": "attention", "cross_attention": "attention", "mlp": "mlp"}
@@ -50,8 +51,8 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """`axis`: the consumer's input features by unit. `literals`, `sides`, `scales`: all that a change of width must change in the `region`
-    between producers and consumer. `blocked`: units that cannot be removed, and the node that is why. `reject`: why none can."""
+    """`axis`: the consumer's input features by unit. `literals`, `sides`, `scales`, `pasts`: all that a change of width must change in the
+    `region` between producers and consumer. `blocked`: units that cannot be removed, and the node that is why. `reject`: why none can."""
 
     kind: BlockKind
     layer: int | None
@@ -63,6 +64,7 @@ class Block:
     literals: tuple[Literal, ...] = ()
     sides: tuple[OutsideValue, ...] = ()
     scales: tuple[SoftmaxScale, ...] = ()
+    pasts: tuple[PastValue, ...] = ()
     blocked: Mapping[str, str] = field(default_factory=dict)
     reject: Reject | None = None
 
@@ -115,6 +117,7 @@ class _Region:
 
     nodes: tuple[Node, ...]
     producers: tuple[tuple[Node, Site], ...]
+    slots: Mapping[Node, Slot]
 
 
 class _Search:
@@ -125,6 +128,7 @@ class _Search:
         self._makers = graph.producers()
         self._users = graph.users()
         self._outputs = set(values_in(graph.outputs))
+        self._slots = {slot.join: slot for slot in find_slots(graph)}
         self._sites = {application.node: site for site in sites if not site.listed for application in site.applications}
 
     def block(self, consumer: Site, kind: BlockKind) -> Block:
@@ -167,7 +171,8 @@ class _Search:
             if any(value in carried for value in node.inputs()):
                 carried.update(node.outputs)
                 between.append(node)
-        return _Region(tuple(between), tuple((node, ends[node]) for node in sorted(ends, key=self._order.__getitem__)))
+        slots = {node: self._slots[node] for node in between if node in self._slots}
+        return _Region(tuple(between), tuple((node, ends[node]) for node in sorted(ends, key=self._order.__getitem__)), slots)
 
     def _refusal(self, block: Block, regions: Sequence[_Region]) -> str | None:
         """Why the block cannot be pruned whatever lies between."""
@@ -186,7 +191,7 @@ class _Search:
         for node in (*applied, *inside):
             for value in node.outputs:
                 other = next((user for user in self._users.get(value, ()) if user not in inside and user not in last), None)
-                if value in self._outputs:
+                if value in self._outputs and node not in self._slots:
                     return f"%{value.name} of the block is a result of the model"
                 if other is not None and base_name(other.op) != "sym_size" and isinstance(value.type, TensorType):
                     return f"%{value.name} of the block is also read by {base_name(other.op)} (%{other.name})"
@@ -309,7 +314,8 @@ def _walked(block: Block, regions: Sequence[_Region], heads: Heads | None) -> Bl
         try:
             axes = _axes(block, heads, live)
             for region, application in zip(regions, block.consumer.applications, strict=True):
-                walk = AxisWalk({node.outputs[0]: _produced(node, axes[site]) for node, site in region.producers}, AXIS_RULES)
+                starts = {node.outputs[0]: _produced(node, axes[site]) for node, site in region.producers}
+                walk = AxisWalk(starts, AXIS_RULES, region.slots)
                 walk.run(region.nodes)
                 _arrives(walk, application.x, axes[block.consumer])
                 walks.append(walk)
@@ -327,6 +333,7 @@ def _walked(block: Block, regions: Sequence[_Region], heads: Heads | None) -> Bl
             literals=tuple(literal for walk in walks for literal in walk.literals.values()),
             sides=tuple(side for walk in walks for side in walk.sides.values()),
             scales=tuple(scale for walk in walks for scale in walk.scales.values()),
+            pasts=tuple(past for walk in walks for past in walk.pasts.values()),
             blocked=blocked,
         )
 

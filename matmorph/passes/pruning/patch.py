@@ -12,7 +12,7 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Node, Value
 from matmorph.ir.site import Choice, Site
 from matmorph.ir.types import TensorType, dtype_name
-from matmorph.passes.pruning.axes import QK, Counts, KeptUnits, positions, resized
+from matmorph.passes.pruning.axes import QK, Counts, KeptUnits, positions, resized, units_of
 from matmorph.passes.pruning.axis_walk import Literal, Place, replaced
 from matmorph.passes.pruning.find_blocks import Block
 
@@ -20,12 +20,13 @@ from matmorph.passes.pruning.find_blocks import Block
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
     """What a block becomes. `consts`: narrower weights and biases for those they replace, under their names. `nodes`: what stands in place
-    of nodes of the region. `added`: index constants. `features`: the consumer's input features that stay, `weight` [out, in] its new
-    matrix. `choice` is what was taken in the end."""
+    of nodes of the region. `inputs`: narrower pasts of a cache for those they replace. `added`: index constants. `features`: the consumer's
+    input features that stay, `weight` [out, in] its new matrix. `choice` is what was taken in the end."""
 
     block: Block
     consts: Mapping[Const, Const]
     nodes: Mapping[Node, tuple[Node, ...]]
+    inputs: Mapping[Value, Value]
     added: tuple[Const, ...]
     features: Tensor
     weight: Tensor
@@ -48,7 +49,19 @@ def make_patch(block: Block, kept: KeptUnits, weight: Tensor, label: str, b: Bui
     shop.consts[block.consumer.const] = _stored(block.consumer, weight, label)
     shop.edit_region()
     features = positions(block.axis, kept)
-    return Patch(block, shop.consts, shop.written(), tuple(b.consts[marker:]), features, weight, choice, notes)
+    added = tuple(b.consts[marker:])
+    return Patch(block, shop.consts, shop.written(), _pasts(block, counts_of(kept)), added, features, weight, choice, notes)
+
+
+def _pasts(block: Block, counts: Counts) -> Mapping[Value, Value]:
+    """The pasts of a cache as wide as what is put behind them."""
+    found = {}
+    for past in block.pasts:
+        kind = past.value.tensor
+        shape = tuple(resized(axis, counts) if units_of(axis) else size for axis, size in zip(past.axes, kind.shape, strict=True))
+        if shape != kind.shape:
+            found[past.value] = replace(past.value, type=replace(kind, shape=shape))
+    return found
 
 
 class _Shop:

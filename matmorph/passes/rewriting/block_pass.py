@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from matmorph.errors import SpecError, VerifyError
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Node, Origin
+from matmorph.ir.core import Const, Graph, Node, Origin, Value
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import rewired, swept
 from matmorph.ir.site import Choice, Reject, Site
@@ -335,13 +336,20 @@ def narrowed(graph: Graph, outcomes: Iterable[Outcome]) -> Graph:
     consts: dict[Const, Const] = {}
     nodes: dict[Node, tuple[Node, ...]] = {}
     added: dict[Const, tuple[Const, ...]] = {}
+    inputs: dict[Value, Value] = {}
     for patch in patches:
         consts.update(patch.consts)
+        inputs.update(patch.inputs)
         nodes.update(patch.nodes)
         added[patch.consts[patch.block.consumer.const]] = patch.added
-    written = [rewired(new, consts) for node in graph.nodes for new in nodes.get(node, (node,))]
+    change: dict[Any, Value] = {**consts, **inputs}
+    written = [rewired(new, change) for node in graph.nodes for new in nodes.get(node, (node,))]
     state = [item for const in graph.state for own in (consts.get(const, const),) for item in (own, *added.get(own, ()))]
-    narrow = retype(swept(replace(graph, nodes=tuple(written), state=tuple(state)), graph))
+    entries = tuple(
+        replace(entry, value=inputs.get(entry.value, entry.value)) if entry.value else entry for entry in graph.signature.inputs
+    )
+    signature = replace(graph.signature, inputs=entries)
+    narrow = retype(swept(replace(graph, signature=signature, nodes=tuple(written), state=tuple(state)), graph))
     _refuse_changed_borders(graph, narrow, patches)
     return narrow
 

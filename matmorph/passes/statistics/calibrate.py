@@ -33,6 +33,7 @@ from matmorph.ir.types import as_dim
 from matmorph.passes.linalg.svd import power_of_two
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
+from matmorph.passes.statistics.empty_cache import with_empty_cache
 from matmorph.passes.statistics.token_mask import of_rows, token_mask
 from matmorph.progress import StepProgress
 
@@ -212,8 +213,9 @@ def _total(batches: Iterable[Any], samples: int) -> int | None:
 
 
 def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
-    """The tensors of a batch in `graph.inputs` order, on the graph's device. Positional inputs may also come by their names."""
-    found, named = _as_traced(graph, batch)
+    """The tensors of a batch in `graph.inputs` order, on the graph's device. Positional inputs may also come by their names.
+    For a model with a cache a batch is whole texts."""
+    found, named = _as_traced(graph, with_empty_cache(graph, batch))
     args = tuple(_tensor(leaf, graph.device) for leaf in found)
     kwargs = {str(key): _tensor(leaf, graph.device) for key, leaf in named.items()}
     try:
