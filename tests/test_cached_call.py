@@ -180,6 +180,50 @@ def test_statistics_are_those_of_the_model_without_a_cache() -> None:
         assert found == pytest.approx(expected, rel=1e-4)  # float32 rows through two layers
 
 
+PRUNED = {
+    "llama heads": ("llama", "heads", (1, HEAD), padded(20, 6)),
+    "llama head_dims": ("llama", "head_dims", (PAIRS, HEAD // 2), padded(20, 6)),
+    "gemma3 heads": ("gemma3", "heads", (1, HEAD), padded(20, 6)),
+    "gpt2 heads": ("gpt2", "heads", (2, HEAD), torch.ones(2, 20, dtype=torch.int64)),  # without positions it counts padding too
+}
+
+
+@pytest.mark.parametrize(("name", "unit", "left", "mask"), PRUNED.values(), ids=PRUNED)
+def test_pruned_heads_leave_the_cache_too(
+    name: str, unit: str, left: tuple[int, int], mask: torch.Tensor, graphs: Any, tmp_path: Path
+) -> None:
+    """Oracle: the same spec on the model without a cache, in torch."""
+    module, whole = graphs(name)
+    spec = {"version": 1, "rules": [{"match": {"block": "attention"}, "rewrite": {"transact": {"width": "50%", "unit": unit}}}]}
+    batches = [{"input_ids": tokens(2, 12, seed), "attention_mask": torch.ones(2, 12, dtype=torch.int64)} for seed in range(5)]
+    axes = {"input_ids": {0: "b", 1: "s"}, "attention_mask": {0: "b", 1: "s"}}
+    plain = mm.compile(module, spec, batches[0], axes, batches)
+    pruned = mm.compile(module, spec, {"input_ids": tokens(2, 16)}, None, batches, cache=True)
+    folder = pruned.save(tmp_path / "out")
+    session = Session(folder, providers=["cpu"])
+    assert {(info.shape[1], info.shape[3]) for info in session.inputs if info.name.startswith("past")} == {left}
+    cache = session.manifest.cache
+    assert cache is not None
+    assert pruned.report.totals.cache == (2 * cache.bytes_per_token, cache.bytes_per_token)
+    assert 2 * cache.bytes_per_token == sum(slot.bytes_per_token or 0 for slot in find_slots(whole.graph))
+    ids = tokens()
+    with torch.no_grad():
+        expected = plain.module(input_ids=ids, attention_mask=mask).logits.numpy()
+    for cut in ([20], [7, 13], [1] * 20):
+        found = ran(session.run, session.inputs, ids, mask, cut)
+        assert np.abs(found - expected)[mask.numpy() != 0].max() <= CLOSE * np.abs(expected).max()
+
+
+def test_a_half_precision_file_says_what_its_cache_takes(tmp_path: Path) -> None:
+    spec = {**KEEP, "export": {"precision": "fp16", "target": ["cuda"]}}
+    compiled = mm.compile(built(llama), spec, {"input_ids": tokens(2, 16)}, cache=True)
+    folder = compiled.save(tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["inputs"][3]["dtype"] == "float16"
+    assert manifest["cache"]["bytes_per_token"] == 2 * LAYERS * PAIRS * HEAD * 2
+    assert compiled.report.totals.cache == (2 * LAYERS * PAIRS * HEAD * 2,) * 2
+
+
 def test_training_graphs_have_no_cache(tmp_path: Path) -> None:
     spec = {
         "version": 1,

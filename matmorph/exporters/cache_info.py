@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
 from matmorph.ir.cache import Slot, find_slots
 from matmorph.ir.core import Graph
+from matmorph.ir.types import element_size
+from matmorph.runtime.format.artifact import TensorInfo
 from matmorph.runtime.format.cache import CacheInfo, CacheSlot
 
 
@@ -24,3 +30,14 @@ def cache_info(graph: Graph, max_length: int | None) -> CacheInfo | None:
 def bytes_per_token(slots: tuple[Slot, ...]) -> int:
     """Of all slots, for one row of a batch; those of a size that is not fixed do not count."""
     return sum(slot.bytes_per_token or 0 for slot in slots)
+
+
+def as_written(cache: CacheInfo, inputs: Sequence[TensorInfo]) -> CacheInfo:
+    """With the bytes of the types that the file has."""
+    ports = {info.name: info for info in inputs}
+    sizes = []
+    for slot in cache.slots:
+        port = ports[slot.past]
+        rest = [dim for axis, dim in enumerate(port.shape) if axis not in (0, slot.axis) and isinstance(dim, int)]
+        sizes.append(prod(rest) * element_size(port.dtype))
+    return replace(cache, bytes_per_token=sum(sizes))

@@ -145,7 +145,11 @@ def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
     rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
     before, after = job.report.totals, totals(job.source, graph, rows, (), precision, all_methods())
     figures = Totals(
-        (before.parameters[0], after.parameters[1]), (before.bytes[0], after.bytes[1]), (before.macs[0], after.macs[1]), after.trainable
+        (before.parameters[0], after.parameters[1]),
+        (before.bytes[0], after.bytes[1]),
+        (before.macs[0], after.macs[1]),
+        after.trainable,
+        before.cache,
     )
     worst = max(found, key=lambda merged: merged.error)
     note = f"adapters merged at {len(found)} sites; largest error of a merged weight {worst.error:.2e} ({worst.site})"

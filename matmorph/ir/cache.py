@@ -38,11 +38,16 @@ class Slot:
         return self.present.tensor.shape[self.axis]
 
     @property
-    def bytes_per_token(self) -> int | None:
+    def elements_per_token(self) -> int | None:
         """Of one row of the batch, which is the first axis; None where another axis is dynamic too."""
-        kind = self.past.tensor
-        sizes = [size for axis, size in enumerate(kind.shape) if axis not in (0, self.axis)]
-        return prod(map(int, sizes)) * element_size(kind.dtype) if all(isinstance(size, int) for size in sizes) else None
+        sizes = [size for axis, size in enumerate(self.past.tensor.shape) if axis not in (0, self.axis)]
+        return prod(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else None
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """In the type that the graph has; None as above."""
+        found = self.elements_per_token
+        return None if found is None else found * element_size(self.past.tensor.dtype)
 
 
 def find_slots(graph: Graph) -> tuple[Slot, ...]:

@@ -14,7 +14,7 @@ from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.passes.rewriting.sample import sample_notes
 from matmorph.passes.selection.select import Claim
-from matmorph.passes.sizes import exported_sizes, item_size, site_bytes
+from matmorph.passes.sizes import cache_bytes, exported_sizes, item_size, site_bytes
 from matmorph.report.model import Pair, PartRow, SiteRow, Totals
 from matmorph.specs.schema import Export, Rank
 
@@ -150,7 +150,13 @@ def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequen
         bytes=(before[1], later[1]),
         macs=(dense, dense + _change(row.macs for row in (*own, *inserted))),
         trainable=sum(const.numel for const in after.used_state() if const.trainable and const.rule is not None),
+        cache=_cache(source, after, precision),
     )
+
+
+def _cache(source: Graph, after: Graph, precision: str) -> Pair | None:
+    before, later = cache_bytes(source, precision), cache_bytes(after, precision)
+    return None if before is None or later is None else (before, later)
 
 
 def _change(pairs: Iterable[tuple[int, int]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from matmorph.ir.cache import find_slots
 from matmorph.ir.core import Const, Graph, Node, Value, values_in
 from matmorph.ir.op_table import LAYOUT_OPS, having, of_kind
 from matmorph.ir.ops import base_name
@@ -45,6 +46,13 @@ def _item(dtype: str, precision: str, narrow: bool) -> int:
     if dtype not in FLOATS or precision == "keep":
         return element_size(dtype)
     return 2 if narrow else 4
+
+
+def cache_bytes(graph: Graph, precision: str) -> int | None:
+    """Bytes of keys and values per token of one row, as exported; None for a graph that keeps no cache."""
+    slots = find_slots(graph)
+    sizes = [(slot.elements_per_token or 0) * item_size(slot.past.tensor.dtype, precision) for slot in slots]
+    return sum(sizes) if slots else None
 
 
 class _Readers:

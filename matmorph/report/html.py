@@ -143,7 +143,9 @@ def _lead(report: Report) -> str:
 
 def _cards(report: Report, run: Mapping[str, Any]) -> Iterator[Card]:
     totals = report.totals
-    figures = (("Size of weights", totals.bytes, size), ("Parameters", totals.parameters, count), ("MACs per token", totals.macs, count))
+    figures = [("Size of weights", totals.bytes, size), ("Parameters", totals.parameters, count), ("MACs per token", totals.macs, count)]
+    if totals.cache is not None:
+        figures.append(("Cache per token", totals.cache, size))
     for name, pair, unit in figures:
         yield Card(name, arrow(pair, unit), f"{percent(pair)} of the original", pair)
     if report.is_plan:

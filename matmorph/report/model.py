@@ -70,12 +70,14 @@ class SiteRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Over the whole model: weights outside any site included, each weight once."""
+    """Over the whole model: weights outside any site included, each weight once. `cache`: bytes of keys and values per token of one row,
+    None for a model that keeps no cache, and in a plan."""
 
     parameters: Pair
     bytes: Pair
     macs: Pair
     trainable: int = 0
+    cache: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,7 +252,9 @@ def print_totals(console: Console, report: Report) -> None:
     left = sum(row.open for row in report.sites)
     more = f", {left} more {'is' if left == 1 else 'are'} left to the budget, which decides when the model is compiled" if left else ""
     console.print(f"{'would rewrite' if report.is_plan else 'rewrote'} {done} of {len(report.sites)} sites{more}")
-    figures = (("parameters", totals.parameters, count), ("bytes", totals.bytes, size), ("MACs per token", totals.macs, count))
+    figures = [("parameters", totals.parameters, count), ("bytes", totals.bytes, size), ("MACs per token", totals.macs, count)]
+    if totals.cache is not None:
+        figures.append(("cache per token", totals.cache, size))
     width = max(len(change(pair, unit)) for _, pair, unit in figures)
     for name, pair, unit in figures:
         console.print(f"  {name:<15} {change(pair, unit):<{width}}  {percent(pair):>7}")

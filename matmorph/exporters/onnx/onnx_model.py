@@ -21,7 +21,7 @@ from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unuse
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
 from matmorph.exporters.onnx.norms import fuse_norms
-from matmorph.exporters.onnx.precision import check_target, convert, parity_tolerance
+from matmorph.exporters.onnx.precision import CachePorts, check_target, convert, parity_tolerance
 from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
 from matmorph.ir.cache import find_slots
@@ -118,7 +118,7 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
         value.const_value = None
     _name_ports(model, graph)
     clean(model)
-    convert(model, export.precision)
+    convert(model, export.precision, _cache_ports(graph))
     remove_unused(model.graph)
     if export.fuse == "auto" and not training:
         fuse_norms(model, export.target)
@@ -133,6 +133,17 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
     if export.adapters == "inputs" and not training:
         expose_adapters(model, graph)
     return model
+
+
+def _cache_ports(graph: Graph) -> CachePorts:
+    slots = find_slots(graph)
+    places = {name: k for k, name in enumerate(_results(graph))}
+    return CachePorts(frozenset(slot.input for slot in slots), frozenset(places[slot.output] for slot in slots))
+
+
+def _results(graph: Graph) -> list[str]:
+    """Names of the outputs that are values, in order: the outputs of the file."""
+    return [name for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
 
 
 def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:

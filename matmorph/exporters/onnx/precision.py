@@ -2,13 +2,15 @@
 
 `keep` writes the stored dtypes. `fp32` writes every half-precision weight and computation as float32. `fp16` and `bf16` follow autocast:
 matrix products (and what has only their results as inputs) run in half precision, norms, softmax and reductions in float32, inputs and
-outputs stay float32, and Casts are written where the two meet. An operator whose inputs disagree runs in float32, and so does one that
-ONNX does not define for the type in the graph's opset (a convolution on bfloat16 before opset 22).
+outputs stay float32 (but for a key/value cache, which fp16 keeps in fp16), and Casts are written where the two meet. An operator whose
+inputs disagree runs in float32, and so does one that ONNX does not define for the type in the graph's opset (a convolution on bfloat16
+before opset 22).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -49,6 +51,17 @@ UPPER = frozenset([
 """Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors."""
 
 
+@dataclass(frozen=True, slots=True)
+class CachePorts:
+    """Where a graph has its key/value cache: names of inputs, positions of outputs."""
+
+    pasts: frozenset[str] = frozenset()
+    presents: frozenset[int] = frozenset()
+
+
+_NO_CACHE = CachePorts()
+
+
 def check_target(precision: str, target: Sequence[str], dtypes: Iterable[str]) -> None:
     """Raises ExportError where a target has no kernel for the precision. `dtypes`: the stored dtypes of the weights ("bfloat16" ...)."""
     needed = computed_in(precision, dtypes)
@@ -75,8 +88,9 @@ def computed_in(precision: str, dtypes: Iterable[str]) -> str:
     return kept if precision == "keep" else precision
 
 
-def convert(model: ir.Model, precision: str) -> None:
+def convert(model: ir.Model, precision: str, cache: CachePorts = _NO_CACHE) -> None:
     """Changes the computation and the dtypes of initializers in place; weights have no data yet, so whoever writes them casts them.
+    The `cache` is kept in fp16 where the products are: it is as large as the text is long. numpy has no bf16, so there it stays float32.
 
     Raises ExportError for half precision on a graph with control flow, whose bodies are not converted.
     """
@@ -87,7 +101,7 @@ def convert(model: ir.Model, precision: str) -> None:
     _widen(model)
     _drop_casts(model.graph)
     if precision in HALF:
-        _narrow(model, HALF[precision])
+        _narrow(model, HALF[precision], cache if precision == "fp16" else _NO_CACHE)
 
 
 def settle_types(model: ir.Model) -> None:
@@ -169,22 +183,24 @@ def _is_defined(node: ir.Node, half: ir.DataType, opset: int) -> bool:
     return all(f"tensor({half.name.lower()})" in types.get(name, [name]) for name in floats)
 
 
-def _narrow(model: ir.Model, half: ir.DataType) -> None:
+def _narrow(model: ir.Model, half: ir.DataType, cache: CachePorts) -> None:
     for node in model.graph:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
             raise ExportError(
                 f"export.precision {half.name.lower()} is not possible for a model with control flow ({node.op_type} at {node.name})",
                 ["set export.precision to fp32 or keep"],
             )
-    _Narrowing(model.graph, half, model.opset_imports[""]).run()
+    _Narrowing(model.graph, half, model.opset_imports[""], cache).run()
 
 
 class _Narrowing:
     """One forward walk: the precision of each node by its operator and inputs, Casts between neighbours that differ, one per value."""
 
-    def __init__(self, graph: ir.Graph, half: ir.DataType, opset: int) -> None:
+    def __init__(self, graph: ir.Graph, half: ir.DataType, opset: int, cache: CachePorts) -> None:
         self.graph = graph
         self.half = half
+        self.pasts = {value for value in graph.inputs if value.name in cache.pasts}
+        self.presents = cache.presents
         self.opset = opset
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.taken = {str(value.name) for node in graph for value in node.outputs} | {str(v.name) for v in graph.inputs}
@@ -194,6 +210,8 @@ class _Narrowing:
 
     def run(self) -> None:
         self._store_weights()
+        for value in self.pasts:
+            value.dtype = self.half
         for node in list(self.graph):
             wanted = self._precision(node)
             if wanted is None:
@@ -205,8 +223,9 @@ class _Narrowing:
                 if value.dtype == _FLOAT:
                     value.dtype = wanted
         for index, value in enumerate(self.graph.outputs):
-            if value.dtype == self.half:
-                self.graph.outputs[index] = self._cast(value, _FLOAT, None)
+            kept = self.half if index in self.presents else _FLOAT
+            if value.dtype in (_FLOAT, self.half) and value.dtype != kept:
+                self.graph.outputs[index] = self._cast(value, kept, None)
 
     def _store_weights(self) -> None:
         """A float weight is stored in half precision where only operators in half precision read it; a scalar stays exact."""
@@ -233,6 +252,8 @@ class _Narrowing:
         data = [value for value in node.inputs if value is not None and value.dtype in (_FLOAT, self.half)]
         if not data:
             return None
+        if any(value in self.pasts for value in data):
+            return self.half
         if self._is_of_weights(node) or not _is_defined(node, self.half, self.opset):
             return _FLOAT
         if node.op_type in LOWER:
