@@ -23,6 +23,7 @@ from matmorph.runtime.format.artifact import (
     shown,
     with_file,
 )
+from matmorph.runtime.format.cache import CacheInfo, CacheSlot
 from matmorph.runtime.format.cases import (
     Case,
     TrainingCase,
@@ -129,6 +130,7 @@ CHANGES: dict[str, Any] = {
     "opset": 22,
     "ranges": {"batch": Range(3, 9)},
     "adapters": None,
+    "cache": CacheInfo((CacheSlot("past", "present", 2),), "right", True, 64, 512),
     "loss": TrainedLoss("cosine", None, 7),
     "optimizer": {"name": "sgd", "lr": 1, "weight_decay": 0.5},
     "supernet": None,

@@ -210,8 +210,8 @@ class _Narrowing:
 
     def run(self) -> None:
         self._store_weights()
-        for value in self.pasts:
-            value.dtype = self.half
+        for past in self.pasts:
+            past.dtype = self.half
         for node in list(self.graph):
             wanted = self._precision(node)
             if wanted is None:
