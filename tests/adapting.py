@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ def network() -> nn.Sequential:
     return net
 
 
-def compiled(rewrite: Any, path: str = "**", model: nn.Module | None = None, **more: Any) -> mm.Compiled:
+def compiled(rewrite: Any, path: str = "**", model: nn.Module | None = None, hf_folder: Path | None = None, **more: Any) -> mm.Compiled:
     spec = {"version": 1, "rules": [{"match": {"path": path}, "force": True, "rewrite": rewrite}], **more}
-    return mm.compile(model or network(), spec, (X,), ({0: "batch"},))
+    return mm.compile(model or network(), spec, (X,), ({0: "batch"},), hf_folder=hf_folder)
 
 
 def trained(found: mm.Compiled, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -51,7 +51,13 @@ MARK = "mark"
 def build(home: Path) -> None:
     """Everything that the commands read."""
     spec = {"train": {"loss": "mse", "trainable": ["adapters", "2.bias"]}, "export": {"target": ["cpu"], "adapters": "inputs"}}
-    found = compiled({"lora": {"rank": 2, "alpha": 6}}, **spec)
+    (home / "hub").mkdir()
+    (home / "hub" / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2], "head_dim": 8}))
+    (home / "hub" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5}))
+    (home / "hub" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (home / "hub" / "chat_template.jinja").write_text("{{ messages }}")
+    found = compiled({"lora": {"rank": 2, "alpha": 6}}, hf_folder=home / "hub", **spec)
+    shutil.rmtree(home / "hub")
     found.save(home / "train")
     save_file(trained(found), home / "values.safetensors")
     found.load_trained(home / "values.safetensors").merge().save(home / "merged")
@@ -416,6 +422,8 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
             "1",
         ),
         "inspect": ("inspect", home / "net.pt2"),
+        "layout": ("layout", train, "--for", "transformers.js", "--out", out / "tree"),
+        "layout hf": ("layout", merged, "--for", "hf", "--out", out / "hf"),
         "search": ("search", home / "net", *_search(home), "--out", out / "found"),
         "search --resume": ("search", home / "net", *_search(home), "--out", home / "found", "--resume"),
         "merge of a configuration": (
@@ -424,7 +432,9 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
         ),
     }
     skipping = {
-        f"{name} --no-verify": (*words, "--no-verify") for name, words in commands.items() if name.startswith(("merge", "report", "diff"))
+        f"{name} --no-verify": (*words, "--no-verify")
+        for name, words in commands.items()
+        if name.startswith(("merge", "report", "diff", "layout"))
     }
     feeds = {"input": np.zeros((3, 24), np.float32)}
     batch = {**feeds, "labels": np.zeros((3, 8), np.float32)}
@@ -445,7 +455,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
 
 _REOPEN = ("merge", "adapter save", "adapter to-peft", "adapter from-peft", "adapter unmerge")
 READS: Sequence[tuple[str, tuple[str, ...]]] = (
-    ("train/manifest.json", ("verify", "report", "compare", "diff", *_REOPEN, "adapter", "train", "Session", "Trainer")),
+    ("train/manifest.json", ("verify", "layout", "report", "compare", "diff", *_REOPEN, "adapter", "train", "Session", "Trainer")),
     ("train/train.json", ("verify", *_REOPEN, "train", "search", "Trainer")),
     ("train/report.json", ("report", "compare", *_REOPEN)),
     ("train/run.json", ("report", "compare")),
@@ -454,7 +464,11 @@ READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("train/spec.yaml", ("report", *_REOPEN)),
     ("train/check.npz", ("verify", "adapter switch", *_REOPEN)),
     ("train/train_check.npz", ("verify",)),
-    ("train/model.onnx", ("verify", "Session", "adapter switch", *_REOPEN)),
+    ("train/config.json", ("verify", "layout", *_REOPEN)),
+    ("train/generation_config.json", ("verify", "layout", *_REOPEN)),
+    ("train/tokenizer_config.json", ("verify", "layout", *_REOPEN)),
+    ("train/chat_template.jinja", ("verify", "layout", *_REOPEN)),
+    ("train/model.onnx", ("verify", "layout", "Session", "adapter switch", *_REOPEN)),
     ("train/trainable.safetensors", ("verify", "train", "Trainer", *_REOPEN)),
     ("train/", ("verify", "train", "Trainer", *_REOPEN)),
     ("merged/manifest.json", ("verify --json", "report in place", "compare", "adapter unmerge", "Session, unverified")),
@@ -462,7 +476,7 @@ READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("merged/run.json", ("report in place", "compare")),
     ("merged/graph.ir", ("diff --node",)),
     ("merged/source.ir", ("diff --node",)),
-    ("merged/", ("verify --json", "adapter unmerge", "Session, unverified")),
+    ("merged/", ("verify --json", "layout hf", "adapter unmerge", "Session, unverified")),
     ("peft/", ("adapter from-peft",)),
     ("values.safetensors", ("merge --trained",)),
     ("own.onnx_adapter", ("adapter load", "adapter switch", "merge of an adapter")),

@@ -285,6 +285,37 @@ def test_a_file_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_companions(source(tmp_path / "hf"))
 
 
+# ---- where a rewrite is narrower than the configuration says
+
+
+def test_widths_that_no_longer_hold_are_named(tmp_path: Path) -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+    (tmp_path / "hf").mkdir()
+    config = {"model_type": "mine", "intermediate_size": 32, "num_attention_heads": 4, "n_inner": None}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    block = Block()
+    found = {}
+    for name, rewrite in {"narrow": {"transact": {"width": "50%"}}, "factored": {"low_rank": {"rank": 4}}}.items():
+        match = {"block": "mlp"} if name == "narrow" else {"op": "linear"}
+        spec = {"version": 1, "rules": [{"match": match, "rewrite": rewrite}], "export": {"target": ["cpu"]}}
+        compiled = mm.compile(block, spec, (x,), ({0: "batch"},), calibration=[(x,)], hf_folder=tmp_path / "hf")
+        folder = compiled.save(tmp_path / name)
+        assert (folder / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+        notes = json.loads((folder / "manifest.json").read_text())["notes"]
+        found[name] = [note for note in notes if "config.json" in note]
+    assert found["narrow"] == ["config.json is the source's: intermediate_size (32) no longer holds in 1 layer that transact narrowed"]
+    assert found["factored"] == []
+
+
 # ---- layouts
 
 
