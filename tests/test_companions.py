@@ -316,6 +316,37 @@ def test_widths_that_no_longer_hold_are_named(tmp_path: Path) -> None:
     assert found["factored"] == []
 
 
+# ---- a decoder
+
+
+def test_a_decoder_gets_its_genai_config(tmp_path: Path) -> None:
+    """With a cache alone; without a tokenizer, which a note says."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 67, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    module.save_pretrained(tmp_path / "hf")
+    ids = torch.randint(3, 67, (2, 8), generator=torch.Generator().manual_seed(0))
+    spec = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"target": ["cpu"]}}
+    folder = mm.compile(module, spec, {"input_ids": ids}, cache=True, hf_folder=tmp_path / "hf").save(tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = json.loads((folder / GENAI).read_text())
+    assert GENAI in manifest["files"]
+    assert data["model"]["type"] == "decoder"
+    assert data["model"]["eos_token_id"] == [2]
+    assert data["model"]["context_length"] == data["search"]["max_length"] == 32
+    decoder = data["model"]["decoder"]
+    assert [decoder[key] for key in ("head_size", "num_hidden_layers", "num_key_value_heads")] == [8, 1, 2]
+    named = {entry["name"] for entry in manifest["inputs"]}
+    assert {decoder["inputs"]["past_key_names"] % 0, decoder["inputs"]["past_value_names"] % 0, "input_ids"} <= named
+    assert named <= {*decoder["inputs"].values(), "past_key_values.0.key", "past_key_values.0.value"}
+    assert "the source folder has no tokenizer, so the artefact takes and gives token ids alone" in manifest["notes"]
+    assert any("type is decoder, for 'gpt2'" in note for note in manifest["notes"])
+    assert run("layout", folder, "--for", "genai", "--out", tmp_path / "tree") == 0
+    assert names(tmp_path / "tree") == {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", GENAI}
+
+
 # ---- layouts
 
 
