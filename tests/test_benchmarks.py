@@ -26,6 +26,7 @@ SCRIPTS = (
     "loftq",
     "quantized",
     "resident",
+    "cache_memory",
     "compile_time",
     "plan_7b",
     "train_memory",
@@ -175,6 +176,13 @@ def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.Capture
     assert row["spec"] == "toy"
     assert row["file_mb"] > 0
     assert row["growth_over_file"] == pytest.approx(row["growth_mb"] / row["file_mb"], rel=1e-9)  # the same two numbers, divided
+
+
+def test_cache_memory_prints_what_the_manifest_foresees(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, half = tiny(load("cache_memory"), capsys)
+    assert dense["held MB"] == dense["foreseen MB"] == 256 * 2 * 2 * 2 * 8 * 4 / 1e6  # tokens, layers, keys and values, heads, size, bytes
+    assert half["held MB"] == half["foreseen MB"] == dense["held MB"] / 2
+    assert half["held x"] == 0.5
 
 
 def test_train_memory_counts_over_dense_weights(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

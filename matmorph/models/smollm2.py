@@ -5,7 +5,9 @@ The blocks are taken out of it to float32 once, by transformers and the package 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import shutil
 import tempfile
 import weakref
@@ -37,7 +39,7 @@ def load_smollm2() -> tuple[Any, Any, Path]:
     import_or_fail("gguf", "smollm2: the package gguf, which reads its file, is not installed", _HINT)
     transformers = import_or_fail("transformers", "smollm2: the package transformers is not installed", _HINT)
     file = gguf_file()
-    with quiet_loading(transformers):
+    with quiet_loading(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar of its own for the file
         try:
             loaded = transformers.LlamaForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
