@@ -20,6 +20,7 @@ from matmorph.exporters.adapters import Served, serve
 from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, write_artifact
 from matmorph.exporters.cache_info import cache_info
 from matmorph.exporters.data_file import DataFile, weights_sha256
+from matmorph.exporters.last_logits import last_logits, last_note, last_rows, logits_output
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
 from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
 from matmorph.exporters.staging import refuse_existing
@@ -29,6 +30,7 @@ from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.folders.beside import beside_model
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
+from matmorph.ir.evaluate import Runner
 from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.methods import all_methods
@@ -62,7 +64,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     served = _served(job)
     plain = inference_graph(job.graph, all_methods()) if served is None else served.graph
     _refuse_random(plain)
-    vectors = check_vectors(plain, job.examples, job.spec.export.precision)
+    vectors = _vectors(plain, job)
+    exported = last_logits(plain) if job.spec.export.logits == "last" else plain
     unchecked = _unchecked(job.spec)
     cache = cache_info(plain, job.max_length)
     beside = beside_model(job, plain, cache)
@@ -81,7 +84,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
-        graph=_relocated(plain, job.spec, spec),
+        graph=_relocated(exported, job.spec, spec),
         export=job.spec.export,
         version=__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
@@ -169,11 +172,20 @@ def _unchecked(spec: Spec) -> tuple[str, ...]:
     return (f"outputs not checked: export.target is {where} alone, which this machine does not have ({'; '.join(obstacles)})",)
 
 
+def _vectors(graph: Graph, job: Job, run: Runner | None = None) -> Vectors:
+    """Of the graph as it is, so that what is cut for the file is held against what is not."""
+    found = check_vectors(graph, job.examples, job.spec.export.precision, run)
+    if job.spec.export.logits == "all":
+        return found
+    name = logits_output(graph)
+    return Vectors(tuple(last_rows(case, name) for case in found.cases), (*found.notes, last_note(name)))
+
+
 def _rounding(graph: Graph, job: Job, exact: Vectors) -> float:
     """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
     if job.spec.export.activations != "int8" or not rounds_activations(graph):
         return 0.0
-    rounded = check_vectors(graph, job.examples, job.spec.export.precision, run_rounded)
+    rounded = _vectors(graph, job, run_rounded)
     pairs = [
         (after.outputs[name], answer)
         for before, after in zip(exact.cases, rounded.cases, strict=True)

@@ -104,6 +104,9 @@ class Export:
         default="rebuild", metadata={"doc": "rebuild: dense again when the session loads; packed: codes stay packed"}
     )
     adapters: Literal["inline", "inputs"] = field(default="inline", metadata={"doc": "inputs: adapters are inputs of the graph"})
+    logits: Literal["all", "last"] = field(
+        default="all", metadata={"doc": "of a language model: of all places, or of the last one of each row alone, [batch, 1, words]"}
+    )
     fuse: Literal["auto", "none"] = field(
         default="auto", metadata={"doc": "auto: norms become one operator where every target has it; none: written out"}
     )
