@@ -28,6 +28,7 @@ from matmorph.runtime import Session
 from matmorph.runtime.check import check
 from matmorph.runtime.format.artifact import DATA, MODEL
 from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets.kernels import NONE
 from matmorph.specs.schema import Export
 
 INT8 = 1e-2  # of the largest result: activations rounded to 8 bits per block (measured 4e-3 to 9e-3)
@@ -279,7 +280,7 @@ def test_types_that_no_kernel_has(rng: np.random.Generator, tmp_path: Path) -> N
 
 
 def test_providers_without_the_operator(rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], kernels={}))
+    monkeypatch.setitem(TARGETS, "cuda", replace(TARGETS["cuda"], kernels=lambda: NONE))
     graph = lookup(uniform(rng, 4, 16, 4, 16))
     with pytest.raises(ExportError, match=r"export\.target cuda has no GatherBlockQuantized at all"):
         export_onnx(graph, tmp_path, Export())

@@ -23,7 +23,8 @@ from matmorph.passes.methods import method_table
 from matmorph.runtime import ProviderError, Session
 from matmorph.runtime.targets import TARGETS, target_names
 from matmorph.runtime.targets.cpu import CPU, CPU_RATES
-from matmorph.runtime.targets.target import Kernel, KernelCost, Target
+from matmorph.runtime.targets.kernels import read_kernels
+from matmorph.runtime.targets.target import KernelCost, Limits, Target
 from matmorph.specs.json_schema import json_schema
 from matmorph.specs.schema import Export
 
@@ -33,7 +34,8 @@ NPU = Target(
     title="NPU",
     memory="cpu",
     obstacle=lambda: None,
-    kernels={"MatMulNBits": Kernel(("float32",), blocks=(32,), bits=(4,))},
+    kernels=lambda: read_kernels("com.microsoft MatMulNBits\n 1 T1 T2 T1 T3 T4 T1 -> T1\n npu 1+ T1=float32\n", "npu"),
+    limits={"MatMulNBits": Limits(blocks=(32,), bits=(4,))},
     lacks={"fp16": "its products are float32"},
     rates=replace(CPU_RATES, source="made up"),
     costs={
@@ -127,7 +129,7 @@ def test_its_precisions_and_kernels_are_held(tmp_path: Path) -> None:
     bits = {"quantize": {"quantizer": "uniform", "bits": 8, "block_size": 32}}
     with pytest.raises(ExportError, match=r"export\.target npu has no MatMulNBits with 8 bits, used in fc\d") as caught:
         saved(["cpu", "npu"], bits)
-    assert "npu: float32, blocks of 32, 4 bits; cuda: float32, float16, bfloat16" in str(caught.value)
+    assert "npu: float32, blocks of 32, 4 bits; cuda: bfloat16, float16, float32, blocks of 16" in str(caught.value)
     saved(["cpu", "npu"], {"quantize": {"quantizer": "uniform", "bits": 4, "block_size": 32}})
 
 

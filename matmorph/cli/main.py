@@ -212,18 +212,25 @@ def compile_command(
 @app.command(cls=Command)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="NAME", help="Also name the nodes that this target hands back to the CPU; it need not be here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a written folder on this machine.
 
     Files, hashes, and outputs under this machine's ONNX Runtime; needs no torch."""
     with working(as_json, f"checking {folder}"), readable_errors():
+        from matmorph.cli.placing import placing_target, with_placements
         from matmorph.runtime.check import check, tell
 
+        on = None if target is None else placing_target(target)
         result = check(folder)
+        result, placements = (result, ()) if on is None else with_placements(result, folder, on)
     if not as_json:
         raise typer.Exit(tell(result))
-    say_json({"ok": result.ok, **asdict(result)})
+    say_json({"ok": result.ok, **asdict(result), **({} if on is None else {"placements": [asdict(one) for one in placements]})})
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -352,6 +359,9 @@ def _print_saved(folder: Path, report: Report) -> None:
     from matmorph.runtime.format.training import TRAIN_MANIFEST
     from matmorph.runtime.train_manifest import read_train_manifest
 
+    for placement in report.placements:
+        if placement.handed or placement.unknown:
+            say("\n  ".join(placement.lines()))
     if report.parity is not None:
         say(parity_line(report.parity))
     say(f"wrote {folder}{'' if str(folder).endswith('/') else '/'} (check it anywhere with: matmorph verify {folder})")

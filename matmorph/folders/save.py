@@ -79,7 +79,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     def describe(staging: Path, info: OnnxInfo) -> WrittenReport:
         progress("checking", 0, 1)
         exact = replace(report.totals, bytes=(report.totals.bytes[0], info.bytes))
-        final.append(replace(report, totals=exact, parity=None if unchecked else _parity(staging, info, vectors)))
+        parity = None if unchecked else _parity(staging, info, vectors)
+        final.append(replace(report, totals=exact, parity=parity, placements=info.placements))
         progress("checking", 1, 1)
         return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 

@@ -22,6 +22,7 @@ from matmorph.passes.selection.survey import Survey
 from matmorph.passes.stage import Built, Run, built, decided, measured, planned, selected
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report, SiteRow
+from matmorph.runtime.targets import chosen_targets
 from matmorph.specs.schema import Spec, Stage
 
 
@@ -85,7 +86,8 @@ def plan_graph(graph: Graph, spec: Spec, methods: Methods, name: str) -> Report:
         survey = survey.without(found.replaced)
     rows = tuple(so_far.rows.values())
     sums = planned_totals(graph, rows, spec.export.precision, so_far.pruning.aside)
-    return Report(name, spec.name, rows, sums, so_far.all_notes, is_plan=True)
+    unplaced = tuple(target.title for target in chosen_targets(spec.export.target) if target.hands_back)
+    return Report(name, spec.name, rows, sums, so_far.all_notes, is_plan=True, unplaced=unplaced)
 
 
 def compile_graph(

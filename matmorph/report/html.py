@@ -47,6 +47,7 @@ def html_page(report: Report, context: Context = _NOTHING) -> str:
         "sizes": ("Sizes", bool(bars)),
         "pareto": ("Pareto front", curve is not None),
         "sites": ("Matmuls", True),
+        "placement": ("Placement", bool(report.placements)),
         "notes": ("Notes", bool(report.notes)),
         "spec": ("Spec", bool(context.spec)),
         "made": ("Versions and hashes", bool(report.versions or context.files or context.source_sha256)),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from matmorph.ir.site import Bound, Sample, Spectrum
+from matmorph.runtime.targets.placement import Placement
 
 Status = Literal["rewritten", "rejected", "unclaimed"]
 Pair = tuple[int, int]
@@ -92,7 +93,9 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`sites` in order of first application. `notes`: plain lines about the run (tracing manners, adopted ranges, solver notes)."""
+    """`sites` in order of first application. `notes`: plain lines about the run (tracing manners, adopted ranges, solver notes).
+    `placements`: of the written model, on each target that hands nodes back to the CPU; () before it is written. `unplaced`: titles of such
+    targets in a plan, which writes no file and so cannot say."""
 
     name: str
     spec_name: str
@@ -102,6 +105,8 @@ class Report:
     parity: Parity | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     is_plan: bool = False
+    placements: tuple[Placement, ...] = ()
+    unplaced: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: exactly `report.json`."""

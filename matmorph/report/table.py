@@ -243,6 +243,8 @@ def print_plan(console: Console, report: Report, every: bool = False) -> None:
     _print_reasons(console, report)
     _print_notes(console, report)
     print_totals(console, report)
+    for title in report.unplaced:
+        console.print(f"which nodes {title} hands back to the CPU is known of a file alone: compile says which")
 
 
 def print_totals(console: Console, report: Report) -> None:

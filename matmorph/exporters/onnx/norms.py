@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from matmorph.exporters.onnx.cleanup import remove_unused
 from matmorph.exporters.onnx.emit import DOMAIN
+from matmorph.exporters.onnx.placement import element_name
 from matmorph.runtime.targets import TARGETS
 
 RMS, SKIP = "RMSNormalization", "SkipSimplifiedLayerNormalization"
@@ -172,8 +173,10 @@ def _like(value: ir.Value) -> ir.Value:
 
 
 def _has_kernel(target: Sequence[str], dtype: ir.DataType | None) -> bool:
-    kernels = [TARGETS[device].kernels.get(SKIP) if device in TARGETS else None for device in target]
-    return dtype is not None and all(kernel is not None and dtype.numpy().name in kernel.dtypes for kernel in kernels)
+    if dtype is None:
+        return False
+    name = element_name(dtype.value)
+    return all(device in TARGETS and TARGETS[device].missing(DOMAIN, SKIP, 1, [name] * 3, [name]) is None for device in target)
 
 
 def _inner(value: ir.Value | None, operator: str) -> ir.Node | None:

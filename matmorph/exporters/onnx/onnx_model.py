@@ -21,6 +21,7 @@ from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unuse
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
 from matmorph.exporters.onnx.norms import fuse_norms
+from matmorph.exporters.onnx.placement import placements
 from matmorph.exporters.onnx.precision import CachePorts, check_target, convert, parity_tolerance
 from matmorph.exporters.onnx.quantized import check_kernels, expose_codes, multiplies_in_int8, quantized_lowerings
 from matmorph.exporters.onnx.quantized_gradients import gradient_lowerings, has_gradients
@@ -30,6 +31,7 @@ from matmorph.ir.core import Const, Graph, Value
 from matmorph.ir.to_export import to_exported_program
 from matmorph.ir.types import TensorType, format_dim
 from matmorph.runtime.format.artifact import DATA, MODEL, FileRecord, TensorInfo, file_record
+from matmorph.runtime.targets.placement import Placement
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import Export
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class OnnxInfo:
     """What was written. `bytes`: of all weights in the data file, padding not counted; `tolerance`: of a parity check, relative to
-    max(1, |reference|)."""
+    max(1, |reference|). `placements`: on each target that hands nodes back to the CPU."""
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -48,6 +50,7 @@ class OnnxInfo:
     bytes: int
     nodes: int
     files: Mapping[str, FileRecord]
+    placements: tuple[Placement, ...] = ()
 
 
 def export_onnx(
@@ -79,6 +82,7 @@ def write_model(
     graph = settled(graph, lambda op: not known(op))
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
+    placed = placements(model, export.target, path.name)
     total = data.attach(_weights(model, graph), progress)
     inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
     outputs = tuple(map(_port, model.graph.outputs))
@@ -95,6 +99,7 @@ def write_model(
         bytes=total,
         nodes=len(model.graph),
         files={path.name: file_record(text)},
+        placements=placed,
     )
 
 

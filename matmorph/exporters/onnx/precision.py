@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from matmorph.errors import ExportError
+from matmorph.exporters.onnx.bare import bare_proto
 from matmorph.exporters.onnx.cleanup import unique
 from matmorph.runtime.format.cases import Array
 from matmorph.runtime.targets import TARGETS, chosen_targets
@@ -106,18 +107,9 @@ def convert(model: ir.Model, precision: str, cache: CachePorts = _NO_CACHE) -> N
 
 def settle_types(model: ir.Model) -> None:
     """Fills in the element type of every value of the main graph, by ONNX's own type inference on the graph without its weights."""
-    graph = model.graph
-    inputs, initializers = list(graph.inputs), dict(graph.initializers)
-    graph.inputs.extend(initializers.values())
-    graph.initializers.clear()
-    try:
-        inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
-    finally:
-        graph.inputs.clear()
-        graph.inputs.extend(inputs)
-        graph.initializers.update(initializers)
+    inferred = onnx.shape_inference.infer_shapes(bare_proto(model))
     types = {info.name: info.type.tensor_type.elem_type for info in (*inferred.graph.value_info, *inferred.graph.output)}
-    for node in graph:
+    for node in model.graph:
         for value in node.outputs:
             if value.dtype is None and types.get(str(value.name)):
                 value.dtype = ir.DataType(types[str(value.name)])

@@ -24,10 +24,11 @@ from matmorph.errors import ExportError
 from matmorph.exporters.onnx import emit
 from matmorph.exporters.onnx.emit import DOMAIN
 from matmorph.exporters.onnx.lowering import Lowerings
+from matmorph.exporters.onnx.placement import element_name
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.quantised.dense import TABLES, byte_levels, stored_bits
 from matmorph.runtime.targets import TARGETS, chosen_targets
-from matmorph.runtime.targets.target import Kernel
+from matmorph.runtime.targets.target import Target
 
 ACCURACY: Mapping[str, int] = {"fp32": 1, "int8": 4}
 """MatMulNBits's `accuracy_level` by `export.activations`. The CPU provider alone looks at it."""
@@ -149,7 +150,7 @@ def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
         if node.domain != DOMAIN:
             continue
         for device in target:
-            reason = _obstacle(node, _kernel(device, node.op_type))
+            reason = _obstacle(node, TARGETS[device]) if device in TARGETS else "at all"
             if reason is not None:
                 path = node.metadata_props.get("matmorph.path", "")
                 raise ExportError(
@@ -158,29 +159,34 @@ def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
                 )
 
 
-def _kernel(device: str, operator: str) -> Kernel | None:
-    return TARGETS[device].kernels.get(operator) if device in TARGETS else None
-
-
-def _obstacle(node: ir.Node, kernel: Kernel | None) -> str | None:
-    """What of the node the kernel does not do."""
-    if kernel is None:
-        return "at all"
-    dtype = node.outputs[0].dtype
-    block, bits = node.attributes.get_int("block_size", None), node.attributes.get_int("bits", 4)
-    if dtype is not None and dtype.numpy().name not in kernel.dtypes:
-        return f"for {dtype.numpy().name}"
-    if block is not None and block not in kernel.blocks:
+def _obstacle(node: ir.Node, target: Target) -> str | None:
+    """What of the node no kernel of the target does."""
+    inputs, outputs = ([kernel_type(value) for value in side] for side in (node.inputs, node.outputs))
+    missing = target.missing(DOMAIN, node.op_type, 1, inputs, outputs)
+    if missing is not None:
+        has = target.results(node.op_type)
+        return f"for {outputs[0]}" if has and outputs[0] is not None and outputs[0] not in has else missing
+    limits = target.limits.get(node.op_type)
+    if limits is None:
+        return None
+    block, bits = node.attributes.get_int("block_size"), node.attributes.get_int("bits", 4)
+    if block not in limits.blocks:
         return f"with blocks of {block}"
-    return None if block is None or bits in kernel.bits else f"with {bits} bits"
+    return None if bits in limits.bits else f"with {bits} bits"
+
+
+def kernel_type(value: ir.Value | None) -> str | None:
+    """The element type as the list of kernels writes it, None where it is not known."""
+    return None if value is None or value.dtype is None else element_name(value.dtype.value)
 
 
 def _kernels_of(name: str) -> str:
-    kernels = {target.name: target.kernels[name] for target in chosen_targets(TARGETS) if name in target.kernels}
-    described = [
-        f"{device}: {', '.join(kernel.dtypes)}, blocks of {', '.join(map(str, kernel.blocks))}, {', '.join(map(str, kernel.bits))} bits"
-        for device, kernel in kernels.items()
-    ]
+    described = []
+    for target in chosen_targets(TARGETS):
+        if types := target.results(name):
+            limits = target.limits.get(name)
+            sizes = "" if limits is None else f", blocks of {', '.join(map(str, limits.blocks))}, {', '.join(map(str, limits.bits))} bits"
+            described.append(f"{target.name}: {', '.join(types)}{sizes}")
     return f"{name} has kernels on " + ("; ".join(described) or "no target")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from matmorph.runtime.targets.kernels import shipped
 from matmorph.runtime.targets.rates import Rates
-from matmorph.runtime.targets.target import Kernel, KernelCost, Target
+from matmorph.runtime.targets.target import KernelCost, Limits, Target
 
 _UNPACKED = "no float32 kernel: the matrix is unpacked on every call"
 
@@ -32,13 +35,9 @@ CPU = Target(
     memory="cpu",
     obstacle=lambda: None,
     default=True,
-    # As registered in ONNX Runtime 1.31.
-    kernels={
-        "MatMulNBits": Kernel(("float32", "float16")),
-        "MatMulBnb4": Kernel(("float32", "float16"), bits=(4,)),  # the kernel is float's; ONNX Runtime writes Casts around it for fp16
-        "GatherBlockQuantized": Kernel(("float32", "float16")),
-        "SkipSimplifiedLayerNormalization": Kernel(("float32", "float16")),
-    },
+    kernels=partial(shipped, "cpu"),
+    casts={"float16": "float32"},
+    limits={"MatMulNBits": Limits(), "MatMulBnb4": Limits(bits=(4,)), "GatherBlockQuantized": Limits()},
     lacks={"bf16": "ONNX Runtime has no bfloat16 MatMul or Gemm there"},
     rates=CPU_RATES,
     # Measured with ONNX Runtime 1.31.1, one thread, AVX512-VNNI, at 1024 x 1024 and 4096 x 4096.

@@ -6,12 +6,15 @@ import contextlib
 import ctypes
 import io
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+from matmorph.runtime.targets.kernels import shipped
 from matmorph.runtime.targets.rates import Rates
-from matmorph.runtime.targets.target import Kernel, KernelCost, Target
+from matmorph.runtime.targets.target import KernelCost, Limits, Target
 
 _PROVIDER = "CUDAExecutionProvider"
-_ALL_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def cuda_obstacle() -> str | None:
@@ -60,6 +63,48 @@ _UNIFORM = KernelCost("packed for few rows, else unpacked on every call for a de
 _NF4 = KernelCost("packed for one row, else unpacked on every call for a dense product", basis=_READ)
 _LOOK_UP = KernelCost("a look-up of all codes on every call, then a dense product", basis="not measured")
 
+
+def _uneven_pads(attributes: Mapping[str, Any]) -> str | None:
+    pads: Sequence[int] = attributes.get("pads", ())
+    half = len(pads) // 2
+    return None if list(pads[:half]) == list(pads[half:]) else "with other padding at the end than at the beginning"
+
+
+def _last_index(attributes: Mapping[str, Any]) -> str | None:
+    return "with select_last_index" if attributes.get("select_last_index") else None
+
+
+def _text(attributes: Mapping[str, Any]) -> str | None:
+    return "that makes text" if attributes.get("to") == _STRING else None
+
+
+def _recurrent(*activations: str, resets: bool = False) -> Callable[[Mapping[str, Any]], str | None]:
+    def declined(attributes: Mapping[str, Any]) -> str | None:
+        for name in ("activation_alpha", "activation_beta", "clip"):
+            if name in attributes:
+                return f"with {name}"
+        if attributes.get("input_forget"):
+            return "with input_forget"
+        if resets and not attributes.get("linear_before_reset"):
+            return "with linear_before_reset 0"
+        chosen = tuple(str(one).lower() for one in attributes.get("activations", ()))
+        return None if chosen == activations[: len(chosen)] else "with other activations than its own"
+
+    return declined
+
+
+_STRING = 8
+_DECLINES: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "ConvTranspose": _uneven_pads,
+    "ArgMax": _last_index,
+    "ArgMin": _last_index,
+    "Cast": _text,
+    "RNN": _recurrent("tanh", "tanh"),
+    "LSTM": _recurrent("sigmoid", "tanh", "tanh", "sigmoid", "tanh", "tanh"),
+    "GRU": _recurrent("sigmoid", "tanh", "sigmoid", "tanh", resets=True),
+}
+"""Read in `CUDAExecutionProvider::GetCapability`, which looks at these before it takes a node."""
+
 CUDA = Target(
     name="cuda",
     provider=_PROVIDER,
@@ -67,13 +112,10 @@ CUDA = Target(
     memory="cuda",
     obstacle=cuda_obstacle,
     default=True,
-    # As registered in ONNX Runtime 1.31.
-    kernels={
-        "MatMulNBits": Kernel(_ALL_FLOATS),
-        "MatMulBnb4": Kernel(_ALL_FLOATS, bits=(4,)),
-        "GatherBlockQuantized": Kernel(_ALL_FLOATS),
-        "SkipSimplifiedLayerNormalization": Kernel(_ALL_FLOATS),
-    },
+    kernels=partial(shipped, "cuda"),
+    hands_back=True,
+    declines=_DECLINES,
+    limits={"MatMulNBits": Limits(), "MatMulBnb4": Limits(bits=(4,)), "GatherBlockQuantized": Limits()},
     # A launch of some microseconds, 20 TFLOP/s of float32, 2 TB/s; batches run at once.
     rates=Rates(
         source="estimate, not measured: a launch per node, 20 TFLOP/s in float32, 2 TB/s",
