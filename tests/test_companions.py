@@ -223,6 +223,11 @@ def test_files_are_copied_as_they_are(home: Path) -> None:
     assert check(home / "out").ok
 
 
+def test_what_compile_wrote_is_no_source(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", home / "out") == 2
+    assert "was written by compile and is no model to compile" in capsys.readouterr().err
+
+
 def test_a_changed_companion_is_found(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "out", tmp_path / "own")
     (tmp_path / "own" / "tokenizer.json").write_text("{}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matmorph.errors import InputError, did_you_mean
+from matmorph.exporters.staging import is_artifact
 from matmorph.models.hf_trust import judge_folder, refused_code
 
 BATCH = 2
@@ -35,6 +36,8 @@ def load_folder(folder: Path, cache: bool = False) -> FolderModel:
 
     Raises InputError naming the folder and the fault.
     """
+    if is_artifact(folder):
+        raise InputError(f"{folder}: was written by compile and is no model to compile: give the folder that it was made from")
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise InputError(f"{folder}: not a Hugging Face model folder: it has no config.json")
