@@ -18,6 +18,7 @@ from llm_runtimes import of_genai, of_optimum, of_transformers_js
 import matmorph as mm
 from matmorph.cli.main import main
 from matmorph.models.resolve import resolve
+from matmorph.runtime import Generator
 
 pytestmark = pytest.mark.full
 KEEP = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"target": ["cpu"]}}
@@ -136,6 +137,21 @@ def test_without_an_end_genai_ends_at_the_pad_token(case: Callable[[str], Case],
     folder = compiled(ending(built(FAMILIES["qwen3"])), tmp_path)
     assert VOCAB - 1 not in known.expected[0]
     assert of_genai(folder, known.prompts[:1], NEW)[0] == known.expected[0]
+
+
+def test_a_cache_in_half_precision_is_taken(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """Beside float32 logits. Oracle: our own loop over the same file, for fp16 may choose otherwise than fp32."""
+    known = case("llama")
+    spec = {**KEEP, "export": {"target": ["cpu"], "precision": "fp16"}}
+    known.module.save_pretrained(tmp_path / "hf")
+    folder = mm.compile(known.module, spec, {"input_ids": tokens(2, 16)}, cache=True, hf_folder=tmp_path / "hf").save(tmp_path / "out")
+    cached = {entry["dtype"] for entry in json.loads((folder / "manifest.json").read_text())["inputs"] if "past" in entry["name"]}
+    assert cached == {"float16"}
+    ours = Generator(folder, "cpu", threads=1).generate(known.prompts[:1], max_new_tokens=NEW, eos=()).tolist()
+    assert of_genai(folder, known.prompts[:1], NEW) == ours
+    assert of_optimum(folder, known.prompts[:1], NEW) == ours
+    laid_out(folder, "transformers.js", tmp_path / "tree")
+    assert of_transformers_js(tmp_path / "tree", known.prompts[0], NEW) == ours[0]
 
 
 # ---- a real model
