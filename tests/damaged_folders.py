@@ -1,10 +1,10 @@
 """What becomes of the commands when what they read is damaged: `python tests/damaged_folders.py --count 1000`.
 
-A seed damages one file of a small home (folders with training graphs, what merging and a search made of them, trained values, an adapter,
-a PEFT folder, a checkpoint, data, a program) and runs some of the commands that read it, in this process. Half of the seeds give the
-manifests the hashes of the damaged files, so that the readers behind the hashes are met too. A run is fine when it ends with 0, 1 or 2, or
-in Python with a `SessionError`, names no internal error, shows no traceback, runs nothing that lay in a file, and leaves nothing
-half-written.
+A seed damages one file of a small home (folders with training graphs, what merging and a search made of them, a decoder, trained values, an
+adapter, a PEFT folder, a checkpoint, data, a program) and runs some of the commands that read it, in this process. Half of the seeds give
+the manifests the hashes of the damaged files, so that the readers behind the hashes are met too. A run is fine when it ends with 0, 1 or 2,
+or in Python with a `SessionError`, names no internal error, shows no traceback, runs nothing that lay in a file, and leaves nothing half-
+written.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from adapting import X, compiled, network, trained
 from marks import Mark
 from safetensors.torch import save_file
+from tiny_speaker import folder_with
 
 from matmorph.cli.main import main
 from matmorph.runtime import Session, SessionError, Trainer
@@ -67,6 +68,7 @@ def build(home: Path) -> None:
     np.savez(home / "data.npz", input=rng.standard_normal((8, 24), np.float32), labels=rng.standard_normal((8, 8), np.float32))
     trainer = Trainer(home / "train", "cpu", threads=1)
     trainer.fit([dict(np.load(home / "data.npz"))], checkpoint=home / "run.safetensors", progress=False)
+    folder_with(home / "decoder")
     supernet = compiled({"glora": {"rank": 2, "search": True}}, train={"loss": "mse"}, export={"target": ["cpu"]})
     supernet.save(home / "net")
     quiet("train", home / "net", "--data", home / "data.npz", "--out", home / "net.safetensors", "--threads", "1")
@@ -334,7 +336,7 @@ def damage(home: Path, rng: Rng) -> Damage:
     how(path, rng)
     rehashed = bool(rng.random() < 0.5) and path.name != "manifest.json"
     if rehashed:
-        for place in (home / "train", home / "merged", home / "net"):
+        for place in (home / "train", home / "merged", home / "net", home / "decoder"):
             for listing in ("train.json", "manifest.json"):
                 rehash(place, listing)
     return Damage(path.relative_to(home).as_posix(), how.__name__, rehashed)
@@ -422,6 +424,8 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
             "1",
         ),
         "inspect": ("inspect", home / "net.pt2"),
+        "generate": ("generate", home / "decoder", *_FEW_TOKENS),
+        "generate --raw": ("generate", home / "decoder", "--raw", "--json", *_FEW_TOKENS),
         "layout": ("layout", train, "--for", "transformers.js", "--out", out / "tree"),
         "layout hf": ("layout", merged, "--for", "hf", "--out", out / "hf"),
         "search": ("search", home / "net", *_search(home), "--out", out / "found"),
@@ -434,7 +438,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
     skipping = {
         f"{name} --no-verify": (*words, "--no-verify")
         for name, words in commands.items()
-        if name.startswith(("merge", "report", "diff", "layout"))
+        if name.startswith(("merge", "report", "diff", "layout", "generate"))
     }
     feeds = {"input": np.zeros((3, 24), np.float32)}
     batch = {**feeds, "labels": np.zeros((3, 8), np.float32)}
@@ -453,6 +457,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
     return found
 
 
+_FEW_TOKENS = ("--prompt", "abc", "--max-new-tokens", "3", "--provider", "cpu", "--threads", "1")
 _REOPEN = ("merge", "adapter save", "adapter to-peft", "adapter from-peft", "adapter unmerge")
 READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("train/manifest.json", ("verify", "layout", "report", "compare", "diff", *_REOPEN, "adapter", "train", "Session", "Trainer")),
@@ -477,6 +482,7 @@ READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("merged/graph.ir", ("diff --node",)),
     ("merged/source.ir", ("diff --node",)),
     ("merged/", ("verify --json", "layout hf", "adapter unmerge", "Session, unverified")),
+    ("decoder/", ("generate",)),
     ("peft/", ("adapter from-peft",)),
     ("values.safetensors", ("merge --trained",)),
     ("own.onnx_adapter", ("adapter load", "adapter switch", "merge of an adapter")),

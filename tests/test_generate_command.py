@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_generator import told
-from tiny_decoder import EOS, POSITIONS, VOCAB, greedy, write_decoder
+from tiny_decoder import POSITIONS, VOCAB, greedy
+from tiny_speaker import LETTERS, TEMPLATE, folder_with, tokenizer_text
 
 from matmorph.cli.main import main
 from matmorph.cli.text.files import TextFiles
@@ -23,42 +23,7 @@ from matmorph.cli.text.writing import written
 from matmorph.errors import InputError
 from matmorph.runtime import Generator
 
-tokenizers = pytest.importorskip("tokenizers", reason="text needs the package tokenizers")
-
-LETTERS = ["<pad>", "<s>", "</s>", *"abcdefghijklm", "\u00c3", "\u00a9", "\u0120", "\u00e6", "\u00bc", "\u00a2", "x"]
-"""Each a byte in the byte-level alphabet: C3 A9 is é, E6 BC A2 is 漢, U+0120 a space. So random tokens hold halves of characters."""
-TEMPLATE = """{%- for message in messages %}
-{{ message.role[0] }} {{ message.content }}
-{%- endfor %}
-{%- if add_generation_prompt %}{% generation %} x{% endgeneration %}{% endif %}"""
-SETTINGS = {"eos_token": "</s>", "pad_token": {"content": "<pad>"}}
-
-
-def tokenizer_text() -> str:
-    assert len(LETTERS) == VOCAB
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: number for number, letter in enumerate(LETTERS)}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(LETTERS[:3])
-    made.enable_truncation(2)  # which must not cut prompts
-    made.enable_padding(length=8)
-    return str(made.to_str())
-
-
-FILES = {
-    "tokenizer.json": tokenizer_text(),
-    "tokenizer_config.json": SETTINGS,
-    "chat_template.jinja": TEMPLATE,
-    "generation_config.json": {"eos_token_id": EOS, "pad_token_id": 0},
-}
-
-
-def folder_with(place: Path, **more: Any) -> Path:
-    """Files of None are left out; `_` in a name stands for the first dot."""
-    folder = write_decoder(place)
-    files = {**FILES, **{name.replace("__", "."): data for name, data in more.items()}}
-    told(folder, {name: data for name, data in files.items() if data is not None})
-    return folder
+pytest.importorskip("tokenizers", reason="text needs the package tokenizers")
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +291,7 @@ def test_a_changed_tokenizer_is_refused_and_another_folders_may_be_named(tmp_pat
     (folder / "tokenizer.json").rename(other / "tokenizer.json")
     code, _, err = run("generate", folder, "--prompt", "abc", "--tokenizer", other, "--json", "--max-new-tokens", 3, *CPU)
     assert (code, err) == (0, "")
-    (folder / "tokenizer.json").write_text(FILES["tokenizer.json"] + " ")
+    (folder / "tokenizer.json").write_text(tokenizer_text() + " ")
     code, _, err = run("generate", folder, "--prompt", "abc", *CPU)
     assert code == 2
     assert "tokenizer.json: was changed" in err

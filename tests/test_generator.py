@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_artifact import hash_files, write_artifact
+from tiny_artifact import write_artifact
 from tiny_decoder import EOS, NAMES, PAD, POSITIONS, SIZE, VOCAB, WIDTH, greedy, logits_of, write_decoder
+from tiny_speaker import told
 
 from matmorph.runtime import AdapterError, ArtifactError, ExecutionError, Generator, InputMismatch, PromptCache, Session
 from matmorph.runtime.adapters import save_adapter
@@ -55,6 +55,17 @@ def test_rows_of_any_length_answer_as_alone(form: str, generators: Mapping[str, 
     assert cut(generators[form].generate(ROWS, max_new_tokens=14, eos=EOS, pad=PAD)) == expected
     for row, tokens in zip(ROWS, expected, strict=True):
         assert generators[form].generate([row], max_new_tokens=14, eos=EOS).tolist() == [tokens]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_of_the_last_place_alone(form: str, tmp_path: Path) -> None:
+    generator = Generator(write_decoder(tmp_path / "d", shared=form == "shared", last_only=True), ["cpu"], threads=1)
+    how: dict[str, Any] = {"max_new_tokens": 6, "eos": EOS, "pad": PAD}
+    rows = ROWS if form == "growing" else [ROWS[0], ROWS[0][::-1]]
+    assert cut(generator.generate(rows, **how)) == [greedy(row, 6) for row in rows]
+    if form == "shared":
+        with pytest.raises(InputMismatch, match="logits of the last place only, where shorter prompts have padding: give one at a time"):
+            generator.stream(ROWS, **how)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -332,14 +343,6 @@ def test_end_and_pad_tokens_are_the_folders(files: dict[str, Any], eos: Any, pad
     told(folder, files)
     special = Generator(folder, ["cpu"]).special
     assert (special.eos, special.pad) == (eos, pad)
-
-
-def told(folder: Path, files: Mapping[str, Any]) -> None:
-    """The files, and a manifest that lists them."""
-    for name, data in files.items():
-        (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    hash_files(folder, **{key: value for key, value in manifest.items() if key != "files"})
 
 
 @pytest.mark.parametrize(

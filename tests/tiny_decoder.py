@@ -27,10 +27,10 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def logits_of(row: Sequence[int], bias: np.ndarray | float = 0.0) -> np.ndarray:
-    """float64 [tokens of the row, VOCAB], by the definition; `bias` is added to the query's matrix."""
+    """float64 [tokens of the row, VOCAB], by the definition; `bias` is added to the keys' matrix."""
     w = {name: array.astype(np.float64) for name, array in weights().items()}
     x = w["tokens"][list(row)] + w["places"][: len(row)]
-    q, k, v = ((x @ (w[name] + (bias if name == "q" else 0))).reshape(-1, HEADS, SIZE).transpose(1, 0, 2) for name in "qkv")
+    q, k, v = ((x @ (w[name] + (bias if name == "k" else 0))).reshape(-1, HEADS, SIZE).transpose(1, 0, 2) for name in "qkv")
     scores = q @ k.transpose(0, 2, 1) / np.sqrt(SIZE) + np.triu(np.full((len(row), len(row)), -np.inf), 1)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     mixed = (shares / shares.sum(-1, keepdims=True)) @ v
@@ -48,20 +48,21 @@ def greedy(row: Sequence[int], new: int, eos: Sequence[int] = (EOS,), bias: np.n
     return found
 
 
-def _nodes(shared: bool, adapter: bool) -> list[Any]:
+def _nodes(shared: bool, adapter: bool, last_only: bool) -> list[Any]:
     node = helper.make_node
     project = [node("MatMul", ["x", name], [f"{name}.flat"]) for name in "qkv"]
     if adapter:
-        project[0] = node("MatMul", ["x", "q"], ["q.base"])
-        project += [node("MatMul", ["x", "down"], ["low"]), node("MatMul", ["low", "up"], ["q.more"])]
-        project.append(node("Add", ["q.base", "q.more"], ["q.flat"]))
+        project[1] = node("MatMul", ["x", "k"], ["k.base"])
+        project += [node("MatMul", ["x", "down"], ["low"]), node("MatMul", ["low", "up"], ["k.more"])]
+        project.append(node("Add", ["k.base", "k.more"], ["k.flat"]))
     first = [
         node("Gather", ["tokens", "input_ids"], ["t"]),
         node("Gather", ["places", "position_ids"], ["p"]),
         node("Add", ["t", "p"], ["x"]),
         *project,
     ]
-    last = [node("MatMul", ["mixed", "head"], ["logits"])]
+    last = [node("MatMul", ["mixed", "head"], ["logits.all" if last_only else "logits"])]
+    last += [node("Slice", ["logits.all", "minus", "far", "one"], ["logits"])] if last_only else []
     if shared:
         gqa = ["q.flat", "k.flat", "v.flat", *NAMES[0], "lengths", "total"]
         return [
@@ -112,19 +113,21 @@ def _nodes(shared: bool, adapter: bool) -> list[Any]:
     ]
 
 
-def write_decoder(folder: Path, *, shared: bool = False, adapter: bool = False, **changes: Any) -> Path:
-    """The folder; `changes`: to top-level keys of the manifest. `adapter`: the query takes a pair of factors as inputs, of rank 0 by
-    default."""
+def write_decoder(folder: Path, *, shared: bool = False, adapter: bool = False, last_only: bool = False, **changes: Any) -> Path:
+    """The folder; `changes`: to top-level keys of the manifest. `adapter`: the keys take a pair of factors as inputs, of rank 0 by
+    default. `last_only`: logits of the last column alone."""
     folder.mkdir()
     rows, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "past_sequence_length + sequence_length"
     ints = {"input_ids": [rows, new], "attention_mask": [rows, total], "position_ids": [rows, new]}
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in ints.items()]
     inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, HEADS, past, SIZE]) for name in NAMES[0]]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [rows, new, VOCAB])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [rows, 1 if last_only else new, VOCAB])]
     outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, HEADS, total, SIZE]) for name in NAMES[1]]
     constants = {
         **weights(),
         "one": np.array([1]),
+        "minus": np.array([-1]),
+        "far": np.array([np.iinfo(np.int64).max]),
         "one.scalar": np.array(1),
         "zero.scalar": np.array(0),
         "axes": np.array([1, 2]),
@@ -136,7 +139,7 @@ def write_decoder(folder: Path, *, shared: bool = False, adapter: bool = False, 
     if adapter:
         constants |= {"down": np.zeros((WIDTH, 0), np.float32), "up": np.zeros((0, WIDTH), np.float32)}
         inputs += [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("down", [WIDTH, "r"]), ("up", ["r", WIDTH]))]
-    nodes = _nodes(shared, adapter)
+    nodes = _nodes(shared, adapter, last_only)
     used = {name for node in nodes for name in node.input}
     stored = [numpy_helper.from_array(array, name) for name, array in constants.items() if name in used]
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, stored)
@@ -144,7 +147,7 @@ def write_decoder(folder: Path, *, shared: bool = False, adapter: bool = False, 
     onnx.save_model(helper.make_model(graph, opset_imports=sets, ir_version=10), folder / "model.onnx")
     told: dict[str, Any] = {
         "inputs": [*({"name": n, "dtype": "int64", "shape": s} for n, s in ints.items()), *_infos(NAMES[0], [rows, HEADS, past, SIZE])],
-        "outputs": [*_infos(["logits"], [rows, new, VOCAB]), *_infos(NAMES[1], [rows, HEADS, total, SIZE])],
+        "outputs": [*_infos(["logits"], [rows, 1 if last_only else new, VOCAB]), *_infos(NAMES[1], [rows, HEADS, total, SIZE])],
         "ranges": {rows: [1, None], new: [1, None], past: [0, None]},
         "cache": {
             "slots": [{"past": past, "present": present, "axis": 2} for past, present in zip(*NAMES, strict=True)],
@@ -155,7 +158,7 @@ def write_decoder(folder: Path, *, shared: bool = False, adapter: bool = False, 
         },
     }
     if adapter:
-        pair = {"site": "q", "method": "lora", "down": "down", "up": "up", "in_features": WIDTH, "out_features": WIDTH, "batch": None}
+        pair = {"site": "k", "method": "lora", "down": "down", "up": "up", "in_features": WIDTH, "out_features": WIDTH, "batch": None}
         told["adapters"] = {"fingerprint": "ab" * 32, "inputs": [{**pair, "rank": 0, "dtype": "float32"}]}
     hash_files(folder, **{**told, **changes})
     return folder
