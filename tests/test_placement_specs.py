@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import cuda_stand_in as stand_in
+import onnx
 import pytest
 import torch
 from exporting import seeded
+from test_placement import assert_placed
 from torch import nn
+from zoo import ZOO
 
 import matmorph as mm
 from matmorph.exporters.onnx.onnx_model import export_onnx, skeleton
@@ -23,6 +26,7 @@ from matmorph.passes.pipeline import compile_graph
 from matmorph.runtime.format.artifact import MODEL
 from matmorph.runtime.targets.placement import Placement
 from matmorph.specs.load import library_names
+from matmorph.specs.schema import Export
 
 VOCAB, BATCH, SEQ = 97, 2, 7
 LLAMAS = {  # width, heads, kv heads: what the paper's shapes fit
@@ -95,6 +99,18 @@ def test_half_precision_of_a_library_spec_runs_on_cuda(small: Graph, name: str, 
     if stand_in.obstacle() is None:
         asked = stand_in.placed(stand_in.build(tmp_path), files)
         assert [(one.without, one.declined, one.error) for one in asked] == [(frozenset(), frozenset(), "")] * len(HALVES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_is_placed_as_the_provider_says(name: str, precision: str, tmp_path: Path) -> None:
+    if (why := stand_in.obstacle()) is not None:
+        pytest.skip(why)
+    module, inputs, axes = ZOO[name].build()
+    export_onnx(mm.trace(module, inputs, axes), tmp_path, Export(precision=precision, target=("cuda",)))
+    (found,) = stand_in.placed(stand_in.build(tmp_path), [tmp_path / MODEL])
+    assert_placed(onnx.load(tmp_path / MODEL, load_external_data=False), found)
 
 
 @pytest.mark.full
