@@ -57,9 +57,10 @@ class WrittenReport:
 class Artifact:
     """All that goes into a folder. `version`: matmorph's; `source_sha256`: of the source model's weights; `cases`: inputs and what torch
     answers; `describe`: asked for the report once model, spec, check vectors and a manifest of these stand in the folder, so that it can
-    run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`:
-    writes further graphs on the open data file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`:
-    plain lines for the manifest; `adapters`, `cache`: those that are inputs, for it too; `tolerance`: least one of the outputs, beside that
+    run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`: writes further graphs on the open data
+    file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `join`:
+    whether weights may be joined in the file, as nobody looks for them by name; `adapters`, `cache`: those that are inputs, for it too;
+    `tolerance`: least one of the outputs, beside that
     of the precision."""
 
     graph: Graph
@@ -77,6 +78,7 @@ class Artifact:
     cache: CacheInfo | None = None
     onnx_lowerings: Lowerings | None = field(default=None)
     tolerance: float = 0.0
+    join: bool = False
 
 
 def write_artifact(
@@ -108,7 +110,7 @@ def write_artifact(
 def _written_graphs(folder: Path, artifact: Artifact, progress: WeightProgress | None) -> OnnxInfo:
     """model.onnx, what lies beside it, and the data file of them all."""
     with data_file(folder) as data:
-        info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress)
+        info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress, artifact.join)
         beside = artifact.companions(folder, data) if artifact.companions is not None else {}
     return replace(info, files={**info.files, **beside, DATA: data.info()}, tolerance=max(info.tolerance, artifact.tolerance))
 

@@ -61,26 +61,28 @@ class DataFile:
     _digest: Any = field(default_factory=hashlib.sha256)
     _written: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
-    def attach(self, weights: Iterable[tuple[ir.Value, Const]], progress: WeightProgress | None = None) -> int:
-        """Gives each initializer its place in the file, and writes those that have none yet; the bytes of all of them, each once.
+    def attach(self, weights: Iterable[tuple[ir.Value, tuple[Const, ...]]], progress: WeightProgress | None = None) -> int:
+        """Gives each initializer its place in the file, and writes those that have none yet; the bytes of all of them, each once. One of
+        several weights holds their rows one after the other.
 
         The file is complete on disk afterwards, so that a checker can look at it.
         """
         seen: dict[tuple[int, int], None] = {}
-        for value, const in weights:
+        for value, consts in weights:
+            const, *more = consts
             dtype = value.dtype
             if dtype is None:
                 raise VerifyError(f"{value.name} has no element type in the translated graph")
-            if const.numel == 0:  # nothing to point at
+            if const.numel == 0 and not more:  # nothing to point at
                 value.const_value = ir.Tensor(np.empty([int(d) for d in const.tensor.shape], dtype.numpy()), name=str(value.name))
                 continue
-            place = self._place(const, dtype)
+            place = self._place(consts, dtype)
             seen[place] = None
             fixed = value.shape is not None and value.shape.is_static()  # an input with a default may have a named size
             shape = ir.Shape(value.shape or ()) if fixed else ir.Shape([int(d) for d in const.tensor.shape])
             value.const_value = ir.ExternalTensor(DATA, *place, dtype, shape=shape, name=str(value.name), base_dir="")
             if progress is not None:
-                progress(const.path, place[1])
+                progress(str(value.name) if more else const.path, place[1])
         self._open().flush()
         return sum(length for _, length in seen)
 
@@ -88,15 +90,20 @@ class DataFile:
         """Hash and size of what has been written."""
         return FileRecord(self._digest.hexdigest(), self.position)
 
-    def _place(self, const: Const, dtype: ir.DataType) -> tuple[int, int]:
-        """(offset, length) of a weight; nothing holds it afterwards."""
-        key = ("storage", const.storage) if const.storage else ("name", const.path)
-        if (key, dtype, const.nbytes) not in self._written:
-            data = _bytes_of(const, dtype)
-            self._write(bytes(-self.position % (_PAGE if data.nbytes >= _LARGE else _LINE)))
-            self._written[key, dtype, const.nbytes] = self.position, data.nbytes
-            self._write(data.data)
-        return self._written[key, dtype, const.nbytes]
+    def _place(self, consts: tuple[Const, ...], dtype: ir.DataType) -> tuple[int, int]:
+        """(offset, length) of a weight, or of several without a gap; one at a time is loaded, and nothing holds it afterwards."""
+        key = tuple(("storage", const.storage) if const.storage else ("name", const.path) for const in consts)
+        size = sum(const.numel for const in consts) * _DTYPES[dtype].itemsize if dtype in _DTYPES else 0
+        if (key, dtype, size) not in self._written:
+            start = -1
+            for const in consts:
+                data = _bytes_of(const, dtype)
+                if start < 0:
+                    self._write(bytes(-self.position % (_PAGE if max(size, data.nbytes) >= _LARGE else _LINE)))
+                    start = self.position
+                self._write(data.data)
+            self._written[key, dtype, size] = start, self.position - start
+        return self._written[key, dtype, size]
 
     def close(self) -> None:
         if self._file is not None:

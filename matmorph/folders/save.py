@@ -93,6 +93,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         describe=describe,
         cases=vectors.cases,
         more={**job.more, **_graphs(job.source, graph, training), **beside.files},
+        join=training is None and not job.adapters,
         companions=None if training is None else partial(_companions, training, job),
         run=lambda: _run_info(job, time.perf_counter() - started),
         notes=report.notes,

@@ -108,7 +108,8 @@ class Export:
         default="all", metadata={"doc": "of a language model: of all places, or of the last one of each row alone, [batch, 1, words]"}
     )
     fuse: Literal["auto", "none"] = field(
-        default="auto", metadata={"doc": "auto: norms become one operator where every target has it; none: written out"}
+        default="auto",
+        metadata={"doc": "auto: norms, and quantised q, k and v for gqa, become one operator where targets have it; none: as traced"},
     )
 
     def __post_init__(self) -> None:

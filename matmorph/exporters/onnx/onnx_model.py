@@ -19,6 +19,7 @@ from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.attention import attention_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
+from matmorph.exporters.onnx.joined import Joined, join_projections
 from matmorph.exporters.onnx.lowering import Lowerings, lower, translated
 from matmorph.exporters.onnx.norms import fuse_norms
 from matmorph.exporters.onnx.placement import placements
@@ -69,6 +70,7 @@ def write_model(
     export: Export,
     onnx_lowerings: Lowerings | None = None,
     progress: WeightProgress | None = None,
+    join: bool = False,
 ) -> OnnxInfo:
     """Writes one graph, its weights into the data file beside it; `files` of the result lists the graph's own file alone.
 
@@ -82,8 +84,9 @@ def write_model(
     graph = settled(graph, lambda op: not known(op))
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
+    joined = join_projections(model) if join and export.fuse == "auto" else {}
     placed = placements(model, export.target, path.name)
-    total = data.attach(_weights(model, graph), progress)
+    total = data.attach(_weights(model, graph, joined), progress)
     inputs = tuple(_port(value) for value in model.graph.inputs if value.name not in model.graph.initializers)
     outputs = tuple(map(_port, model.graph.outputs))
     _name_totals(model, graph)
@@ -230,10 +233,16 @@ def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str |
     return re.sub(r"\b[su]\d+\b", lambda match: names[match.group()], dim.value)
 
 
-def _weights(model: ir.Model, graph: Graph) -> list[tuple[ir.Value, Const]]:
-    """Initializers that await data with their Consts, in `state` order."""
+def _weights(model: ir.Model, graph: Graph, joined: Joined) -> list[tuple[ir.Value, tuple[Const, ...]]]:
+    """Initializers that await data with the Consts that they are made of, in `state` order."""
     waiting = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
-    found = [(waiting.pop(const.path), const) for const in graph.used_state() if const.path in waiting]
+    state = {const.path: const for const in graph.used_state()}
+    first = {parts[0]: name for name, parts in joined.items()}
+    found = []
+    for path in state:
+        name = first.get(path, path)
+        if name in waiting:
+            found.append((waiting.pop(name), tuple(state[part] for part in joined.get(name, (path,)))))
     if waiting:
         raise VerifyError(f"the translation made weights that the graph does not have: {', '.join(waiting)}")
     return found
