@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -552,3 +553,81 @@ def test_a_plan_says_what_it_cannot_know(capsys: pytest.CaptureFixture[str], tar
     print_plan(make_console(), found)
     line = "which nodes CUDA hands back to the CPU is known of a file alone: compile says which\n"
     assert capsys.readouterr().out.endswith(line) == bool(wanted)
+
+
+# ---- the script that writes the list
+
+
+PAGE = """## Operators implemented by CPUExecutionProvider
+
+| Op Name | Parameters | OpSet Version | Types Supported |
+|---------|------------|---------------|-----------------|
+|**Operator Domain:** *ai.onnx*||||
+|Abs|*in* X:**T**<br> *out* Y:**T**|13+|**T** = tensor(double), tensor(float)|
+|||[6, 12]|**T** = tensor(float)|
+
+## Operators implemented by CUDAExecutionProvider
+
+|**Operator Domain:** *ai.onnx*||||
+|ArgMax|*in* data:**T**<br> *out* reduced:**tensor(int64)**|12|**T** = tensor(float16)|
+|**Operator Domain:** *com.microsoft*||||
+|Own|*in* A:**T1**<br> *in* B:**T2**|1+|**T1** = tensor(float)<br/> **T2** = seq(tensor(int64)), tensor(uint8)|
+
+## Operators implemented by DmlExecutionProvider
+
+|**Operator Domain:** *ai.onnx*||||
+|Abs|*in* X:**T**<br> *out* Y:**T**|13+|**T** = tensor(float)|
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec_of = importlib.util.spec_from_file_location("kernel_table", Path(__file__).parents[1] / "tools" / "kernel_table.py")
+    assert spec_of is not None
+    assert spec_of.loader is not None
+    module = importlib.util.module_from_spec(spec_of)
+    sys.modules["kernel_table"] = module
+    spec_of.loader.exec_module(module)
+    return module
+
+
+def test_the_list_is_read_off_onnx_runtimes_page(script: Any) -> None:
+    known = {
+        ("ai.onnx", "Abs"): {6: (["T"], ["T"]), 13: (["T"], ["T"])},
+        ("ai.onnx", "ArgMax"): {12: (["T"], ["int64"])},
+        ("com.microsoft", "Own"): {1: (["T1", "T2"], ["T1"])},
+        ("ai.onnx", "None"): {1: (["T..."], ["T"])},
+    }
+    text = script.table(script.of_page(PAGE), known, "made up")
+    assert text.splitlines() == [
+        "# made up",
+        "ai.onnx Abs",
+        " 6 T -> T",
+        " 13 T -> T",
+        " cpu 6-12 T=float32",
+        " cpu 13+ T=float32,float64",
+        "ai.onnx ArgMax",
+        " 12 T -> int64",
+        " cuda 12-12 T=float16",
+        "ai.onnx None",
+        " 1 T... -> T",
+        "com.microsoft Own",
+        " 1 T1 T2 -> T1",
+        " cuda 1+ T1=float32 T2=seq(int64),uint8",
+    ]
+    found = read_kernels(text, "cuda")
+    assert found.lacks("com.microsoft", "Own", 1, ["float32", "uint8"], []) is None
+    assert found.lacks("", "Abs", 21, ["float32"], []) == found.lacks("", "None", 1, ["float32"], []) == "at all"
+
+
+def test_kernels_are_merged_where_they_differ_in_one_name(script: Any) -> None:
+    """What they take together stays what it was."""
+    a, b, c = frozenset("a"), frozenset("b"), frozenset("c")
+    kernels = [{"S": a, "T": a}, {"S": a, "T": b}, {"S": b, "T": b}, {"S": c, "T": a | b}]
+    merged = script.merged(kernels)
+    assert len(merged) < len(kernels)
+
+    def taken(some: Any) -> set[tuple[str, str]]:
+        return {(s, t) for one in some for s in one["S"] for t in one["T"]}
+
+    assert taken(merged) == taken(kernels)

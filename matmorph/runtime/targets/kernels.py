@@ -1,6 +1,6 @@
 """Which kernels a provider has: ONNX Runtime's own list, and how it looks a node up in it.
 
-The list is text, `kernels.txt` beside this file, written by `benchmarks/kernel_table.py`:
+The list is text, `kernels.txt` beside this file, written by `tools/kernel_table.py`:
 
     ai.onnx MatMul                         an operator: domain and name
      9 T T -> T                            a version of it: since when, the type names of its inputs and outputs ("..." takes the rest)

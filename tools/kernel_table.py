@@ -5,7 +5,7 @@ together. That call creates every provider of the package: a GPU package needs t
 CPUs lists no CUDA kernel. With an argument it is the page that ONNX Runtime generates from the same list, docs/OperatorKernels.md of its
 repository at the tag of the release; that says for each type name what all kernels of a version take between them.
 
-    python benchmarks/kernel_table.py [OperatorKernels.md] [--version 1.31.1] [--out FILE]
+    python tools/kernel_table.py [OperatorKernels.md] [--version 1.31.1] [--out FILE]
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def main() -> None:
     commit = given.commit or (build[1] if build and not given.page else "not given")
     origin = "docs/OperatorKernels.md" if given.page else "the list that the package gives of itself, no device was used"
     rows = of_page(given.page.read_text(encoding="utf-8")) if given.page else of_installed()
-    head = f"Kernels of ONNX Runtime {given.version} (commit {commit}): {origin}.\nWritten by benchmarks/kernel_table.py."
+    head = f"Kernels of ONNX Runtime {given.version} (commit {commit}): {origin}.\nWritten by tools/kernel_table.py."
     given.out.write_text(table(rows, signatures(), head), encoding="utf-8")
     print(f"wrote {given.out}")
 
