@@ -174,6 +174,23 @@ def paris(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(model.module, [prompt], greedy(model.module, [prompt], 64), folder, [], [])
 
 
+def test_the_generator_writes_of_paris(paris: Case) -> None:
+    assert Generator(paris.folder, ["cpu"]).generate(paris.prompts, max_new_tokens=64).tolist() == paris.expected
+
+
+def test_matmorph_generate_asks_and_answers(paris: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    words = ["generate", str(paris.folder), "--prompt", "Write a short welcome to Paris.", "--max-new-tokens", "64", "--provider", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code in (0, None)
+    assert (found["prompt_tokens"], found["ids"]) == (len(paris.prompts[0]), paris.expected[0])
+    tokenizer = AutoTokenizer.from_pretrained(paris.folder)
+    assert found["text"] == tokenizer.decode(paris.expected[0], skip_special_tokens=True)
+
+
 def test_genai_writes_of_paris(paris: Case) -> None:
     assert of_genai(paris.folder, paris.prompts, 64) == paris.expected
     assert len(paris.expected[0]) == 64
