@@ -18,6 +18,7 @@ import torch
 
 from matmorph.compiled import Compiled
 from matmorph.errors import InputError
+from matmorph.exporters.attention_form import written_form
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import bind
@@ -59,8 +60,10 @@ def plan(
     The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
     """
     loaded = load_spec(spec)
-    graph, _ = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
-    return plan_graph(graph, loaded, all_methods(), _name(model))
+    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
+    planned = plan_graph(graph, loaded, all_methods(), _name(model))
+    form = written_form(graph, loaded.export, None if call is None else call.max_length)
+    return replace(planned, notes=(*planned.notes, *form.notes))
 
 
 def explain(

@@ -344,7 +344,7 @@ def test_descriptions_and_defaults_reach_the_editor() -> None:
         "default": 1e-4,
     }
     assert rank["description"] == "inner size of the two factors"
-    assert schema["properties"]["export"]["properties"]["opset"]["default"] == 21
+    assert schema["properties"]["export"]["properties"]["precision"]["default"] == "fp32"
     undocumented = [path for path in _paths(schema["properties"], ()) if not _at(schema["properties"], path).get("description")]
     assert undocumented == []
 

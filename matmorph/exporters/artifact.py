@@ -144,7 +144,7 @@ def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]
 def _typed(case: Case, info: OnnxInfo) -> Case:
     """Inputs take the dtype of the exported graph (float32 where the source took half)."""
     inputs = {port.name: _as(case.inputs[port.name], port) for port in info.inputs}
-    return Case(inputs, {port.name: np.asarray(case.outputs[port.name]) for port in info.outputs})
+    return Case(inputs, {port.name: np.asarray(case.outputs[port.name]) for port in info.outputs}, case.compared)
 
 
 def _as(array: np.ndarray[Any, Any], port: TensorInfo) -> np.ndarray[Any, Any]:

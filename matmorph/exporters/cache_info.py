@@ -13,15 +13,16 @@ from matmorph.runtime.format.artifact import TensorInfo
 from matmorph.runtime.format.cache import CacheInfo, CacheSlot
 
 
-def cache_info(graph: Graph, max_length: int | None) -> CacheInfo | None:
-    """Of the graph as it is exported; None where it keeps no cache. `max_length`: tokens that the model has positions for."""
+def cache_info(graph: Graph, max_length: int | None, compact: bool = False, shared: bool = False) -> CacheInfo | None:
+    """Of the graph as it is exported; None where it keeps no cache. `max_length`: tokens that the model has positions for. `compact`: rows
+    of the cache have no gaps; `shared`: its past and present may be one buffer."""
     slots = find_slots(graph)
     if not slots:
         return None
     return CacheInfo(
         slots=tuple(CacheSlot(slot.input, slot.output, slot.axis) for slot in slots),
-        padding="any",
-        share_buffer=False,
+        padding="right" if compact else "any",
+        share_buffer=shared,
         max_length=max_length,
         bytes_per_token=bytes_per_token(slots),
     )

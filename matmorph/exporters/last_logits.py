@@ -58,7 +58,8 @@ def last_logits(graph: Graph) -> Graph:
 
 def last_rows(case: Case, name: str) -> Case:
     """A check of the whole graph as one of the cut one."""
-    return replace(case, outputs={**case.outputs, name: case.outputs[name][:, -1:]})
+    compared = {each: places[:, -1:] if each == name else places for each, places in case.compared.items()}
+    return replace(case, outputs={**case.outputs, name: case.outputs[name][:, -1:]}, compared=compared)
 
 
 def last_note(name: str) -> str:

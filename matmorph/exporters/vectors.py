@@ -47,19 +47,19 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
     own = example_sizes(graph.inputs, examples)
     running = graph if precision == "keep" else widened(graph)
     examples = [tensor.float() if running is not graph and tensor.dtype in HALVES else tensor for tensor in examples]
-    answered = partial(_case, running, run=run)
+    answer = partial(answered, running, run=run)
     _, *others = check_shapes(own, graph.ranges)
-    cases = [answered(examples)]
+    cases = [answer(examples)]
     notes: list[str] = []
     for sizes in others:
         inputs = [resized(tensor, value, sizes) for tensor, value in zip(examples, graph.inputs, strict=True)]
         try:
-            cases.append(answered(inputs))
+            cases.append(answer(inputs))
         except (RuntimeError, IndexError) as error:
             at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             notes.append(f"not checked at {at}: the model itself fails there ({str(error).splitlines()[0]})")
     for inputs in padded_examples(graph, examples):
-        case = answered(inputs)
+        case = answer(inputs)
         if _is_finite(case) or not _is_finite(cases[0]):
             cases.append(case)
         else:
@@ -67,7 +67,8 @@ def check_vectors(graph: Graph, examples: Sequence[torch.Tensor], precision: str
     return Vectors(tuple(cases), tuple(notes))
 
 
-def _case(graph: Graph, inputs: Sequence[torch.Tensor], run: Runner | None) -> Case:
+def answered(graph: Graph, inputs: Sequence[torch.Tensor], run: Runner | None) -> Case:
+    """The inputs and what the graph makes of them, by name."""
     with torch.no_grad():
         results = evaluate(graph, inputs, run=run)
     named = zip((entry.name for entry in graph.signature.inputs if entry.value is not None), inputs, strict=True)

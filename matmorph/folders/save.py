@@ -18,7 +18,9 @@ import torch
 from matmorph.errors import CheckError, ExportError
 from matmorph.exporters.adapters import Served, serve
 from matmorph.exporters.artifact import Artifact, WrittenReport, graph_bytes, write_artifact
+from matmorph.exporters.attention_form import WrittenForm, written_form
 from matmorph.exporters.cache_info import cache_info
+from matmorph.exporters.compact_vectors import compact_vectors
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.last_logits import last_logits, last_note, last_rows, logits_output
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
@@ -64,12 +66,13 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     served = _served(job)
     plain = inference_graph(job.graph, all_methods()) if served is None else served.graph
     _refuse_random(plain)
-    vectors = _vectors(plain, job)
     exported = last_logits(plain) if job.spec.export.logits == "last" else plain
+    form = written_form(exported, job.spec.export, job.max_length)
+    vectors = _vectors(plain, form, job)
     unchecked = _unchecked(job.spec)
-    cache = cache_info(plain, job.max_length)
+    cache = cache_info(plain, job.max_length, form.fused.compact, form.fused.shared and job.spec.export.precision != "bf16")
     beside = beside_model(job, plain, cache)
-    found = (*job.report.notes, *vectors.notes, *unchecked, *beside.notes)
+    found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
     graph = _relocated(job.graph, job.spec, spec)
@@ -85,8 +88,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
-        graph=_relocated(exported, job.spec, spec),
-        export=job.spec.export,
+        graph=_relocated(form.graph, job.spec, spec),
+        export=form.export,
         version=__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
         spec=spec,
@@ -100,7 +103,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         adapters=None if served is None else served.to_dict(),
         cache=cache,
         onnx_lowerings=job.onnx_lowerings or None,
-        tolerance=_rounding(plain, job, vectors),
+        tolerance=_rounding(plain, form, job, vectors),
     )
     total = len(job.graph.used_state())
     written = iter(range(1, total + 1))
@@ -174,27 +177,30 @@ def _unchecked(spec: Spec) -> tuple[str, ...]:
     return (f"outputs not checked: export.target is {where} alone, which this machine does not have ({'; '.join(obstacles)})",)
 
 
-def _vectors(graph: Graph, job: Job, run: Runner | None = None) -> Vectors:
-    """Of the graph as it is, so that what is cut for the file is held against what is not."""
-    found = check_vectors(graph, job.examples, job.spec.export.precision, run)
+def _vectors(graph: Graph, form: WrittenForm, job: Job, run: Runner | None = None) -> Vectors:
+    """Of the graph as it is, its attention as it was traced, so that what is cut and fused for the file is held against what is not."""
+    if form.fused.compact:
+        found = compact_vectors(graph, job.examples, form.fused.windowed, job.spec.export.precision, run)
+    else:
+        found = check_vectors(graph, job.examples, job.spec.export.precision, run)
     if job.spec.export.logits == "all":
         return found
     name = logits_output(graph)
     return Vectors(tuple(last_rows(case, name) for case in found.cases), (*found.notes, last_note(name)))
 
 
-def _rounding(graph: Graph, job: Job, exact: Vectors) -> float:
+def _rounding(graph: Graph, form: WrittenForm, job: Job, exact: Vectors) -> float:
     """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
     if job.spec.export.activations != "int8" or not rounds_activations(graph):
         return 0.0
-    rounded = _vectors(graph, job, run_rounded)
+    rounded = _vectors(graph, form, job, run_rounded)
     pairs = [
-        (after.outputs[name], answer)
+        (after.outputs[name], answer, before.compared.get(name))
         for before, after in zip(exact.cases, rounded.cases, strict=True)
         for name, answer in before.outputs.items()
         if answer.dtype.kind == "f"
     ]
-    found = [difference(after, answer) for after, answer in pairs]
+    found = [difference(after, answer, places) for after, answer, places in pairs]
     return ROUNDING_FACTOR * max(filter(math.isfinite, found), default=0.0)
 
 

@@ -1,7 +1,7 @@
 """The key/value cache of a graph, found by dataflow: names play no part.
 
-A slot is an input that one `cat` puts in front of something new, the result of which is an output. A layer of a decoder has two of them,
-its keys and its values.
+A slot is an input that one `cat`, or one operator of attention over a cache, puts in front of something new, the result of which is an
+output. A layer of a decoder has two of them, its keys and its values.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from matmorph.ir.attention_ops import CACHED, COMPACT, FUSED_SLOTS
 from matmorph.ir.core import Graph, Node, Value
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import Dim, TensorType, element_size
@@ -58,16 +59,25 @@ def find_slots(graph: Graph) -> tuple[Slot, ...]:
     for entry in graph.signature.inputs:
         past = entry.value
         readers = [node for node in users.get(past, ()) if not reads_size(node)] if past is not None else []
-        if past is not None and len(readers) == 1 and (axis := _appended(readers[0], past)) is not None:
-            join = readers[0]
-            if join.output in results:
-                found.append(Slot(past, join.args[0][1], join.output, join, axis, entry.name, results[join.output]))
+        joined = _joined(readers[0], past) if past is not None and len(readers) == 1 else None
+        if past is not None and joined is not None and joined[1] in results:
+            new, present, axis = joined
+            found.append(Slot(past, new, present, readers[0], axis, entry.name, results[present]))
     return tuple(found)
 
 
 def reads_size(node: Node) -> bool:
     """Whether the node reads how long an axis is, and nothing of what lies along it."""
     return base_name(node.op) == "sym_size"
+
+
+def _joined(node: Node, past: Value) -> tuple[Value, Value, int] | None:
+    """What the node puts behind `past`, what it makes of both, and along which axis; None where it does something else."""
+    if node.op in (CACHED, COMPACT):
+        places = [place for place in FUSED_SLOTS if node.args[place[1]] is past]
+        return (node.args[places[0][0]], node.outputs[places[0][2]], 2) if len(places) == 1 else None
+    axis = _appended(node, past)
+    return None if axis is None else (node.args[0][1], node.output, axis)
 
 
 def _appended(node: Node, past: Value) -> int | None:

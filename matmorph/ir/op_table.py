@@ -108,7 +108,8 @@ _FAMILIES: Sequence[tuple[str, Operator]] = (
     ("addmv addbmm addr bilinear _trilinear", Operator("contraction", (1, 2), half=False)),
     ("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", Operator("recurrent", half=False)),
     ("scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention", Operator("attention", (0, 1, 2))),
+     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention cached_attention compact_attention",
+     Operator("attention", (0, 1, 2))),
 )
 # fmt: on
 OPERATORS: Mapping[str, Operator] = {name: operator for names, operator in _FAMILIES for name in names.split()}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-import matmorph.ir.quantised.ops  # noqa: F401  (registers the torch library `matmorph`)
+import matmorph.ir.attention_ops
+import matmorph.ir.quantised.ops  # noqa: F401  (they register the torch library `matmorph`)
 from matmorph.errors import VerifyError, did_you_mean
 from matmorph.ir.core import Arg
 

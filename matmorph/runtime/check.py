@@ -113,7 +113,7 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
             problems.append(f"case {number}: {error}")
             continue
         for name, expected in case.outputs.items():
-            figure = difference(actual[name], expected)
+            figure = difference(actual[name], expected, case.compared.get(name))
             worst = max(worst, figure)
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
@@ -125,13 +125,17 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
     return CheckResult(tuple(log), tuple(problems), worst, session.provider)
 
 
-def difference(actual: Array, expected: Array) -> float:
-    """max |actual - expected| / max(1, max |expected|), in float64; infinite where shapes differ.
+def difference(actual: Array, expected: Array, where: Array | None = None) -> float:
+    """max |actual - expected| / max(1, max |expected|), in float64; infinite where shapes differ. `where`: bool that broadcasts to them:
+    what is compared.
 
     Integers and booleans must be equal (0 or infinite). NaN and infinities must stand at the same places.
     """
     if actual.shape != expected.shape:
         return float("inf")
+    if where is not None:
+        places = np.broadcast_to(where, expected.shape)
+        return difference(actual[places], expected[places])
     if expected.dtype.kind not in "fc":
         return 0.0 if np.array_equal(actual, expected) else float("inf")
     finite = np.isfinite(expected)

@@ -84,11 +84,19 @@ class Calibration:
             raise ValueError(f"output goes with sensitivity: output, and it is {self.sensitivity}")
 
 
+DEFAULT_OPSET = 21
+ATTENTION_OPSET = 23
+"""The first opset with an operator for attention."""
+
+
 @dataclass(frozen=True, slots=True)
 class Export:
     """What the ONNX file is written for."""
 
-    opset: int = field(default=21, metadata={"doc": "ONNX opset", "minimum": 18, "maximum": 23})
+    opset: int | None = field(
+        default=None,
+        metadata={"doc": "ONNX opset; 21 by default, 23 where attention becomes an operator of it", "minimum": 18, "maximum": 23},
+    )
     precision: Literal["fp32", "fp16", "bf16", "keep"] = field(
         default="fp32", metadata={"doc": "type of the exported weights and activations; keep: as in the model"}
     )
@@ -111,8 +119,22 @@ class Export:
         default="auto",
         metadata={"doc": "auto: norms, and quantised q, k and v for gqa, become one operator where targets have it; none: as traced"},
     )
+    attention: Literal["auto", "plain", "standard", "gqa"] = field(
+        default="auto",
+        metadata={
+            "doc": "over a key/value cache: plain: as it was traced; standard: ONNX's Attention; gqa: GroupQueryAttention, one buffer for "
+            "past and present, padding on the right only; auto: standard, or plain under an opset without it"
+        },
+    )
+
+    @property
+    def written_opset(self) -> int:
+        """The opset of the file."""
+        return DEFAULT_OPSET if self.opset is None else self.opset
 
     def __post_init__(self) -> None:
+        if self.attention == "standard" and self.opset is not None and self.opset < ATTENTION_OPSET:
+            raise ValueError(f"attention: standard is an operator of opset {ATTENTION_OPSET}, and opset is {self.opset}")
         if len(set(self.target)) < len(self.target):
             raise ValueError(f"target names a device twice: {', '.join(self.target)}")
 

@@ -27,11 +27,11 @@ import torch
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx import emit
 from matmorph.exporters.onnx.lowering import Lowerings
+from matmorph.specs.schema import ATTENTION_OPSET
 
 _BOOL = ir.DataType.BOOL
 _INT = ir.DataType.INT64
-_NATIVE = 23
-"""The first opset with an operator for attention."""
+NATIVE = ATTENTION_OPSET
 
 
 def attention_lowerings(opset: int) -> Lowerings:
@@ -96,11 +96,16 @@ def _attention(
         raise ExportError(f"attention with dropout {dropout} has no fixed result", ["set dropout_p to 0 where the model does not train"])
     if mask is not None and mask.dtype != _BOOL:
         mask = emit.cast(mask, q.dtype)
-    native = opset >= _NATIVE and all(_rank(x) == 4 for x in (q, k, v)) and (mask is None or _is_whole(mask))
+    native = opset >= NATIVE and all(_rank(x) == 4 for x in (q, k, v)) and (mask is None or _is_whole(mask))
     if mask is not None and causal:
         mask, causal, native = _below(q, k, mask), False, False
     y = _operator(q, k, v, mask, causal, scale) if native else _written_out(q, k, v, mask, causal, scale, grouped)
-    return y if mask is None else emit.node("Where", [_alive(mask), y, _number(0.0, y)], y.dtype)
+    return y if mask is None else only_seeing(mask, y)
+
+
+def only_seeing(mask: ir.Value, y: ir.Value) -> ir.Value:
+    """y with 0 in the rows that the mask allows no key."""
+    return emit.node("Where", [_alive(mask), y, _number(0.0, y)], y.dtype)
 
 
 def _operator(q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, causal: bool, scale: float | None) -> ir.Value:

@@ -29,6 +29,23 @@ def node(
     return made.outputs[0]
 
 
+def several(
+    name: str,
+    inputs: Sequence[ir.Value | None],
+    dtypes: Sequence[ir.DataType | None],
+    domain: str = "",
+    version: int | None = None,
+    **attributes: Any,
+) -> tuple[ir.Value, ...]:
+    """All results of a new node."""
+    made = ir.node(name, inputs, attributes, domain=domain, version=version, num_outputs=len(dtypes))
+    for value, dtype in zip(made.outputs, dtypes, strict=True):
+        if dtype is not None:
+            value.dtype = dtype
+    record(made)
+    return tuple(made.outputs)
+
+
 def contrib(name: str, inputs: Sequence[ir.Value | None], numbers: Mapping[str, int | float], like: ir.Value) -> ir.Value:
     """The result of an operator of com.microsoft, in the element type of `like`: ONNX's own inference knows nothing of it."""
     given = list(inputs)

@@ -17,6 +17,7 @@ from matmorph.errors import ExportError, VerifyError
 from matmorph.exporters.adapters import expose_adapters
 from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.attention import attention_lowerings
+from matmorph.exporters.onnx.cached_attention import cache_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.joined import Joined, join_projections
@@ -80,7 +81,7 @@ def write_model(
     _refuse_complex(graph)
     stored = [const.tensor.dtype for const in graph.used_state()]
     check_target(export.precision, export.target, stored)
-    known = translated(export.opset, _lowerings(graph, export, onnx_lowerings))
+    known = translated(export.written_opset, _lowerings(graph, export, onnx_lowerings))
     graph = settled(graph, lambda op: not known(op))
     model = skeleton(graph, export, onnx_lowerings)
     check_kernels(model, export.target)
@@ -96,7 +97,7 @@ def write_model(
     return OnnxInfo(
         inputs=inputs,
         outputs=outputs,
-        opset=export.opset,
+        opset=export.written_opset,
         precision=export.precision,
         tolerance=parity_tolerance(export.precision, stored, int8=multiplies_in_int8(model)),
         bytes=total,
@@ -121,7 +122,7 @@ def _refuse_complex(graph: Graph) -> None:
 def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = None) -> ir.Model:
     """The ONNX graph without weight data: every weight is an initializer with name, dtype and shape but no value."""
     training = has_gradients(graph)
-    model = lower(to_exported_program(graph), export.opset, _lowerings(graph, export, onnx_lowerings))
+    model = lower(to_exported_program(graph), export.written_opset, _lowerings(graph, export, onnx_lowerings))
     for value in model.graph.initializers.values():
         value.const_value = None
     _name_ports(model, graph)
@@ -157,7 +158,8 @@ def _results(graph: Graph) -> list[str]:
 def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:
     """Translations beside torchlib's, the user's own last."""
     products = {**quantized_lowerings(export.activations, packed=has_gradients(graph)), **gradient_lowerings()}
-    return {**products, **backward_lowerings(), **attention_lowerings(export.opset), **(own or {})}
+    attention = {**attention_lowerings(export.written_opset), **cache_lowerings(export.written_opset)}
+    return {**products, **backward_lowerings(), **attention, **(own or {})}
 
 
 def _name_ports(model: ir.Model, graph: Graph) -> None:

@@ -37,7 +37,7 @@ INT8_TOLERANCE = 1e-1
 """The same with activations rounded to 8 bits, at the least: one product errs by up to 1e-2 of its largest result, a hundred of them by
 chance by ten times as much. A model that feels more of it has what `rounding` foresees."""
 
-LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "MatMulBnb4"})
+LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "MatMulBnb4", "GroupQueryAttention"})
 """Operators that run in half precision whatever comes in: they carry the cost, and accumulate in float32."""
 
 # fmt: off

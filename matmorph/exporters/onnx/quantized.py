@@ -155,8 +155,14 @@ def check_kernels(model: ir.Model, target: Sequence[str]) -> None:
                 path = node.metadata_props.get("matmorph.path", "")
                 raise ExportError(
                     f"export.target {device} has no {node.op_type} {reason}" + (f", used in {path}" if path else ""),
-                    [_kernels_of(node.op_type), "choose another quantiser, block size or export.precision, or leave the target out"],
+                    [_kernels_of(node.op_type), _ADVICE.get(node.op_type, _OTHER)],
                 )
+
+
+_OTHER = "choose another quantiser, block size or export.precision, or leave the target out"
+_ADVICE: Mapping[str, str] = {
+    "GroupQueryAttention": "leave the target out (export.target: [cpu]), or choose another export.attention or precision"
+}
 
 
 def _obstacle(node: ir.Node, target: Target) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One call of the model: arrays by input name, and by output name what torch answers (None and plain numbers are left out)."""
+    """One call of the model: arrays by input name, and by output name what torch answers (None and plain numbers are left out).
+    `compared`: by output name, bool of a shape that broadcasts to it: where the answer is defined. Everywhere, where it names no output."""
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
+    compared: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,26 +49,42 @@ class TrainingVectors:
     felt: float = 0.0
 
 
+_SIDES = ("input", "output", "compared")
+
+
 def case_arrays(cases: Sequence[Case]) -> dict[str, Array]:
-    """check.npz: `input:<name>:<k>` and `output:<name>:<k>`."""
+    """check.npz: `input:<name>:<k>`, `output:<name>:<k>`, and `compared:<name>:<k>` where an output is not defined everywhere."""
     found: dict[str, Array] = {}
     for number, case in enumerate(cases):
         found |= {f"input:{name}:{number}": array for name, array in case.inputs.items()}
         found |= {f"output:{name}:{number}": array for name, array in case.outputs.items()}
+        found |= {f"compared:{name}:{number}": array for name, array in case.compared.items()}
     return found
 
 
 def read_case_arrays(arrays: Mapping[str, Array]) -> dict[int, Case]:
     """The cases of check.npz by number. ManifestError for a key that is none of `case_arrays`, and where there is no case."""
-    found: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+    found: dict[int, dict[str, dict[str, Array]]] = {}
     for key, array in arrays.items():
         side, name, number = _split(key)
-        if side not in ("input", "output") or not name:
+        if side not in _SIDES or not name:
             raise ManifestError(f"unexpected key {key!r:.80}")
-        found.setdefault(_number(key, number), ({}, {}))[side == "output"][name] = array
+        found.setdefault(_number(key, number), {each: {} for each in _SIDES})[side][name] = array
     if not found:
         raise ManifestError("holds no case")
-    return {number: Case(*found[number]) for number in sorted(found)}
+    cases = {number: Case(*(found[number][side] for side in _SIDES)) for number in sorted(found)}
+    for at, case in cases.items():
+        _refuse_unfitting(at, case)
+    return cases
+
+
+def _refuse_unfitting(number: int, case: Case) -> None:
+    """ManifestError where `compared` is no part of its output."""
+    for name, places in case.compared.items():
+        shape = case.outputs[name].shape if name in case.outputs else None
+        fits = shape is not None and places.ndim == len(shape) and all(a in (1, b) for a, b in zip(places.shape, shape, strict=True))
+        if not fits or places.dtype.kind != "b":
+            raise ManifestError(f"compared:{name}:{number}: expected booleans that broadcast to the output {name}")
 
 
 def training_arrays(vectors: TrainingVectors, tolerance: float) -> dict[str, Array]:
