@@ -238,3 +238,20 @@ def test_complex_results_are_refused_with_what_to_return_instead(function: Any, 
         export_onnx(trace(sample, (x,)), tmp_path, Export())
     real = Sample(lambda x: torch.view_as_real(function(x)), *tree_flatten(((x,), {})))
     assert exported(real, tmp_path)
+
+
+SECOND_NAMES = {
+    "divide": lambda x: torch.ops.aten.divide.Tensor(x, (x > 0).long().sum() + 1),
+    "true_divide": lambda x: torch.ops.aten.true_divide.Tensor(x, (x > 0).long().sum() + 1),
+    "multiply": lambda x: torch.ops.aten.multiply.Tensor(x, (x > 0).long()),
+    "subtract": lambda x: torch.ops.aten.subtract.Tensor(x, (x > 0).long(), alpha=2),
+    "greater": lambda x: torch.ops.aten.greater.Tensor(x, (x > 0).long()).float(),
+    "not_equal": lambda x: torch.ops.aten.not_equal.Scalar(x, 0).float(),
+    "definitions in loops": lambda x: nn.functional.embedding_bag((x.flatten()[:5] > 0).long(), x[0], torch.tensor([0, 2])),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_NAMES)
+def test_second_names_of_operators_and_mixed_types(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert exported(Sample(SECOND_NAMES[name], *tree_flatten(((x,), {}))), tmp_path)

@@ -47,7 +47,17 @@ def placement(model: onnx.ModelProto, target: Target, name: str, constants: Iter
         if not new:
             return found.placement(target, name)
         written_out |= new
-        model = onnx.inliner.inline_selected_functions(model, [("", one) for one in sorted(new)], inline_schema_functions=True)
+        for operator in sorted(new):
+            model = _inlined(model, operator)
+
+
+def _inlined(model: onnx.ModelProto, operator: str) -> onnx.ModelProto:
+    """With an operator of ONNX as what its definition says; the model itself where ONNX cannot write that out, for want of a type inside a
+    loop or of another definition: then the operator is looked up as itself."""
+    try:
+        return onnx.inliner.inline_selected_functions(model, [("", operator)], inline_schema_functions=True)
+    except RuntimeError:
+        return model
 
 
 def placements(model: ir.Model, targets: Iterable[str], name: str) -> tuple[Placement, ...]:

@@ -2,15 +2,17 @@
 
 1. `view` and `_unsafe_view` become `reshape`: a view may rely on the strides that one backend's kernels happen to give.
 2. `clone`, `contiguous`, `lift_fresh_copy`, `dropout` in eval mode, and conversions to the type a value has already, are the value itself.
-3. Other conversions become `_to_copy`; `flatten` and `unflatten` become `reshape` where one -1 says enough, `chunk` becomes `split`.
+3. Second names (`divide`, `multiply`, `greater`) become the first: what follows knows an operator by one name.
+4. Other conversions become `_to_copy`; `flatten` and `unflatten` become `reshape` where one -1 says enough, `chunk` becomes `split`.
 
 In this form many programs need no `run_decompositions`, which traces them a second time (`is_functional`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +108,32 @@ def _chunk(node: torch.fx.Node) -> Normal | None:
     return Op("aten.split.Tensor", (source, size, axis)) if source is not None and isinstance(size, int) else None
 
 
+_SECOND_NAMES = {
+    **dict.fromkeys(("divide", "true_divide"), "div"),
+    "multiply": "mul",
+    "subtract": "sub",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+}
+
+
+def _renamed() -> Iterator[tuple[str, NormalRule]]:
+    """A rule per overload that both names have."""
+    for second, first in _SECOND_NAMES.items():
+        for overload in getattr(torch.ops.aten, first).overloads():
+            if overload in getattr(torch.ops.aten, second).overloads() and "out" not in overload:
+                yield f"aten.{second}.{overload}", partial(_under, f"aten.{first}.{overload}")
+
+
+def _under(op: str, node: torch.fx.Node) -> Normal | None:
+    return Op(op, node.args, node.kwargs)
+
+
 _RULES: Mapping[str, NormalRule] = {
+    **dict(_renamed()),
     **dict.fromkeys(("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"), _reshape),
     **dict.fromkeys(("aten.clone.default", "aten.contiguous.default", "aten.lift_fresh_copy.default"), _same),
     **dict.fromkeys(
