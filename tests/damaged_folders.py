@@ -392,6 +392,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
     commands: dict[str, tuple[Any, ...]] = {
         "verify": ("verify", train),
         "verify --json": ("verify", merged, "--json"),
+        "verify --target": ("verify", train, "--target", "cuda"),
         "report": ("report", train, "--out", out / "page.html"),
         "report in place": ("report", merged),
         "compare": ("compare", train, merged, "--html", out / "compare.html"),

@@ -29,6 +29,8 @@ from matmorph.errors import CheckError, ExportError
 from matmorph.exporters.onnx.placement import placement
 from matmorph.report.reading import read_report
 from matmorph.report.table import make_console, print_plan
+from matmorph.runtime.format.artifact import file_record
+from matmorph.runtime.format.plain import to_plain
 from matmorph.runtime.targets.cpu import CPU
 from matmorph.runtime.targets.cuda import CUDA
 from matmorph.runtime.targets.kernels import read_kernels, shipped
@@ -510,6 +512,12 @@ def test_verify_reads_no_changed_graph(odd: Path, tmp_path: Path, capsys: pytest
     assert code == 1
     assert "changed file" in err
     assert "nodes" not in out
+    listed = json.loads((changed / "manifest.json").read_text())
+    listed["files"]["model.onnx"] = to_plain(file_record(b"\0" * 40))
+    (changed / "manifest.json").write_text(json.dumps(listed))
+    code, _, err = run(capsys, "verify", changed, "--target", "cuda")
+    assert code == 1
+    assert f"{changed / 'model.onnx'}: cannot be read" in err
 
 
 def test_verify_on_a_target_loads_no_torch(odd: Path) -> None:

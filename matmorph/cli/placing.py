@@ -26,28 +26,33 @@ def placing_target(name: str) -> Target:
 def with_placements(result: CheckResult, folder: Path, target: Target) -> tuple[CheckResult, tuple[Placement, ...]]:
     """What a check found, and what is known of the folder's graphs on the target; a matrix product, attention or norm that it hands back is
     a problem. A graph that is not as it was, which the check has named, is not read."""
-    found = tuple(_placed(folder, target))
+    found, unread = _placed(folder, target)
     lines = [line for one in found for line in one.lines()]
     problems = [f"{one.graph}: {one.title} would hand back to the CPU {node.line()}" for one in found for node in one.heavy()]
-    return replace(result, lines=(*result.lines, *lines), problems=(*result.problems, *problems)), found
+    return replace(result, lines=(*result.lines, *lines), problems=(*result.problems, *problems, *unread)), tuple(found)
 
 
-def _placed(folder: Path, target: Target) -> list[Placement]:
+def _placed(folder: Path, target: Target) -> tuple[list[Placement], list[str]]:
+    """(of each graph that is as it was, what is wrong with one that is and cannot be read)."""
     from matmorph.exporters.onnx.placement import placement_of
     from matmorph.runtime.errors import ArtifactError
     from matmorph.runtime.format.reading import StoredError, reading
     from matmorph.runtime.manifest import open_folder
 
     found: list[Placement] = []
+    unread: list[str] = []
     try:
         manifest, stored = open_folder(folder)
     except ArtifactError:
-        return found
+        return found, unread
     for name in sorted(name for name in manifest.files if name.endswith(".onnx")):
         try:
             path = stored.checked(name)
-            with reading(path):
-                found.append(placement_of(path, target))
         except StoredError:
             continue
-    return found
+        try:
+            with reading(path):
+                found.append(placement_of(path, target))
+        except StoredError as error:
+            unread.append(str(error))
+    return found, unread
