@@ -139,6 +139,19 @@ def test_without_an_end_genai_ends_at_the_pad_token(case: Callable[[str], Case],
     assert of_genai(folder, known.prompts[:1], NEW)[0] == known.expected[0]
 
 
+@pytest.mark.parametrize(("attention", "shared"), [("plain", False), ("standard", False), ("gqa", True)])
+def test_every_form_of_attention_is_run(case: Callable[[str], Case], attention: str, shared: bool, tmp_path: Path) -> None:
+    """genai keeps one buffer of the whole length for a file that says so, and a growing cache for any other."""
+    known = case("llama")
+    spec = {**KEEP, "export": {"target": ["cpu"], "attention": attention}}
+    known.module.save_pretrained(tmp_path / "hf")
+    folder = mm.compile(known.module, spec, {"input_ids": tokens(2, 16)}, cache=True, hf_folder=tmp_path / "hf").save(tmp_path / "out")
+    assert json.loads((folder / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is shared
+    assert [of_genai(folder, [prompt], NEW)[0] for prompt in known.prompts] == known.expected
+    assert of_genai(folder, known.prompts, NEW) == known.expected
+    assert of_optimum(folder, known.prompts[:1], NEW) == known.expected[:1]
+
+
 def test_a_cache_in_half_precision_is_taken(case: Callable[[str], Case], tmp_path: Path) -> None:
     """Beside float32 logits. Oracle: our own loop over the same file, for fp16 may choose otherwise than fp32."""
     known = case("llama")
