@@ -45,6 +45,7 @@ SPECS: Mapping[str, dict[str, Any]] = {
     "transact-50": {"extends": ["transact-50"], "calibration": {"samples": 32}},
     "adapter-r8": {"extends": ["lora-r8"], "export": {"adapters": "inputs"}},
 }
+_EXPORT = {"opset": 23, "attention": "gqa", "target": ["cpu"], "tokens": [1]}
 TORCH, BUILDER = "torch eager", "genai builder int4"
 STEPS = 4
 """Tokens of one sample: some 50 to 300 ms on one core."""
@@ -53,7 +54,7 @@ STEPS = 4
 def spec(name: str) -> dict[str, Any]:
     """Of a row, written for a CPU alone with what its kernels can do."""
     chosen = SPECS[name]
-    return {"version": 1, "name": name, **chosen, "export": {"opset": 23, "target": ["cpu"], "tokens": [1], **chosen.get("export", {})}}
+    return {"version": 1, "name": name, **chosen, "export": {**_EXPORT, **chosen.get("export", {})}}
 
 
 def tiny_model() -> torch.nn.Module:
