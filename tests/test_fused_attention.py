@@ -32,7 +32,7 @@ from matmorph.specs.schema import Export
 
 CLOSE = 5e-6
 """Relative to the largest logit: sums in float32 in another order, 1.1e-6 at the most of five families with weights a quarter as large."""
-FAST = ("llama", "gemma2")
+FAST = ("llama",)
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.full) for name in DECODERS if name not in FAST)]
 HEAD = "attention of layer"
 ONE_GQA = f"{HEAD}s 0, 1: fused, as one GroupQueryAttention"
