@@ -247,7 +247,6 @@ SECOND_NAMES = {
     "subtract": lambda x: torch.ops.aten.subtract.Tensor(x, (x > 0).long(), alpha=2),
     "greater": lambda x: torch.ops.aten.greater.Tensor(x, (x > 0).long()).float(),
     "not_equal": lambda x: torch.ops.aten.not_equal.Scalar(x, 0).float(),
-    "definitions in loops": lambda x: nn.functional.embedding_bag((x.flatten()[:5] > 0).long(), x[0], torch.tensor([0, 2])),
 }
 
 
@@ -255,3 +254,34 @@ SECOND_NAMES = {
 def test_second_names_of_operators_and_mixed_types(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     assert exported(Sample(SECOND_NAMES[name], *tree_flatten(((x,), {}))), tmp_path)
+
+
+BAGS = {
+    "bags of three": ((torch.tensor([[0, 5, 2], [3, 3, 1]]),), {}),
+    "offsets, one empty": ((torch.tensor([4, 1, 2, 2, 5]), torch.tensor([0, 2, 2])), {}),
+    "with the end": ((torch.tensor([4, 1, 2, 2, 5]), torch.tensor([0, 3, 5])), {"include_last_offset": True}),
+    "padding": ((torch.tensor([4, 1, 2, 2, 5]), torch.tensor([0, 2])), {"padding_idx": 2}),
+}
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_of_embeddings(name: str, mode: str, tmp_path: Path) -> None:
+    (ids, *offsets), settings = BAGS[name]
+    table = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    wanted = nn.functional.embedding_bag
+
+    def bags(table: torch.Tensor, ids: torch.Tensor, *offsets: torch.Tensor) -> torch.Tensor:
+        return wanted(ids, table, *offsets, mode=mode, **settings)
+
+    assert exported(Sample(bags, *tree_flatten(((table, ids, *offsets), {}))), tmp_path)
+
+
+def test_weighted_bags_of_embeddings(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    table, each, ids = torch.randn(6, 3, generator=draw), torch.randn(2, 3, generator=draw), torch.tensor([[0, 5, 2], [3, 3, 1]])
+
+    def bags(table: torch.Tensor, ids: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding_bag(ids, table, mode="sum", per_sample_weights=each)
+
+    assert exported(Sample(bags, *tree_flatten(((table, ids, each), {}))), tmp_path)
