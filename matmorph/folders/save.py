@@ -66,8 +66,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     served = _served(job)
     plain = inference_graph(job.graph, all_methods()) if served is None else served.graph
     _refuse_random(plain)
-    exported = last_logits(plain) if job.spec.export.logits == "last" else plain
-    form = written_form(exported, job.spec.export, job.max_length)
+    form = written_form(plain, job.spec.export, job.max_length)
+    exported = last_logits(form.graph) if job.spec.export.logits == "last" else form.graph  # behind the proofs, which want every row
     vectors = _vectors(plain, form, job)
     unchecked = _unchecked(job.spec)
     cache = cache_info(plain, job.max_length, form.fused.compact, form.fused.shared and job.spec.export.precision != "bf16")
@@ -88,7 +88,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
-        graph=_relocated(form.graph, job.spec, spec),
+        graph=_relocated(exported, job.spec, spec),
         export=form.export,
         version=__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
