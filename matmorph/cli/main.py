@@ -194,7 +194,7 @@ def compile_command(
             loaded,
             found.example_inputs,
             found.dynamic_shapes,
-            batches,
+            calibration=batches,
             kwargs=found.kwargs,
             cache=found.cache,
             progress=show,
