@@ -74,7 +74,8 @@ ERRORS = [
     (RULES + "    optionl: true\n", "specs/a.yaml:8:5: rules[0].optionl: unknown key; did you mean optional?\n"
                                     "  keys here: match, rewrite, name, expect, optional, force, pays, untie"),
     (RULES + "export: {opst: 21}\n", "specs/a.yaml:8:10: export.opst: unknown key; did you mean opset?\n"
-                                     "  keys here: opset, precision, target, tokens, activations, codebook, adapters, logits, fuse"),
+                                     "  keys here: opset, precision, target, tokens, activations, codebook, adapters, logits, fuse, "
+                                     "attention"),
     (RULES + "seed: 1\nseed: 2\n", "specs/a.yaml:9:1: seed: duplicate key; it is already given at specs/a.yaml:8:1"),
     ("rules: []\n", "specs/a.yaml:1:1: version is missing; this is version: 1 of the spec language"),
     ("version: 2\n", "specs/a.yaml:1:10: version: expected 1, got 2"),
@@ -654,7 +655,6 @@ rules:
 tolerance: {weight_error: 0.5, output_error: 0.1, on_exceed: roll_back}
 calibration: {samples: 99, sensitivity: none}
 export:
-  opset: 21
   precision: fp32
   target: [cuda, cpu]
   tokens: [1, 16, 256]
@@ -663,6 +663,7 @@ export:
   adapters: inline
   logits: all
   fuse: auto
+  attention: auto
 seed: 6
 strict: false
 """

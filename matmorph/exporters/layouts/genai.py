@@ -31,7 +31,7 @@ is what a file of ours takes, so they are `decoder` as everything else is."""
 LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
 """Keys of generation_config.json that mean the same in genai's `search`."""
-HEADS = ("num_attention_heads", "n_head", "num_heads")
+_COUNTS = ("num_attention_heads", "n_head", "num_heads")
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 _NUMBER = re.compile(r"\d+")
 
@@ -163,11 +163,11 @@ def _figures(text: Mapping[str, Any], cache: CacheInfo, inputs: Mapping[str, Sha
     """What genai does not need; a figure that differs between layers is left out."""
     shapes = [inputs[slot.past] for slot in cache.slots]
     groups = _same([shape[1] for shape in shapes])
-    whole = groups == _first_int(text, ("num_key_value_heads", *HEADS))  # else heads were pruned, and the source's number says nothing
+    whole = groups == _first_int(text, ("num_key_value_heads", *_COUNTS))  # else heads were pruned, and the source's number says nothing
     found = {
         "head_size": _same([shape[3] for shape in shapes]),
         "hidden_size": _first_int(text, ("hidden_size", "n_embd", "d_model")),
-        "num_attention_heads": _first_int(text, HEADS) if whole else None,
+        "num_attention_heads": _first_int(text, _COUNTS) if whole else None,
         "num_hidden_layers": len(cache.slots) // 2,
         "num_key_value_heads": groups,
     }
