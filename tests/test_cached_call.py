@@ -74,7 +74,7 @@ def ran(
 CUTS = {"whole": [20], "split": [7, 13], "one by one": [1] * 20, "mixed": [1, 11, 1, 1, 6]}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.full) for name in FURTHER)])
 def test_prompts_in_any_pieces_answer_as_without_a_cache(name: str, graphs: Any, tmp_path: Path) -> None:
     module, compiled = graphs(name)
     session = Session(compiled.save(tmp_path / "out"), providers=["cpu"])
@@ -142,7 +142,7 @@ def test_slots_are_found_by_dataflow_and_survive_the_text_form(graphs: Any) -> N
     assert [(slot.input, slot.output, slot.bytes_per_token) for slot in again] == [(s.input, s.output, s.bytes_per_token) for s in slots]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3", "bloom"))])
 def test_without_its_cache_a_graph_answers_the_same(name: str, graphs: Any) -> None:
     module, compiled = graphs(name)
     plain = without_cache(compiled.graph)
@@ -188,7 +188,13 @@ PRUNED = {
 }
 
 
-@pytest.mark.parametrize(("name", "unit", "left", "mask"), PRUNED.values(), ids=PRUNED)
+@pytest.mark.parametrize(
+    ("name", "unit", "left", "mask"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in ("llama head_dims", "gpt2 heads") else pytest.mark.full)
+        for name, case in PRUNED.items()
+    ],
+)
 def test_pruned_heads_leave_the_cache_too(
     name: str, unit: str, left: tuple[int, int], mask: torch.Tensor, graphs: Any, tmp_path: Path
 ) -> None:
