@@ -128,7 +128,7 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
         value.const_value = None
     _name_ports(model, graph)
     clean(model)
-    convert(model, export.precision, _cache_ports(graph))
+    convert(model, export.precision, _cache_ports(graph), export.target)
     remove_unused(model.graph)
     if export.fuse == "auto" and not training:
         fuse_norms(model, export.target)

@@ -89,9 +89,10 @@ def computed_in(precision: str, dtypes: Iterable[str]) -> str:
     return kept if precision == "keep" else precision
 
 
-def convert(model: ir.Model, precision: str, cache: CachePorts = _NO_CACHE) -> None:
+def convert(model: ir.Model, precision: str, cache: CachePorts = _NO_CACHE, target: Sequence[str] = ()) -> None:
     """Changes the computation and the dtypes of initializers in place; weights have no data yet, so whoever writes them casts them.
     The `cache` is kept in fp16 where the products are: it is as large as the text is long. numpy has no bf16, so there it stays float32.
+    A product that a `target` has kernels for, but none in half precision, stays in float32 too.
 
     Raises ExportError for half precision on a graph with control flow, whose bodies are not converted.
     """
@@ -102,7 +103,7 @@ def convert(model: ir.Model, precision: str, cache: CachePorts = _NO_CACHE) -> N
     _widen(model)
     _drop_casts(model.graph)
     if precision in HALF:
-        _narrow(model, HALF[precision], cache if precision == "fp16" else _NO_CACHE)
+        _narrow(model, HALF[precision], cache if precision == "fp16" else _NO_CACHE, target)
 
 
 def settle_types(model: ir.Model) -> None:
@@ -175,20 +176,21 @@ def _is_defined(node: ir.Node, half: ir.DataType, opset: int) -> bool:
     return all(f"tensor({half.name.lower()})" in types.get(name, [name]) for name in floats)
 
 
-def _narrow(model: ir.Model, half: ir.DataType, cache: CachePorts) -> None:
+def _narrow(model: ir.Model, half: ir.DataType, cache: CachePorts, target: Sequence[str]) -> None:
     for node in model.graph:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
             raise ExportError(
                 f"export.precision {half.name.lower()} is not possible for a model with control flow ({node.op_type} at {node.name})",
                 ["set export.precision to fp32 or keep"],
             )
-    _Narrowing(model.graph, half, model.opset_imports[""], cache).run()
+    _Narrowing(model.graph, half, model.opset_imports[""], cache, target).run()
 
 
 class _Narrowing:
     """One forward walk: the precision of each node by its operator and inputs, Casts between neighbours that differ, one per value."""
 
-    def __init__(self, graph: ir.Graph, half: ir.DataType, opset: int, cache: CachePorts) -> None:
+    def __init__(self, graph: ir.Graph, half: ir.DataType, opset: int, cache: CachePorts, target: Sequence[str]) -> None:
+        self.kernels = [device.kernels() for device in chosen_targets(target) if device.hands_back]
         self.graph = graph
         self.half = half
         self.pasts = {value for value in graph.inputs if value.name in cache.pasts}
@@ -229,7 +231,7 @@ class _Narrowing:
         """Whether every reader, through changes of layout, is a matrix product, a table look-up or the addition of a bias to a product."""
         readers = [usage.node for usage in value.uses()]
         return bool(readers) and all(
-            (node.op_type in LOWER and _is_defined(node, self.half, self.opset))
+            (node.op_type in LOWER and self._runs(node))
             or (node.op_type == "Gather" and node.inputs[0] is value)
             or node.op_type == "GatherBlockQuantized"  # its scales
             or (node.op_type in _LAYOUT and self._only_products(node.outputs[0]))
@@ -246,7 +248,7 @@ class _Narrowing:
             return None
         if any(value in self.pasts for value in data):
             return self.half
-        if self._is_of_weights(node) or not _is_defined(node, self.half, self.opset):
+        if self._is_of_weights(node) or not self._runs(node):
             return _FLOAT
         if node.op_type in LOWER:
             return self.half
@@ -258,6 +260,13 @@ class _Narrowing:
         if not computed:
             return self.half if all(value.dtype == self.half for value in data) else _FLOAT
         return self.half if all(value.dtype == self.half for value in computed) else _FLOAT
+
+    def _runs(self, node: ir.Node) -> bool:
+        """Whether ONNX defines the node in half precision, and no target has it in other types alone."""
+        if not _is_defined(node, self.half, self.opset):
+            return False
+        found = [kernels.results(node.domain, node.op_type) for kernels in self.kernels] if node.op_type in LOWER else []
+        return all(not results or self.half.numpy().name in results for results in found)
 
     def _is_of_weights(self, node: ir.Node) -> bool:
         """Whether it computes with weights alone: the session does that once, when it loads, and only on kernels that half precision has
