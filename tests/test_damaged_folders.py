@@ -100,3 +100,18 @@ def test_a_pickle_among_the_arrays_is_not_run(home: Path, tmp_path: Path) -> Non
     assert outcome.code == 2
     assert f"{copy / 'data.npz'}: cannot be read" in outcome.said
     assert not (copy / damaged_folders.MARK).exists()
+
+
+def test_a_weight_that_says_it_is_text_is_refused(tmp_path: Path) -> None:
+    """Its bytes would be taken for addresses of Python objects."""
+    import onnx
+
+    from matmorph.errors import InputError
+    from matmorph.folders.open import _mapped
+
+    (tmp_path / "model.onnx.data").write_bytes(bytes(range(1, 65)))
+    tensor = onnx.TensorProto(name="w", dims=[4], data_type=onnx.TensorProto.STRING, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", "32")):
+        tensor.external_data.add(key=key, value=value)
+    with pytest.raises(InputError, match=r"model\.onnx: 'w': is text, which no weight is"):
+        _mapped(tensor, tmp_path / "model.onnx.data")

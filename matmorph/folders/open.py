@@ -171,6 +171,8 @@ def _bytes(data: Path, place: Mapping[str, str], dtype: np.dtype[Any], tensor: o
         raise StoredError(
             f"{data.with_name(MODEL)}: {where}lies in {place.get('location')!r:.80}, which is not read; weights lie in {DATA}"
         )
+    if dtype.hasobject:  # of texts, which numpy would read as addresses
+        raise StoredError(f"{data.with_name(MODEL)}: {where}is text, which no weight is")
     offset = place.get("offset", "0")
     size = prod(tensor.dims) * dtype.itemsize
     if not offset.isdecimal() or min(tensor.dims, default=1) < 0 or int(offset[:20]) + size > data.stat().st_size:
