@@ -139,7 +139,9 @@ def test_slots_are_found_by_dataflow_and_survive_the_text_form(graphs: Any) -> N
     assert all(str(slot.total) == "past_sequence_length + sequence_length" for slot in slots)
     assert len(slots) == 2 * LAYERS
     again = find_slots(parse_graph(print_graph(compiled.graph)))
-    assert [(slot.input, slot.output, slot.bytes_per_token) for slot in again] == [(s.input, s.output, s.bytes_per_token) for s in slots]
+    assert [(slot.input, slot.output, slot.elements_per_token) for slot in again] == [
+        (s.input, s.output, s.elements_per_token) for s in slots
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3", "bloom"))])
@@ -211,7 +213,7 @@ def test_pruned_heads_leave_the_cache_too(
     cache = session.manifest.cache
     assert cache is not None
     assert pruned.report.totals.cache == (2 * cache.bytes_per_token, cache.bytes_per_token)
-    assert 2 * cache.bytes_per_token == sum(slot.bytes_per_token or 0 for slot in find_slots(whole.graph))
+    assert 2 * cache.bytes_per_token == sum(4 * (slot.elements_per_token or 0) for slot in find_slots(whole.graph))
     ids = tokens()
     with torch.no_grad():
         expected = plain.module(input_ids=ids, attention_mask=mask).logits.numpy()
@@ -220,14 +222,15 @@ def test_pruned_heads_leave_the_cache_too(
         assert np.abs(found - expected)[mask.numpy() != 0].max() <= CLOSE * np.abs(expected).max()
 
 
-def test_a_half_precision_file_says_what_its_cache_takes(tmp_path: Path) -> None:
-    spec = {**KEEP, "export": {"precision": "fp16", "target": ["cuda"]}}
+@pytest.mark.parametrize(("precision", "dtype", "size"), [("fp16", "float16", 2), ("bf16", "float32", 4)])
+def test_a_half_precision_file_says_what_its_cache_takes(precision: str, dtype: str, size: int, tmp_path: Path) -> None:
+    spec = {**KEEP, "export": {"precision": precision, "target": ["cuda"]}}
     compiled = mm.compile(built(llama), spec, {"input_ids": tokens(2, 16)}, cache=True)
     folder = compiled.save(tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["inputs"][3]["dtype"] == "float16"
-    assert manifest["cache"]["bytes_per_token"] == 2 * LAYERS * PAIRS * HEAD * 2
-    assert compiled.report.totals.cache == (2 * LAYERS * PAIRS * HEAD * 2,) * 2
+    assert manifest["inputs"][3]["dtype"] == dtype
+    assert manifest["cache"]["bytes_per_token"] == 2 * LAYERS * PAIRS * HEAD * size
+    assert compiled.report.totals.cache == (2 * LAYERS * PAIRS * HEAD * size,) * 2
 
 
 def test_training_graphs_have_no_cache(tmp_path: Path) -> None:

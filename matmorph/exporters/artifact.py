@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matmorph.errors import VerifyError
-from matmorph.exporters.cache_info import as_written
 from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
@@ -136,7 +135,7 @@ def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]
         target=tuple(artifact.export.target),
         notes=tuple(artifact.notes),
         adapters=artifact.adapters,
-        cache=None if artifact.cache is None else as_written(artifact.cache, info.inputs),
+        cache=artifact.cache,
         files=files,
     )
 

@@ -70,7 +70,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     exported = last_logits(form.graph) if job.spec.export.logits == "last" else form.graph  # behind the proofs, which want every row
     vectors = _vectors(plain, form, job)
     unchecked = _unchecked(job.spec)
-    cache = cache_info(plain, job.max_length, form.fused.compact, form.fused.shared and job.spec.export.precision != "bf16")
+    precision = job.spec.export.precision
+    cache = cache_info(plain, precision, job.max_length, form.fused.compact, form.fused.shared and precision != "bf16")
     beside = beside_model(job, plain, cache)
     found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already

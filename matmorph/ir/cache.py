@@ -12,7 +12,7 @@ from math import prod
 from matmorph.ir.attention_ops import CACHED, COMPACT, FUSED_SLOTS
 from matmorph.ir.core import Graph, Node, Value
 from matmorph.ir.ops import base_name
-from matmorph.ir.types import Dim, TensorType, element_size
+from matmorph.ir.types import Dim, TensorType
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,22 +39,19 @@ class Slot:
         return self.present.tensor.shape[self.axis]
 
     @property
-    def elements_per_token(self) -> int | None:
-        """Of one row of the batch, which is the first axis; None where another axis is dynamic too."""
-        sizes = [size for axis, size in enumerate(self.past.tensor.shape) if axis not in (0, self.axis)]
-        return prod(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else None
+    def rest(self) -> tuple[Dim, ...]:
+        """Sizes beside rows, which are the first axis, and tokens: heads and their width."""
+        return tuple(size for axis, size in enumerate(self.past.tensor.shape) if axis not in (0, self.axis))
 
     @property
-    def bytes_per_token(self) -> int | None:
-        """In the type that the graph has; None as above."""
-        found = self.elements_per_token
-        return None if found is None else found * element_size(self.past.tensor.dtype)
+    def elements_per_token(self) -> int | None:
+        """Of one row; None where one of `rest` is dynamic."""
+        return prod(map(int, self.rest)) if all(isinstance(size, int) for size in self.rest) else None
 
 
 def find_slots(graph: Graph) -> tuple[Slot, ...]:
     """The slots, in the order of their inputs; () for a graph that keeps no cache."""
-    users = graph.users()
-    results = {value: name for value, name in zip(graph.outputs, graph.signature.outputs, strict=True) if isinstance(value, Value)}
+    users, results = graph.users(), {value: name for name, value in graph.results}
     found = []
     for entry in graph.signature.inputs:
         past = entry.value

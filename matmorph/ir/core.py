@@ -190,6 +190,12 @@ class Graph:
         """The tensor inputs, in order."""
         return tuple(entry.value for entry in self.signature.inputs if entry.value is not None)
 
+    @property
+    def results(self) -> tuple[tuple[str, Value], ...]:
+        """Name and value of each output that is no literal, in order."""
+        named = zip(self.signature.outputs, self.outputs, strict=True)
+        return tuple((name, output) for name, output in named if isinstance(output, Value))
+
     def used_state(self) -> tuple[Const, ...]:
         """Consts that some node reads or that are outputs, in `state` order: exactly the initializers of an export."""
         seen = {value for node in self.nodes for value in node.inputs()} | set(values_in(self.outputs))

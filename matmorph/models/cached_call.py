@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from matmorph.errors import InputError
-from matmorph.ir.cache import Slot, find_slots
+from matmorph.ir.cache import find_slots
 from matmorph.ir.core import Graph
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.without_cache import MASK, POSITIONS, positions_of
@@ -46,17 +46,13 @@ class CachedCall:
         names = [entry.name for entry in graph.signature.inputs]
         known = dict(zip(names, tree_leaves(self.examples), strict=True))
         slots = find_slots(graph)
-        if all(known[slot.input].shape[1:2] + known[slot.input].shape[3:] == _fixed(slot) for slot in slots):
+        if all(known[slot.input].shape[1:2] + known[slot.input].shape[3:] == slot.rest for slot in slots):
             return list(known.values())
         before = known[slots[0].input].shape[slots[0].axis]
         batch = with_empty_cache(graph, {name: tensor[:, :before] for name, tensor in self.text.items()})
         with torch.no_grad():
             made = dict(zip(graph.signature.outputs, evaluate(graph, tree_leaves(batch)), strict=True))
         return list({**known, **{slot.input: made[slot.output].contiguous() for slot in slots}}.values())
-
-
-def _fixed(slot: Slot) -> tuple[Any, ...]:
-    return tuple(size for axis, size in enumerate(slot.past.tensor.shape) if axis not in (0, slot.axis))
 
 
 @contextmanager

@@ -49,9 +49,10 @@ def _item(dtype: str, precision: str, narrow: bool) -> int:
 
 
 def cache_bytes(graph: Graph, precision: str) -> int | None:
-    """Bytes of keys and values per token of one row, as exported; None for a graph that keeps no cache."""
-    slots = find_slots(graph)
-    sizes = [(slot.elements_per_token or 0) * item_size(slot.past.tensor.dtype, precision) for slot in slots]
+    """Bytes of keys and values per token of one row, as exported; those of a size that is not fixed do not count. None for a graph that
+    keeps no cache. Under bf16, which numpy has not, a cache is exported in float32."""
+    slots, kept = find_slots(graph), "fp32" if precision == "bf16" else precision
+    sizes = [(slot.elements_per_token or 0) * item_size(slot.past.tensor.dtype, kept) for slot in slots]
     return sum(sizes) if slots else None
 
 

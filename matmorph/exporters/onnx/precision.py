@@ -193,7 +193,7 @@ class _Narrowing:
         self.kernels = [device.kernels() for device in chosen_targets(target) if device.hands_back]
         self.graph = graph
         self.half = half
-        self.pasts = {value for value in graph.inputs if value.name in cache.pasts}
+        self.pasts = {value for value in graph.inputs if value.name in cache.pasts and value.dtype == _FLOAT}
         self.presents = cache.presents
         self.opset = opset
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
