@@ -15,7 +15,7 @@ ROWS = [[20, 14, 13, 8], [4, 9, 5, 20, 3, 11, 15], [12]]
 MUTANTS = {
     "pads on the other side": Mutant("padded", "padding == 'right'", "padding != 'right'"),
     "pads count as tokens": Mutant("padded", "(row, 1)", "(row, 0)"),
-    "places count pads": Mutant("Prompts.positions", "self.mask.cumsum(1)", "np.ones_like(self.mask).cumsum(1)"),
+    "places count pads": Mutant("Prompts.positions", "positions_of(self.mask)", "positions_of(np.ones_like(self.mask))"),
     "the last column for all": Mutant("_Steps.prompt", "self._owner._decoder.cache.padding == 'right'", "False"),
     "a place too late": Mutant("_Steps.token", "prompts.lengths + number - 1", "prompts.lengths + number"),
     "a place of the longest": Mutant(

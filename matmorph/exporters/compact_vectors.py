@@ -17,6 +17,7 @@ from matmorph.exporters.vectors import HALVES, Vectors, answered, example_sizes,
 from matmorph.ir.cache import Slot, find_slots
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.evaluate import Runner
+from matmorph.ir.without_cache import positions_of
 from matmorph.passes.attention.setting import Setting, find_setting
 from matmorph.runtime.format.cases import Case
 
@@ -78,7 +79,7 @@ def _inputs(graph: Graph, setting: Setting, examples: Sequence[torch.Tensor], ow
         if value is setting.mask:
             found.append(mask.to(tensor.dtype))
         elif _holds_places(value, tensor, given[setting.mask], setting):
-            found.append((mask.cumsum(-1) - 1).clamp(min=0)[:, -call.length :].to(tensor.dtype).contiguous())
+            found.append(positions_of(mask)[:, -call.length :].to(tensor.dtype).contiguous())
         else:
             found.append(resized(tensor, value, sizes))
     return found
@@ -88,7 +89,7 @@ def _holds_places(value: Value, tensor: torch.Tensor, mask: torch.Tensor, settin
     """Whether the example has the place of each token there."""
     if value.tensor.shape != setting.rows or tensor.is_floating_point():
         return False
-    return torch.equal(tensor.long(), (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tensor.shape[1] :])
+    return torch.equal(tensor.long(), positions_of(mask)[:, -tensor.shape[1] :])
 
 
 def _compared(graph: Graph, slots: Sequence[Slot], call: _Call) -> dict[str, np.ndarray]:
@@ -100,8 +101,4 @@ def _compared(graph: Graph, slots: Sequence[Slot], call: _Call) -> dict[str, np.
     # The tokens that every kind of cache holds at the same places: those of the past, and of a call without one.
     kept = (torch.arange(call.past + call.length) < (torch.tensor(call.held)[:, None] if call.past else new)).numpy()
     presents = {slot.output for slot in slots}
-    return {
-        name: kept[:, None, :, None] if name in presents else real[..., None]
-        for name, output in zip(graph.signature.outputs, graph.outputs, strict=True)
-        if isinstance(output, Value)
-    }
+    return {name: kept[:, None, :, None] if name in presents else real[..., None] for name, _ in graph.results}

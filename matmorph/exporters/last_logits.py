@@ -29,8 +29,7 @@ _PASSED = of_kind("elementwise", "same")
 
 def logits_output(graph: Graph) -> str:
     """The name of the output that is cut. ExportError with the reason where not exactly one output can be meant."""
-    named = zip(graph.signature.outputs, graph.outputs, strict=True)
-    found = [name for name, value in named if isinstance(value, Value) and _is_logits(graph, value)]
+    found = [name for name, value in graph.results if _is_logits(graph, value)]
     if len(found) != 1:
         what = f"{' and '.join(found)} are such outputs" if found else "no output is one"
         raise ExportError(

@@ -13,6 +13,7 @@ its tokens alone. What it gives for a pad is not defined there, and here it is w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,22 +110,7 @@ def _inserted(past: Tensor, new: Tensor, places: Tensor, tokens: int) -> Tensor:
     return whole.scatter(2, places[:, None, :, None].expand_as(new), new)
 
 
-def _compact_types(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    last: Tensor,
-    mask: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    sink: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-) -> Attended:
+def _compact_types(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any, **named: Any) -> Attended:
     return torch.empty_like(query), _longer(past_key, key.shape[1]), _longer(past_value, value.shape[1])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matmorph.runtime.errors import InputMismatch
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.cache import Padding
+from matmorph.runtime.whole_call import positions_of
 
 Ids: TypeAlias = Sequence[Sequence[int]] | Array
 """Token ids by row: a list of lists of any length, or an integer array [rows, tokens]."""
@@ -27,8 +28,7 @@ class Prompts:
     @property
     def positions(self) -> Array:
         """Of each token among those of its row; 0 at pads before them."""
-        found: Array = np.maximum(self.mask.cumsum(1) - 1, 0)
-        return found
+        return positions_of(self.mask)
 
 
 def padded(ids: Ids, mask: Any, padding: Padding, pad: int | None, vocabulary: int | None) -> Prompts:

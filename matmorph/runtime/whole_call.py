@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from matmorph.runtime.decoder import MASK, POSITIONS
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.artifact import Manifest
-
-POSITIONS, MASK = "position_ids", "attention_mask"
 
 
 def positions_of(mask: Array) -> Array:

@@ -8,12 +8,11 @@ from typing import Any
 
 from matmorph.errors import InputError
 from matmorph.runtime.format.artifact import MANIFEST
-from matmorph.runtime.format.companions import TOKENIZER
+from matmorph.runtime.format.companions import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from matmorph.runtime.format.folder import StoredFolder
 from matmorph.runtime.format.plain import ManifestError, typed
 from matmorph.runtime.format.reading import inside, read_json, read_text
 
-CONFIG = "tokenizer_config.json"
 _DEFAULT = "default"
 
 
@@ -49,10 +48,10 @@ class TextFiles:
 
     def chat_template(self) -> tuple[str, str] | None:
         """(its file, its text), in the order in which transformers looks; None where there is none. Raises StoredError."""
-        path = self.path("chat_template.jinja")
+        path = self.path(CHAT_TEMPLATE)
         if path is not None:
             return str(path), read_text(path)
-        for name in (CONFIG, "chat_template.json"):
+        for name in (TOKENIZER_CONFIG, "chat_template.json"):
             path = self.path(name)
             text = None if path is None else read_json(path, _template_in)
             if text is not None:
@@ -61,7 +60,7 @@ class TextFiles:
 
     def named_tokens(self) -> dict[str, str]:
         """`bos_token`, `eos_token` and others, which templates write. Raises StoredError."""
-        found = {**self.json("special_tokens_map.json"), **self.json(CONFIG)}
+        found = {**self.json("special_tokens_map.json"), **self.json(TOKENIZER_CONFIG)}
         texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
         return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 

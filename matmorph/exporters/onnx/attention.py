@@ -105,7 +105,7 @@ def _attention(
 
 def only_seeing(mask: ir.Value, y: ir.Value) -> ir.Value:
     """y with 0 in the rows that the mask allows no key."""
-    return emit.node("Where", [_alive(mask), y, _number(0.0, y)], y.dtype)
+    return emit.node("Where", [_alive(mask), y, emit.number(0.0, y)], y.dtype)
 
 
 def _operator(q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, causal: bool, scale: float | None) -> ir.Value:
@@ -121,7 +121,7 @@ def _written_out(
     q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, causal: bool, scale: float | None, grouped: bool
 ) -> ir.Value:
     if grouped:
-        k, v = _repeated(k, _size(q, -3)), _repeated(v, _size(q, -3))
+        k, v = _repeated(k, fixed_size(q, -3)), _repeated(v, fixed_size(q, -3))
     scores = emit.node("MatMul", [_scaled(q, scale), _turned(k)], q.dtype)
     bias = _triangle(q, k, _lowest(q)) if causal else None if mask is None else _bias(mask, q)
     if bias is not None:
@@ -132,8 +132,8 @@ def _written_out(
 def _scaled(q: ir.Value, scale: float | None) -> ir.Value:
     """On q, which is the smallest of what could be scaled."""
     if scale is None:
-        scale = 1.0 / math.sqrt(_size(q, -1))
-    return q if scale == 1 else emit.node("Mul", [q, _number(scale, q)], q.dtype)
+        scale = 1.0 / math.sqrt(fixed_size(q, -1))
+    return q if scale == 1 else emit.node("Mul", [q, emit.number(scale, q)], q.dtype)
 
 
 def _turned(k: ir.Value) -> ir.Value:
@@ -143,12 +143,12 @@ def _turned(k: ir.Value) -> ir.Value:
 
 def _repeated(value: ir.Value, heads: int) -> ir.Value:
     """Each head of keys or values as often as queries share it: [.., few, s, e] to [.., heads, s, e]."""
-    few, rank = _size(value, -3), _rank(value)
+    few, rank = fixed_size(value, -3), _rank(value)
     if few == heads:
         return value
     apart = emit.node("Unsqueeze", [value, emit.ints(rank - 2)], value.dtype)
     wide = emit.node("Expand", [apart, emit.ints(*[1] * (rank - 2), heads // few, 1, 1)], value.dtype)
-    repeated = emit.node("Reshape", [wide, emit.ints(*[0] * (rank - 3), heads, -1, _size(value, -1))], value.dtype)
+    repeated = emit.node("Reshape", [wide, emit.ints(*[0] * (rank - 3), heads, -1, fixed_size(value, -1))], value.dtype)
     repeated.shape = ir.Shape([heads if axis == rank - 3 else size for axis, size in enumerate(value.shape or ())])
     return repeated
 
@@ -157,7 +157,7 @@ def _below(q: ir.Value, k: ir.Value, mask: ir.Value) -> ir.Value:
     """A mask that allows nothing above the diagonal either."""
     if mask.dtype != _BOOL:
         return emit.node("Add", [mask, _triangle(q, k, -math.inf)], mask.dtype)
-    return emit.node("And", [mask, emit.node("Equal", [_triangle(q, k, -math.inf), _number(0.0, q)], _BOOL)], _BOOL)
+    return emit.node("And", [mask, emit.node("Equal", [_triangle(q, k, -math.inf), emit.number(0.0, q)], _BOOL)], _BOOL)
 
 
 def _triangle(q: ir.Value, k: ir.Value, above: float) -> ir.Value:
@@ -170,7 +170,7 @@ def _triangle(q: ir.Value, k: ir.Value, above: float) -> ir.Value:
 
 def _bias(mask: ir.Value, q: ir.Value) -> ir.Value:
     """What is added to the scores: the lowest number makes a softmax as exactly 0 as -inf does, and of a dead row no NaN."""
-    return mask if mask.dtype != _BOOL else emit.node("Where", [mask, _number(0.0, q), _number(_lowest(q), q)], q.dtype)
+    return mask if mask.dtype != _BOOL else emit.node("Where", [mask, emit.number(0.0, q), emit.number(_lowest(q), q)], q.dtype)
 
 
 def _alive(mask: ir.Value) -> ir.Value:
@@ -180,16 +180,12 @@ def _alive(mask: ir.Value) -> ir.Value:
         most = emit.node("ReduceMax", [emit.cast(mask, ir.DataType.INT32), emit.ints(-1)], ir.DataType.INT32, keepdims=1)
         return emit.cast(most, _BOOL)
     most = emit.node("ReduceMax", [mask, emit.ints(-1)], mask.dtype, keepdims=1)
-    return emit.node("Greater", [most, _number(-math.inf, mask)], _BOOL)
+    return emit.node("Greater", [most, emit.number(-math.inf, mask)], _BOOL)
 
 
 def _is_whole(mask: ir.Value) -> bool:
     """Whether it says yes or no of every row and key, as the kernels of the operator want it."""
     return mask.dtype == _BOOL and _rank(mask) in (2, 4) and all(size != 1 for size in (mask.shape or ())[-2:])
-
-
-def _number(number: float, like: ir.Value) -> ir.Value:
-    return emit.constant(ir.Tensor(np.asarray(number, _dtype(like).numpy())))
 
 
 def _lowest(like: ir.Value) -> float:
@@ -213,7 +209,8 @@ def _rank(value: ir.Value) -> int:
     return len(value.shape)
 
 
-def _size(value: ir.Value, axis: int) -> int:
+def fixed_size(value: ir.Value, axis: int) -> int:
+    """ExportError for an axis that is dynamic."""
     size = value.shape[axis] if value.shape is not None else None
     if not isinstance(size, int):
         raise ExportError("attention is written for a fixed number of heads of a fixed width", [f"axis {axis} of {value.name} is dynamic"])

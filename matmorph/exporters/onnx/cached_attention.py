@@ -17,7 +17,7 @@ import torch
 
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx import emit
-from matmorph.exporters.onnx.attention import NATIVE, only_seeing
+from matmorph.exporters.onnx.attention import NATIVE, fixed_size, only_seeing
 from matmorph.exporters.onnx.lowering import Lowerings
 
 _INT32 = ir.DataType.INT32
@@ -64,20 +64,13 @@ def _compact(
     softcap: float,
     interleaved: bool,
 ) -> tuple[ir.Value, ...]:
-    size, few = _fixed(past_key, 3), _fixed(past_key, 1)
+    size, few = fixed_size(past_key, 3), fixed_size(past_key, 1)
     total = emit.cast(emit.node("Squeeze", [emit.node("Shape", [mask], _INT, start=1, end=2)], _INT), _INT32)
     given = [query, key, value, past_key, past_value, last, total, cos, sin, None, None, sink]
-    numbers: dict[str, int | float] = {"num_heads": _fixed(query, 2) // size, "kv_num_heads": few, "scale": float(scale)}
+    numbers: dict[str, int | float] = {"num_heads": fixed_size(query, 2) // size, "kv_num_heads": few, "scale": float(scale)}
     numbers |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)} if cos is not None else {}
     numbers |= {"local_window_size": window} if window else {}
     numbers |= {"softcap": float(softcap)} if softcap else {}
     while given[-1] is None:
         given.pop()
     return emit.several("GroupQueryAttention", given, [query.dtype] * 3, emit.DOMAIN, 1, **numbers)
-
-
-def _fixed(value: ir.Value, axis: int) -> int:
-    size = value.shape[axis] if value.shape is not None else None
-    if not isinstance(size, int):
-        raise ExportError("attention is written for a fixed number of heads of a fixed width", [f"axis {axis} of {value.name} is dynamic"])
-    return size

@@ -62,7 +62,7 @@ def _bags(
     if mode != _MEAN:
         return total
     count = emit.node("ReduceSum", [counted, emit.ints(1)], kind, keepdims=1)
-    return emit.node("Div", [total, emit.node("Max", [count, _number(1, rows)], kind)], kind)
+    return emit.node("Div", [total, emit.node("Max", [count, emit.number(1, rows)], kind)], kind)
 
 
 def _members(ids: ir.Value, offsets: ir.Value, has_end: bool, padding: int | None) -> ir.Value:
@@ -84,11 +84,7 @@ def _members(ids: ir.Value, offsets: ir.Value, has_end: bool, padding: int | Non
 def _largest(rows: ir.Value, member: ir.Value) -> ir.Value:
     kind = rows.dtype
     shown = emit.node("Unsqueeze", [member, emit.ints(2)], _BOOL)
-    apart = emit.node("Where", [shown, emit.node("Unsqueeze", [rows, emit.ints(0)], kind), _number(-np.inf, rows)], kind)
+    apart = emit.node("Where", [shown, emit.node("Unsqueeze", [rows, emit.ints(0)], kind), emit.number(-np.inf, rows)], kind)
     found = emit.node("ReduceMax", [apart, emit.ints(1)], kind, keepdims=0)
     count = emit.node("ReduceSum", [emit.cast(member, _INT), emit.ints(1)], _INT, keepdims=1)
-    return emit.node("Where", [emit.node("Greater", [count, emit.scalar(0)], _BOOL), found, _number(0, rows)], kind)
-
-
-def _number(number: float, like: ir.Value) -> ir.Value:
-    return emit.cast(emit.constant(ir.Tensor(np.asarray(number, np.float32))), like.dtype)
+    return emit.node("Where", [emit.node("Greater", [count, emit.scalar(0)], _BOOL), found, emit.number(0, rows)], kind)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from matmorph.errors import ExportError
 from matmorph.exporters.onnx.lowering import record
 
 DOMAIN = "com.microsoft"
@@ -71,6 +72,13 @@ def ints(*numbers: int) -> ir.Value:
 def scalar(number: int) -> ir.Value:
     """int64 []."""
     return constant(ir.Tensor(np.asarray(number, np.int64)))
+
+
+def number(value: float, like: ir.Value) -> ir.Value:
+    """[] in the element type of `like`."""
+    if like.dtype is None:
+        raise ExportError(f"a number beside {like.name}, of unknown element type, cannot be written")
+    return constant(ir.Tensor(np.asarray(value, like.dtype.numpy())))
 
 
 def held(codes: ir.Value, shape: Sequence[int], until: ir.Value) -> ir.Value:

@@ -58,13 +58,6 @@ def _total(value: ir.Value, axis: int) -> ir.Value:
     return emit.node("ReduceSum", [value, emit.ints(axis)], value.dtype, keepdims=1)
 
 
-def _number(number: float, like: ir.Value) -> ir.Value:
-    """A scalar in the element type of `like`."""
-    if like.dtype is None:
-        raise ExportError("a gradient of unknown element type cannot be written")
-    return emit.constant(ir.Tensor(np.asarray(number, like.dtype.numpy())))
-
-
 def _softmax(dy: ir.Value, y: ir.Value, dim: int, input_dtype: int) -> ir.Value:
     return _mul(y, _sub(dy, _total(_mul(dy, y), dim)))
 
@@ -74,16 +67,16 @@ def _log_softmax(dy: ir.Value, y: ir.Value, dim: int, input_dtype: int) -> ir.Va
 
 
 def _tanh(dy: ir.Value, y: ir.Value) -> ir.Value:
-    return _mul(dy, _sub(_number(1, y), _mul(y, y)))
+    return _mul(dy, _sub(emit.number(1, y), _mul(y, y)))
 
 
 def _sigmoid(dy: ir.Value, y: ir.Value) -> ir.Value:
-    return _mul(dy, _mul(y, _sub(_number(1, y), y)))
+    return _mul(dy, _mul(y, _sub(emit.number(1, y), y)))
 
 
 def _threshold(dy: ir.Value, x: ir.Value, threshold: float) -> ir.Value:
-    above = emit.node("Greater", [x, _number(threshold, x)], ir.DataType.BOOL)
-    return emit.node("Where", [above, dy, _number(0, dy)], dy.dtype)
+    above = emit.node("Greater", [x, emit.number(threshold, x)], ir.DataType.BOOL)
+    return emit.node("Where", [above, dy, emit.number(0, dy)], dy.dtype)
 
 
 def _slice(dy: ir.Value, input_sizes: Sequence[RowSize], dim: int, start: RowSize, end: RowSize, step: int) -> ir.Value:
@@ -107,7 +100,7 @@ def _padded(value: ir.Value, axis: int, before: RowSize, whole: RowSize, length:
     """`value`, of `length` along the axis, at `before` in zeros of size `whole`."""
     behind = _minus(_minus(whole, before), length)
     pads = _vector([before, behind])
-    return emit.node("Pad", [value, pads, _number(0, value), emit.ints(axis)], value.dtype)
+    return emit.node("Pad", [value, pads, emit.number(0, value), emit.ints(axis)], value.dtype)
 
 
 def _from_start(place: RowSize, whole: RowSize) -> RowSize:
@@ -158,7 +151,7 @@ def _embedding(dy: ir.Value, indices: ir.Value, num_weights: int, padding_idx: i
     if padding_idx >= 0:
         padding = emit.node("Equal", [indices, emit.cast(emit.scalar(padding_idx), indices.dtype)], ir.DataType.BOOL)
         column = emit.node("Unsqueeze", [padding, emit.ints(-1)], ir.DataType.BOOL)
-        dy = emit.node("Where", [column, _number(0, dy), dy], dy.dtype)
+        dy = emit.node("Where", [column, emit.number(0, dy), dy], dy.dtype)
     places = emit.node("Unsqueeze", [emit.cast(indices, _INT), emit.ints(-1)], _INT)
     if dy.dtype is None:
         raise ExportError("a gradient of unknown element type cannot be written")

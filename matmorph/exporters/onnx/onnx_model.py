@@ -111,7 +111,7 @@ def write_model(
 def _refuse_complex(graph: Graph) -> None:
     """ExportError for a complex input or output: a translation has pairs of real numbers in its place, on an axis more."""
     entries = [(entry.name, entry.value) for entry in graph.signature.inputs]
-    entries += [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
+    entries += graph.results
     for name, value in entries:
         if value is not None and isinstance(value.type, TensorType) and value.tensor.torch_dtype.is_complex:
             raise ExportError(
@@ -147,13 +147,8 @@ def skeleton(graph: Graph, export: Export, onnx_lowerings: Lowerings | None = No
 
 def _cache_ports(graph: Graph) -> CachePorts:
     slots = find_slots(graph)
-    places = {name: k for k, name in enumerate(_results(graph))}
+    places = {name: k for k, (name, _) in enumerate(graph.results)}
     return CachePorts(frozenset(slot.input for slot in slots), frozenset(places[slot.output] for slot in slots))
-
-
-def _results(graph: Graph) -> list[str]:
-    """Names of the outputs that are values, in order: the outputs of the file."""
-    return [name for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
 
 
 def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:
@@ -201,8 +196,7 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
     for value, source in zip(model.graph.inputs, graph.inputs, strict=True):
         value.shape = _shape(source)
     taken = {str(value.name) for value in model.graph.inputs} | set(model.graph.initializers)
-    results = [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if isinstance(out, Value)]
-    for value, (name, source) in zip(model.graph.outputs, results, strict=True):
+    for value, (name, source) in zip(model.graph.outputs, graph.results, strict=True):
         value.name = unique(name, taken)
         value.shape = _shape(source)
 

@@ -94,8 +94,7 @@ def judged(loss: Loss, graph: Graph) -> tuple[str, Value]:
 
 def tensor_outputs(graph: Graph) -> dict[str, Value]:
     """The outputs that are tensors, by name."""
-    pairs = zip(graph.signature.outputs, graph.outputs, strict=True)
-    return {name: value for name, value in pairs if isinstance(value, Value) and isinstance(value.type, TensorType)}
+    return {name: value for name, value in graph.results if isinstance(value.type, TensorType)}
 
 
 def write_loss(b: Builder, inference: Inference, loss: Loss, graph: Graph, labels: Mapping[str, Value]) -> Written:

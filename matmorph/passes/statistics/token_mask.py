@@ -9,8 +9,7 @@ from torch import Tensor
 from matmorph.ir.cache import find_slots
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.types import Dim, as_dim
-
-MASK_INPUT = "attention_mask"
+from matmorph.ir.without_cache import MASK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +23,7 @@ class TokenMask:
 
 def token_mask(graph: Graph) -> TokenMask | None:
     """None where no input has the name."""
-    mask = next((entry.value for entry in graph.signature.inputs if entry.name == MASK_INPUT and entry.value is not None), None)
+    mask = next((entry.value for entry in graph.signature.inputs if entry.name == MASK and entry.value is not None), None)
     if mask is None:
         return None
     axes = mask.tensor.shape
