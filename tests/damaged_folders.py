@@ -427,6 +427,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
         "inspect": ("inspect", home / "net.pt2"),
         "generate": ("generate", home / "decoder", *_FEW_TOKENS),
         "generate --raw": ("generate", home / "decoder", "--raw", "--json", *_FEW_TOKENS),
+        "evaluate": ("evaluate", home / "decoder", *_SHORT_TEXT),
         "layout": ("layout", train, "--for", "transformers.js", "--out", out / "tree"),
         "layout hf": ("layout", merged, "--for", "hf", "--out", out / "hf"),
         "search": ("search", home / "net", *_search(home), "--out", out / "found"),
@@ -439,7 +440,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
     skipping = {
         f"{name} --no-verify": (*words, "--no-verify")
         for name, words in commands.items()
-        if name.startswith(("merge", "report", "diff", "layout", "generate"))
+        if name.startswith(("merge", "report", "diff", "layout", "generate", "evaluate"))
     }
     feeds = {"input": np.zeros((3, 24), np.float32)}
     batch = {**feeds, "labels": np.zeros((3, 8), np.float32)}
@@ -459,6 +460,7 @@ def readers(home: Path) -> dict[str, Callable[[], Outcome]]:
 
 
 _FEW_TOKENS = ("--prompt", "abc", "--max-new-tokens", "3", "--provider", "cpu", "--threads", "1")
+_SHORT_TEXT = ("--text", __file__, "--window", "8", "--tokens", "64", "--provider", "cpu", "--threads", "1")
 _REOPEN = ("merge", "adapter save", "adapter to-peft", "adapter from-peft", "adapter unmerge")
 READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("train/manifest.json", ("verify", "layout", "report", "compare", "diff", *_REOPEN, "adapter", "train", "Session", "Trainer")),
@@ -483,7 +485,7 @@ READS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("merged/graph.ir", ("diff --node",)),
     ("merged/source.ir", ("diff --node",)),
     ("merged/", ("verify --json", "layout hf", "adapter unmerge", "Session, unverified")),
-    ("decoder/", ("generate",)),
+    ("decoder/", ("generate", "evaluate")),
     ("peft/", ("adapter from-peft",)),
     ("values.safetensors", ("merge --trained",)),
     ("own.onnx_adapter", ("adapter load", "adapter switch", "merge of an adapter")),

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "matmorph"
 LAYERS = (
     ("matmorph.runtime.targets",),  # records of execution providers, for the compiler too; the rest of the runtime stands apart
     ("matmorph.errors", "matmorph.progress"),
+    ("matmorph.text",),  # text becomes tokens, for whoever calibrates or evaluates
     ("matmorph.optimizers",),  # settings for the specs, rules for the exporters
     ("matmorph.ir",),
     ("matmorph.report.model",),  # data that passes fill in; the rest of report shows it

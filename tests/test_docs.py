@@ -30,6 +30,8 @@ pytestmark = pytest.mark.no_cover
 PAGES = {page: read_blocks((DOCS / page).read_text(encoding="utf-8"), page) for page in pages()}
 BLOCKS = [block for blocks in PAGES.values() for block in blocks]
 RUN = [page for page, blocks in PAGES.items() if any(block.language in CODE and not block.skipped for block in blocks)]
+SLOW = ("how-to/evaluate.md",)
+"""Pages that compile several models, whose commands have tests of their own: run with the full grids."""
 OTHER = ("text", "toml", "javascript")
 GENERATED = ("reference/spec.md", "reference/library.md", "reference/cli.md", "benchmarks.md")
 """By docs/hooks.py; the last one by benchmarks/run.py, once that was run."""
@@ -58,7 +60,7 @@ def run() -> Iterator[Runner]:
 # ---- the code
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.full] if page in SLOW else []) for page in RUN])
 def test_page_runs(page: str, run: Runner, tmp_path: Path) -> None:
     code = run(page, tmp_path)
     assert code == 0, (tmp_path / "log.txt").read_text()

@@ -18,7 +18,6 @@ from tiny_speaker import LETTERS, TEMPLATE, folder_with, tokenizer_text
 from matmorph.cli.main import main
 from matmorph.cli.text.files import TextFiles
 from matmorph.cli.text.template import ChatTemplate
-from matmorph.cli.text.tokens import Tokens
 from matmorph.cli.text.writing import written
 from matmorph.errors import InputError
 from matmorph.runtime import Generator
@@ -98,7 +97,7 @@ def test_draws_follow_the_seed(folder: Path, run: Any) -> None:
 
 
 def test_pieces_are_the_text_however_characters_are_cut(folder: Path) -> None:
-    tokens = Tokens(TextFiles.of(folder, None, True))
+    tokens = TextFiles.of(folder, None, True).tokens()
     rng = np.random.default_rng(0)
     for length in range(1, 60):
         row = rng.integers(0, VOCAB, length).tolist()
@@ -126,7 +125,7 @@ class Stops:
 
 
 def test_ctrl_c_ends_an_answer_where_it_is(folder: Path) -> None:
-    tokens, shown = Tokens(TextFiles.of(folder, None, True)), []
+    tokens, shown = TextFiles.of(folder, None, True).tokens(), []
     stopped: Any = Stops(folder, 2)
     answer = written(stopped, tokens, ids("abc"), {"max_new_tokens": 9}, shown.append)
     assert list(answer.ids) == greedy(ids("abc"), 9)[:2]
@@ -143,7 +142,7 @@ def test_ctrl_c_ends_an_answer_where_it_is(folder: Path) -> None:
 def test_a_conversation_is_kept_and_ends(folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
-    tokens = Tokens(TextFiles.of(folder, None, True))
+    tokens = TextFiles.of(folder, None, True).tokens()
     template = ChatTemplate.of(TextFiles.of(folder, None, True))
     assert template is not None
 

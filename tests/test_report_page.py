@@ -153,6 +153,22 @@ def test_times_are_those_of_the_run_and_only_there() -> None:
         assert "adds the times" in Page(html_page(report, Context(run=damaged))).text
 
 
+def test_what_was_measured_afterwards_has_a_card() -> None:
+    text = {
+        "text": "texts/valid.txt",
+        "window": 256,
+        "perplexity": 27.51,
+        "counted": 4080,
+        "beside": {"ratio": 1.0391, "folder": "out-dense"},
+    }
+    data = {"data": "rows.npz", "loss": "cross_entropy", "value": 0.25, "counted": 64}
+    page = Page(html_page(make_report(), Context(run={"evaluations": [text, data]}))).text
+    assert f"Perplexity27.51valid.txt, 4.08 k tokens in windows of 256; 1.039 {charts.TIMES} that of out-dense" in page
+    assert "Cross entropy0.25rows.npz, 64 labels" in page
+    for damaged in ({"evaluations": "x"}, {"evaluations": [3, {"text": 1}, {"data": "x", "value": "y", "counted": 1}]}):
+        assert "Perplexity" not in Page(html_page(make_report(), Context(run=damaged))).text
+
+
 # ---- figures
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 ORDER = (
-    "demo inspect plan explain compile verify layout generate chat report compare diff train search merge adapter specs completion".split()
+    *("demo", "inspect", "plan", "explain", "compile", "verify", "layout", "generate", "chat", "evaluate", "report", "compare", "diff"),
+    *("train", "search", "merge", "adapter", "specs", "completion"),
 )
 """The commands as one meets them."""
 

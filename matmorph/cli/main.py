@@ -22,6 +22,7 @@ from matmorph.cli.adapters import adapter_app, merge_command
 from matmorph.cli.chat import chat_command
 from matmorph.cli.commands import Command, Group
 from matmorph.cli.completion import completion_command
+from matmorph.cli.evaluate import evaluate_command
 from matmorph.cli.generate import generate_command
 from matmorph.cli.layout import layout_command
 from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
@@ -53,6 +54,7 @@ specs_app = typer.Typer(help="Library specs, a check, the JSON Schema.", no_args
 app.add_typer(specs_app, name="specs")
 app.command(name="generate", cls=Command)(generate_command)
 app.command(name="chat", cls=Command)(chat_command)
+app.command(name="evaluate", cls=Command, short_help="Perplexity on a text, or loss on data.")(evaluate_command)
 app.command(name="train", cls=Command)(train_command)
 app.command(name="search", cls=Command)(search_command)
 app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)

@@ -18,10 +18,13 @@ from matmorph.report.model import Pair, Report, SiteRow
 from matmorph.report.palette import palette
 from matmorph.report.reading import Context
 from matmorph.report.table import count, error_text, outcome, percent, rank_text, shape_text, size, slowest, span
+from matmorph.runtime.format.evaluations import evaluations
 from matmorph.runtime.format.printable import printable
 
 LINE = 32
 _NOTHING = Context()
+_MEASUREMENTS = 4
+"""Of a folder that are shown: the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ def _cards(report: Report, run: Mapping[str, Any]) -> Iterator[Card]:
     yield _error_card(report)
     yield _parity_card(report)
     yield _time_card(report, run)
+    yield from (card for one in evaluations(run)[-_MEASUREMENTS:] if (card := _evaluation_card(one)) is not None)
 
 
 def _error_card(report: Report) -> Card:
@@ -194,6 +198,20 @@ def _time_card(report: Report, run: Mapping[str, Any]) -> Card:
     row, time = found
     below = f"dense, predicted at {time[0]} row{'s' * (time[0] > 1)}; at {row.path}"
     return Card("Kernel time, slowest", span(time, TIMES, " to "), below)
+
+
+def _evaluation_card(figures: Mapping[str, Any]) -> Card | None:
+    """What `matmorph evaluate --record` kept; None for what is damaged."""
+    name, key = ("perplexity", "text") if "text" in figures else (str(figures.get("loss", "")), "data")
+    value, source, counted = figures.get("perplexity" if key == "text" else "value"), figures.get(key), figures.get("counted")
+    if not isinstance(value, int | float) or not isinstance(source, str) or not isinstance(counted, int):
+        return None
+    what = f"tokens in windows of {figures.get('window')}" if key == "text" else "labels"
+    below = f"{source.rpartition('/')[2]}, {count(counted)} {what}"
+    other = figures.get("beside")
+    if isinstance(other, dict) and isinstance(other.get("ratio"), int | float):
+        below += f"; {other['ratio']:.3f} {TIMES} that of {other.get('folder', '?')}"
+    return Card(name.replace("_", " ").capitalize(), f"{value:.4g}", below)
 
 
 def _seconds(run: Mapping[str, Any]) -> dict[str, float]:

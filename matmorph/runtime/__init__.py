@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from matmorph.runtime.fitting import StepInfo
     from matmorph.runtime.format.artifact import TensorInfo
     from matmorph.runtime.generator import Generator, PromptCache
+    from matmorph.runtime.labelled import labelled_loss
     from matmorph.runtime.schedules import constant, cosine, linear
     from matmorph.runtime.session import Session
+    from matmorph.runtime.text_score import perplexity
     from matmorph.runtime.trainer import Trainer
 
 __all__ = [
@@ -60,8 +62,10 @@ __all__ = [
     "TrainingError",
     "constant",
     "cosine",
+    "labelled_loss",
     "linear",
     "load_batches",
+    "perplexity",
     "search",
     "trim_padding",
 ]
@@ -74,6 +78,8 @@ _HOMES = {
     "StepInfo": "fitting",
     "Generator": "generator",
     "PromptCache": "generator",
+    "labelled_loss": "labelled",
+    "perplexity": "text_score",
     "constant": "schedules",
     "cosine": "schedules",
     "linear": "schedules",

@@ -12,6 +12,7 @@ from matmorph.runtime.format.companions import CHAT_TEMPLATE, TOKENIZER, TOKENIZ
 from matmorph.runtime.format.folder import StoredFolder
 from matmorph.runtime.format.plain import ManifestError, typed
 from matmorph.runtime.format.reading import inside, read_json, read_text
+from matmorph.text.tokens import Tokens
 
 _DEFAULT = "default"
 
@@ -40,6 +41,10 @@ class TextFiles:
         if not (self.folder / name).is_file():
             return None
         return inside(self.folder, name) if self.stored is None else self.stored.checked(name)
+
+    def tokens(self) -> Tokens:
+        """The tokenizer. Raises InputError where the package is missing or cannot read the file, StoredError."""
+        return Tokens(self.path(TOKENIZER) or self.folder / TOKENIZER)
 
     def json(self, name: str) -> dict[str, Any]:
         """A table; an empty one where the file is missing. Raises StoredError."""

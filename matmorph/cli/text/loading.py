@@ -10,12 +10,12 @@ import typer
 
 from matmorph.cli.text.files import TextFiles
 from matmorph.cli.text.template import ChatTemplate
-from matmorph.cli.text.tokens import Tokens
 from matmorph.cli.train import readable_errors
 from matmorph.cli.verifying import verifying
 from matmorph.cli.working import working
 from matmorph.errors import InputError
 from matmorph.runtime.targets import target_names
+from matmorph.text.tokens import Tokens
 
 if TYPE_CHECKING:
     from matmorph.runtime.generator import Generator
@@ -63,7 +63,7 @@ def speaker(
 
         try:
             files = TextFiles.of(artifact_folder(folder), tokenizer, verify)
-            tokens, template = Tokens(files), ChatTemplate.of(files)
+            tokens, template = files.tokens(), ChatTemplate.of(files)
         except StoredError as error:
             raise ArtifactError(str(error)) from error
         from matmorph.runtime.generator import Generator

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from matmorph.cli.text.tokens import Tokens
 from matmorph.errors import InputError
+from matmorph.text.tokens import Tokens
 
 if TYPE_CHECKING:
     from matmorph.runtime.generator import Generator

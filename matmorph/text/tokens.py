@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from matmorph.cli.text.files import TextFiles
 from matmorph.errors import InputError
-from matmorph.runtime.format.companions import TOKENIZER
 
 _PACKAGE = "the package tokenizers, which text needs, is not installed"
+_ANY = "a"
+"""A text."""
 
 
 class Tokens:
-    """The tokenizer of a folder."""
+    """A tokenizer.json, read."""
 
-    def __init__(self, files: TextFiles) -> None:
-        """Raises InputError where the package is missing or cannot read the file, StoredError."""
-        path = files.path(TOKENIZER)
+    def __init__(self, path: Path) -> None:
+        """Raises InputError where the package is missing or cannot read the file."""
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -35,6 +35,22 @@ class Tokens:
         """`special`: with what the tokenizer puts around a text; what a chat template made has it already."""
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return found
+
+    def spans(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids of a text, without what the tokenizer puts around it; for each the place in the text where it ends)."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, [end for _, end in found.offsets]
+
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts before a text, such as the token that begins one."""
+        plain, around = self.ids(_ANY, special=False), self.ids(_ANY, special=True)
+        places = (k for k in range(len(around) - len(plain) + 1) if around[k : k + len(plain)] == plain)
+        return around[: next(places, 0)]
+
+    def name(self, token: int) -> str:
+        """A token as the vocabulary spells it."""
+        found = self._tokenizer.id_to_token(token)
+        return str(token) if found is None else str(found)
 
     def text(self, ids: Sequence[int]) -> str:
         """Without special tokens. Bytes that are no character are shown as U+FFFD."""
