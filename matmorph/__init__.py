@@ -15,6 +15,7 @@ from matmorph.runtime.format.version import __version__
 if TYPE_CHECKING:
     from matmorph.api import Model, Report, compile, explain, inspect_model, plan, trace
     from matmorph.compiled import Compiled
+    from matmorph.models.text_batches import text_batches
     from matmorph.optimizers import SGD, AdamAtan2, AdamW, Lion
     from matmorph.passes.pruning.widths import prune_schedule
     from matmorph.spec import Spec, load_spec, method, methods
@@ -29,6 +30,7 @@ _HOMES = {
     "Compiled": "matmorph.compiled",
     "Rule": "matmorph.specs.schema",
     "prune_schedule": "matmorph.passes.pruning.widths",
+    "text_batches": "matmorph.models.text_batches",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "methods",
     "plan",
     "prune_schedule",
+    "text_batches",
     "trace",
 ]
 

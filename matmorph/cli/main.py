@@ -10,11 +10,11 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -33,6 +33,7 @@ from matmorph.cli.working import step, working
 from matmorph.errors import InputError, MatmorphError
 
 if TYPE_CHECKING:
+    from matmorph.models.resolve import Model
     from matmorph.passes.budget.pareto import Front
     from matmorph.report.model import Report
 
@@ -160,6 +161,11 @@ def compile_command(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help=".npz or .safetensors keyed by input name, first axis = samples.")
     ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option("--calibration-text", metavar="FILE", help="UTF-8 text for a language model, cut by its own tokenizer.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", metavar="N", help="Tokens of a sample of that text; 512.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", help="Samples of that text; at most 128.")] = None,
     train: Annotated[
         bool | None, typer.Option("--train/--no-train", help="Write training graphs too; by default where SPEC has train:.")
     ] = None,
@@ -181,16 +187,17 @@ def compile_command(
     loaded = load_spec(spec)
     if train and loaded.train is None:
         raise InputError(f"--train: {spec} says nothing of training", ["add to it, for instance: train: {loss: cross_entropy}"])
+    _refuse_two_calibrations(calibration, calibration_text, length, samples)
     with working(as_json, f"loading {model}") as show:
         from matmorph import api
-        from matmorph.models.resolve import read_calibration, resolve
+        from matmorph.models.resolve import resolve
         from matmorph.passes.budget.pareto import refuse_unswept
         from matmorph.report.table import print_plan
 
         if pareto is not None:
             refuse_unswept(loaded, pareto)
         found = resolve(model, cache)
-        batches = found.calibration if calibration is None else read_calibration(calibration, found)
+        batches = _calibration(found, calibration, calibration_text, length, samples)
         compiled = api.compile(
             found.module,
             loaded,
@@ -325,6 +332,25 @@ def specs_schema(
 
 
 # ---- shared by the commands
+
+
+def _refuse_two_calibrations(arrays: Path | None, text: Path | None, length: int | None, samples: int | None) -> None:
+    if arrays is not None and text is not None:
+        raise InputError("--calibration and --calibration-text are two ways to say the same: give one of them")
+    idle = [name for name, value in (("--length", length), ("--samples", samples)) if value is not None]
+    if text is None and idle:
+        raise InputError(f"{idle[0]} belongs to --calibration-text, which is not given")
+
+
+def _calibration(found: Model, arrays: Path | None, text: Path | None, length: int | None, samples: int | None) -> Iterable[Any] | None:
+    """What the user names, else what the model came with."""
+    if text is not None:
+        from matmorph.models.text_batches import text_calibration
+
+        return text_calibration(found, text, length, samples)
+    from matmorph.models.resolve import read_calibration
+
+    return found.calibration if arrays is None else read_calibration(arrays, found)
 
 
 def _about(text: str) -> str:

@@ -290,7 +290,7 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     """
     from matmorph.ir.training.losses import LABELS
 
-    examples = _named_examples(model)
+    examples = named_examples(model)
     arrays = _read_archive(path)
     labelled = LABELS in arrays and LABELS not in examples
     if set(arrays) != {*examples, *([LABELS] if labelled else [])}:
@@ -315,7 +315,7 @@ def read_calibration(path: Path, model: Model, batch: int = 16) -> list[Inputs]:
     return list(parts) if named else [tuple(part.values()) for part in parts]
 
 
-def _named_examples(model: Model) -> dict[str, Any]:
+def named_examples(model: Model) -> dict[str, Any]:
     """Example tensors by input name; positional ones take the names of forward's parameters."""
     import torch
 
