@@ -145,7 +145,7 @@ class Choice:
     ranks: tuple[int, ...] = ()
     clamped: str | None = None
     notes: tuple[str, ...] = ()
-    bits: Literal[2, 4, 8] | None = None
+    bits: Literal[2, 3, 4, 8] | None = None
 
 
 @dataclass(frozen=True, slots=True)

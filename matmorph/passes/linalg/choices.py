@@ -11,7 +11,7 @@ SOLVERS: tuple[Solver, ...] = ("auto", "exact", "gram", "randomized")
 QuantizerName = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
 CODEBOOK_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
-UNIFORM_BITS = (2, 4, 8)
+UNIFORM_BITS = (2, 3, 4, 8)
 
 
 def quantizer_bits(name: str, bits: int | None, block_size: int, zero_point: bool, scale: str, double: bool) -> int | None:

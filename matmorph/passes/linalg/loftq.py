@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite, sqrt
 
 import torch
@@ -91,7 +92,7 @@ class LoftQResult:
 
 def loftq(
     w: Tensor,
-    quantizer: Quantizer,
+    quantizer: Quantizer | Callable[[Tensor], Quantized],
     rank: int,
     iterations: int = 1,
     *,
@@ -100,7 +101,8 @@ def loftq(
     weighting: Tensor | None = None,
     seed: int = 0,
 ) -> LoftQResult:
-    """`w` [out, in] quantised, with rank-`rank` factors; see the docstring of this module.
+    """`w` [out, in] quantised, with rank-`rank` factors; see the docstring of this module. `quantizer` may also be what makes codes of a
+    matrix like `w`.
 
     `whitening.factor` is [in, in], `weighting` [out, out]. Works in float64 for float64 weights, otherwise in float32 (codes are always
     chosen in float32). Deterministic for one seed and thread count. Raises ValueError for a weight that is not a matrix or holds NaN or
@@ -116,7 +118,8 @@ def loftq(
         raise ValueError(f"the whitening factor is {list(whitening.factor.shape)}, the weight has {w.shape[1]} input features")
     work = w.detach() if w.dtype == torch.float64 else w.detach().float()
     factor = None if whitening is None else whitening.factor.to(work.dtype)
-    problem = _Problem(work, quantizer, rank, factor, None if weighting is None else weighting.to(work.dtype), seed)
+    codes = partial(quantize, quantizer=quantizer) if isinstance(quantizer, Quantizer) else quantizer
+    problem = _Problem(work, codes, rank, factor, None if weighting is None else weighting.to(work.dtype), seed)
     with one_thread() if w.numel() < _THREADED else nullcontext():
         return problem.solve(iterations, problem.svd_first if svd_first else problem.quantize_first)
 
@@ -137,7 +140,7 @@ class _Iterate:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Problem:
     w: Tensor
-    quantizer: Quantizer
+    codes: Callable[[Tensor], Quantized]
     rank: int
     factor: Tensor | None
     weighting: Tensor | None
@@ -160,16 +163,16 @@ class _Problem:
         return LoftQResult(best.quantized, best.A, best.B, relative, kept, alone / size if size > 0 else 0.0, guard)
 
     def quantize_first(self, before: _Iterate | None) -> _Iterate:
-        quantized = quantize(self.w if before is None else torch.addmm(self.w, before.A, before.B, alpha=-1), self.quantizer)
+        quantized = self.codes(self.w if before is None else torch.addmm(self.w, before.A, before.B, alpha=-1))
         a, b, found = self.low_rank(_difference(self.w, quantized), before)
         return _Iterate(quantized, a, b, found.error, before.alone if before else found.size, found.guard, found.basis)
 
     def svd_first(self, before: _Iterate | None) -> _Iterate:
         a, b, found = self.low_rank(self.w if before is None else _difference(self.w, before.quantized), before)
         rest = torch.addmm(self.w, a, b, alpha=-1)
-        quantized = quantize(rest, self.quantizer)
+        quantized = self.codes(rest)
         error = self.size(_difference(rest, quantized))
-        alone = before.alone if before else self.size(_difference(self.w, quantize(self.w, self.quantizer)))
+        alone = before.alone if before else self.size(_difference(self.w, self.codes(self.w)))
         return _Iterate(quantized, a, b, error, alone, found.guard, found.basis)
 
     def low_rank(self, residual: Tensor, before: _Iterate | None) -> tuple[Tensor, Tensor, Subspace]:

@@ -8,8 +8,8 @@
 | byte table           | [blocks, block * width / 8], flattened  | low first  | [blocks]         | -                             |
 
 nb = blocks of a row, ceil(K / block). "Low first": of the codes in a byte, the first takes the lowest bits. The rest of a short block is
-filled with the code of zero. 3-bit codes are 4 bits wide. The layouts are those that the contrib operators document, checked against
-their CPU kernels in the tests.
+filled with the code of zero. 3-bit codes are 4 bits wide; those of uniform levels without zero points are moved by 4, to the middle of that
+width. The layouts are those that the contrib operators document, checked against their CPU kernels in the tests.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def unpack_bits(packed: Tensor, width: int, count: int, *, high_first: bool = Fa
 
 def pack_matmul_nbits(q: Quantized) -> Packed:
     """For com.microsoft.MatMulNBits, `q` uniform [N, K]. ValueError for other quantizers, shapes or block sizes."""
+    q = _stored(q)
     block, width = _uniform_matrix(q, "MatMulNBits")
     n, k = q.shape
     blocks = -(-k // block)
@@ -78,14 +79,16 @@ def pack_matmul_nbits(q: Quantized) -> Packed:
 
 def unpack_matmul_nbits(packed: Packed, quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
     """Inverse of `pack_matmul_nbits` for a weight of `shape` [N, K]."""
-    codes = unpack_bits(packed.codes, quantizer.width, quantizer.block_size).view(shape[0], -1)[:, : shape[1]].contiguous()
-    return Quantized(quantizer, codes, packed.scales, _unpacked_zeros(packed, quantizer))
+    width = stored_width(quantizer.width)
+    codes = unpack_bits(packed.codes, width, quantizer.block_size).view(shape[0], -1)[:, : shape[1]].contiguous()
+    return _unpacked(packed, codes, quantizer)
 
 
 def pack_gather(q: Quantized) -> Packed:
     """For com.microsoft.GatherBlockQuantized with gather_axis 0 and quantize_axis 1, `q` uniform [V, D].
 
     ValueError for other quantizers, shapes or block sizes, and where a row does not fill its last byte (the kernel takes D from it)."""
+    q = _stored(q)
     _, width = _uniform_matrix(q, "GatherBlockQuantized")
     if q.shape[1] * width % 8:
         raise ValueError(f"GatherBlockQuantized needs rows of whole bytes: {q.shape[1]} codes of {width} bits are not")
@@ -94,7 +97,7 @@ def pack_gather(q: Quantized) -> Packed:
 
 def unpack_gather(packed: Packed, quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
     """Inverse of `pack_gather` for a table of `shape` [V, D]."""
-    return Quantized(quantizer, unpack_bits(packed.codes, quantizer.width, shape[1]), packed.scales, _unpacked_zeros(packed, quantizer))
+    return _unpacked(packed, unpack_bits(packed.codes, stored_width(quantizer.width), shape[1]), quantizer)
 
 
 def pack_matmul_bnb4(q: Quantized) -> Packed:
@@ -184,5 +187,23 @@ def _packed_zeros(q: Quantized) -> Tensor | None:
     return None if q.zero_points is None else pack_bits(q.zero_points, q.quantizer.width)
 
 
-def _unpacked_zeros(packed: Packed, quantizer: Quantizer) -> Tensor | None:
-    return None if packed.zero_points is None else unpack_bits(packed.zero_points, quantizer.width, packed.scales.shape[1])
+def _unpacked(packed: Packed, codes: Tensor, quantizer: Quantizer) -> Quantized:
+    """`codes` as they are stored."""
+    width = stored_width(quantizer.width)
+    if packed.zero_points is None:
+        return Quantized(quantizer, codes - _moved(quantizer), packed.scales)
+    return Quantized(quantizer, codes, packed.scales, unpack_bits(packed.zero_points, width, packed.scales.shape[1]))
+
+
+def _stored(q: Quantized) -> Quantized:
+    """Uniform codes at the width that kernels have; without zero points theirs is the middle of that width."""
+    wide = stored_width(q.quantizer.width)
+    if q.quantizer.name != "uniform" or wide == q.quantizer.width:
+        return q
+    codes = q.codes if q.zero_points is not None else q.codes + _moved(q.quantizer)
+    return replace(q, quantizer=replace(q.quantizer, bits=wide), codes=codes)
+
+
+def _moved(quantizer: Quantizer) -> int:
+    """From the middle of a width to that of the stored one."""
+    return int(2 ** (stored_width(quantizer.width) - 1) - 2 ** (quantizer.width - 1))

@@ -46,7 +46,7 @@ _DOUBLE_BLOCK = 256
 class Quantizer:
     """How to quantise; a value, compared by its fields. Raises ValueError for a combination that does not exist.
 
-    `bits`: of "uniform" 2, 4 or 8, of "uniform_clipped" 2..8; a table's own when None. `zero_point`, `scale`: "uniform" only.
+    `bits`: of "uniform" 2, 3, 4 or 8, of "uniform_clipped" 2..8; a table's own when None. `zero_point`, `scale`: "uniform" only.
     `scale_dtype`: type the scales are rounded to, before codes are chosen. `double` (tables only): the scales are stored as 8-bit codes,
     in blocks of 256, of their difference from the mean (double quantisation as in QLoRA, with uniform steps instead of an 8-bit float);
     codes are chosen before that, as in the paper. It is a storage format: kernels get the expanded scales.
@@ -105,7 +105,7 @@ class Quantizer:
         if self.double:
             return codes + Quantizer("uniform", 8, _DOUBLE_BLOCK).nbytes((1, blocks)) + torch.float32.itemsize
         rows = math.prod(shape[:-1])
-        zeros = rows * -(-blocks // max(rows, 1) * self.width // 8) if self.zero_point else 0
+        zeros = rows * -(-blocks // max(rows, 1) * stored_width(self.width) // 8) if self.zero_point else 0
         return codes + blocks * self.scale_dtype.itemsize + zeros
 
 
@@ -152,8 +152,9 @@ class Quantized:
         return out
 
 
-def quantize(w: Tensor, quantizer: Quantizer) -> Quantized:
-    """Codes and scales of `w` [.., out, in], any floating type (quantised in float32).
+def quantize(w: Tensor, quantizer: Quantizer, importance: Tensor | None = None) -> Quantized:
+    """Codes and scales of `w` [.., out, in], any floating type (quantised in float32). `importance` [in]: what the squared error of each
+    input feature counts in a search of scales, only ever beside the others of its block.
 
     Raises ValueError for NaN, infinity, an empty weight, fewer than two axes, or scales outside `scale_dtype`."""
     if w.dim() < 2 or w.numel() == 0 or not w.dtype.is_floating_point:
@@ -161,12 +162,21 @@ def quantize(w: Tensor, quantizer: Quantizer) -> Quantized:
     squares = quantizer.name == "uniform_clipped" or quantizer.scale == "search"
     factor = power_of_two(w) if squares and quantizer.scale_dtype == torch.float32 else 1.0
     if factor != 1:
-        found = quantize(w / factor, quantizer)
+        found = quantize(w / factor, quantizer, importance)
         return replace(found, scales=found.scales * factor, offset=None if found.offset is None else found.offset * factor)
     if quantizer.name == "uniform_clipped":
         return _clipped(w, quantizer)
-    chunk = _uniform_chunk if quantizer.name == "uniform" else _table_chunk
-    parts = [(*chunk(_padded(rows, quantizer.block_size), quantizer), rows.shape) for rows in _rows(w, quantizer)]
+    weights = None if importance is None or quantizer.scale != "search" else _weights(importance, quantizer.block_size)
+    parts: list[tuple[Tensor, Tensor, Tensor, torch.Size]] = []
+    begun = 0  # blocks
+    for rows in _rows(w, quantizer):
+        x = _padded(rows, quantizer.block_size)
+        if quantizer.name == "uniform":
+            at = None if weights is None else weights[torch.arange(begun, begun + len(x)) % len(weights)]
+            parts.append((*_uniform_chunk(x, quantizer, at), rows.shape))
+        else:
+            parts.append((*_table_chunk(x, quantizer), rows.shape))
+        begun += len(x)
     codes = torch.cat([codes.view(shape[0], -1)[:, : shape[1]].reshape(-1) for codes, _, _, shape in parts]).view(w.shape)
     blocks = quantizer.blocks(w.shape)
     scales = torch.cat([scales for _, scales, _, _ in parts]).view(blocks)
@@ -201,6 +211,13 @@ def _padded(rows: Tensor, block: int) -> Tensor:
     return (pad(rows.float(), (0, short)) if short else rows.float()).reshape(-1, block)
 
 
+def _weights(importance: Tensor, block: int) -> Tensor:
+    """float32 [blocks of a row, block], the largest of each block 1; all alike where a block counts nothing."""
+    whole = pad(importance.double(), (0, -len(importance) % block)).view(-1, block)
+    most = whole.amax(1, keepdim=True)
+    return torch.where(most > 0, whole / most, 1.0).float()
+
+
 def _spread(per_block: Tensor, like: Tensor, block: int) -> Tensor:
     """One number per block [rows * blocks] as one per weight, to go with `like` [rows, n]."""
     per_row = per_block.view(len(like), -1)
@@ -226,9 +243,9 @@ def _table_chunk(x: Tensor, quantizer: Quantizer) -> _Chunk:
     return nearest(quantizer.width).codes(unit.view(-1)).view(x.shape), scales, scales.new_empty(0)
 
 
-def _uniform_chunk(x: Tensor, quantizer: Quantizer) -> _Chunk:
+def _uniform_chunk(x: Tensor, quantizer: Quantizer, weights: Tensor | None) -> _Chunk:
     search, dtype = quantizer.scale == "search", quantizer.scale_dtype
-    scales, zeros = uniform_scales(x, quantizer.width, zero_point=quantizer.zero_point, search=search, dtype=dtype)
+    scales, zeros = uniform_scales(x, quantizer.width, zero_point=quantizer.zero_point, search=search, dtype=dtype, weights=weights)
     codes = level_indices(x, scales, zeros, 2**quantizer.width - 1).add_(zeros[:, None])
     return codes.to(torch.uint8), scales.to(dtype), zeros.to(torch.uint8)
 

@@ -19,12 +19,15 @@ SCALE_TYPES = (torch.float32, torch.float16)
 
 _SHRINK: Mapping[int, tuple[float, ...]] = {
     2: (0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.78, 0.86, 0.94),
+    3: (0.5, 0.58, 0.65, 0.72, 0.78, 0.84, 0.9, 0.96),
     4: (0.6, 0.7, 0.77, 0.82, 0.86, 0.9, 0.94, 0.98),
     8: (0.94, 0.96, 0.98, 0.99),
 }
 """Candidate scales as parts of the unclipped one. For normal, uniform and Student-t blocks of 16 to 256 numbers the optimum lies inside."""
 
 _REFITS = 2
+_LEAST = torch.finfo(torch.float32).tiny
+"""A divisor where a sum of squares is 0, and the dividend with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,11 @@ class _Levels:
         return ends & (s != 0)
 
 
-def uniform_scales(x: Tensor, bits: int, *, zero_point: bool, search: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def uniform_scales(
+    x: Tensor, bits: int, *, zero_point: bool, search: bool, dtype: torch.dtype, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(scale [blocks], zero point [blocks]), both float32 with values that `dtype` and uint8 hold exactly, for `x` float32 [blocks, size].
+    `weights` [blocks, size], the largest of a block 1: what the squared error of each number counts in a search.
 
     Raises ValueError for NaN or infinity in `x` and for scales too large for `dtype`."""
     levels = _Levels(bits, zero_point, dtype)
@@ -71,7 +77,7 @@ def uniform_scales(x: Tensor, bits: int, *, zero_point: bool, search: bool, dtyp
         raise ValueError("NaN or infinity in the weight")
     lo, hi = lo.clamp_max_(0), hi.clamp_min_(0)
     s, z = _covering(lo, hi, levels)
-    return _searched(x, lo, hi, s, z, levels) if search else (s, z)
+    return _searched(x, lo, hi, s, z, levels, weights) if search else (s, z)
 
 
 def level_indices(x: Tensor, s: Tensor, z: Tensor, top: int, out: Tensor | None = None) -> Tensor:
@@ -115,33 +121,39 @@ def _candidates(lo: Tensor, hi: Tensor, covering: Tensor, levels: _Levels) -> It
             yield s, z.clamp_(0, levels.top)
 
 
-def _searched(x: Tensor, lo: Tensor, hi: Tensor, covering: Tensor, z0: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
+def _searched(
+    x: Tensor, lo: Tensor, hi: Tensor, covering: Tensor, z0: Tensor, levels: _Levels, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """See the docstring of `quantize`. With k = code - z the least-squares scale of given codes is sum(x k) / sum(k^2) and leaves
-    sum(x^2) - sum(x k)^2 / sum(k^2): candidates are compared by that, results by the error itself."""
+    sum(x^2) - sum(x k)^2 / sum(k^2): candidates are compared by that, results by the error itself. All sums are weighted."""
     scratch, k = torch.empty_like(x), torch.empty_like(x)
+    felt = x if weights is None else x * weights
+
+    def total(squares: Tensor) -> Tensor:
+        return (squares if weights is None else squares.mul_(weights)).sum(1)
 
     def sums(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         level_indices(x, s, z, levels.top, out=k)
-        return torch.mul(x, k, out=scratch).sum(1), torch.mul(k, k, out=scratch).sum(1)
+        return torch.mul(felt, k, out=scratch).sum(1), total(torch.mul(k, k, out=scratch))
 
     def refit(xk: Tensor, kk: Tensor) -> Tensor:
-        return levels.stored(torch.where(kk > 0, xk / kk.clamp_min(1), 0.0))
+        return levels.stored(torch.where(kk > 0, xk / kk.clamp_min(_LEAST), 0.0))
 
     best, z = torch.full_like(covering, -1.0), z0
     s = covering
     for trial_s, trial_z in _candidates(lo, hi, covering, levels):
         xk, kk = sums(trial_s, trial_z)
-        gain = torch.where(levels.reached(lo, hi, trial_s, trial_z), xk * (xk / kk.clamp_min(1)), -1.0)
+        gain = torch.where(levels.reached(lo, hi, trial_s, trial_z), xk * (xk / kk.clamp_min(_LEAST)), -1.0)
         better = gain > best
         best = torch.where(better, gain, best)
         s, z = torch.where(better, refit(xk, kk), s), torch.where(better, trial_z, z)
 
     kept_s, kept_z = covering, z0
     level_indices(x, covering, z0, levels.top, out=k)
-    least = torch.addcmul(x, k, covering[:, None], value=-1, out=scratch).square_().sum(1)
+    least = total(torch.addcmul(x, k, covering[:, None], value=-1, out=scratch).square_())
     for last in (*(False,) * _REFITS, True):
         xk, kk = sums(s, z)
-        error = torch.addcmul(x, k, s[:, None], value=-1, out=scratch).square_().sum(1)
+        error = total(torch.addcmul(x, k, s[:, None], value=-1, out=scratch).square_())
         better = (error < least) & levels.reached(lo, hi, s, z)
         least = torch.where(better, error, least)
         kept_s, kept_z = torch.where(better, s, kept_s), torch.where(better, z, kept_z)

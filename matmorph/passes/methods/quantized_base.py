@@ -18,13 +18,14 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Choice, Cost, Reject, Site
+from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.ir.types import element_size
 from matmorph.passes.linalg.choices import CODEBOOK_BITS
 from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
-from matmorph.passes.linalg.quantize import Quantized, Quantizer, stored_width
-from matmorph.passes.methods.protocol import FragmentBuilder
-from matmorph.passes.methods.quantized_settings import QuantizedSpec
+from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize, stored_width
+from matmorph.passes.linalg.second_order import Curvature, compensated, curvature
+from matmorph.passes.methods.protocol import FragmentBuilder, SiteStats
+from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched
 from matmorph.passes.methods.weights import FLOATS
 from matmorph.specs.schema import Rank
 
@@ -84,7 +85,7 @@ def _quantizer(spec: QuantizedSpec, bits: int | None, dtype: torch.dtype) -> Qua
         bits,
         spec.block_size,
         spec.zero_point,
-        spec.scale,
+        searched(spec),
         torch.float16 if half else torch.float32,
         spec.double_quant,
     )
@@ -128,13 +129,17 @@ def quantized_cost(site: Site, spec: QuantizedSpec, rank: int = 0, factor_type: 
 
 
 def size_notes(site: Site, spec: QuantizedSpec) -> tuple[str, ...]:
-    """What double quantisation would take on disk, which is not what the kernels read."""
-    if not spec.double_quant:
-        return ()
+    """Where a format would take less than what the kernels read: double quantisation, and codes of a width that they do not have."""
     quantizer = quantizer_for(site, spec)
+    narrow = (_NARROW,) if spec.quantizer not in CODEBOOK_BITS and stored_width(quantizer.width) > quantizer.width else ()
+    if not spec.double_quant:
+        return narrow
     shape = (site.out_features, site.in_features)
     twice, plain = quantizer.nbytes(shape), replace(quantizer, double=False).nbytes(shape)
-    return (f"double quantisation: {twice:,} bytes as a storage format, {plain:,} here, where the kernel takes expanded scales",)
+    return (*narrow, f"double quantisation: {twice:,} bytes as a storage format, {plain:,} here, where the kernel takes expanded scales")
+
+
+_NARROW = "codes of 3 bits are stored 4 bits wide: no kernel takes narrower ones"
 
 
 # weights and nodes
@@ -163,7 +168,7 @@ def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBu
         if tensor is not None
     }
     codes, scales, zeros = (consts.get(name) for name in tensors)
-    n, k, block, bits = site.out_features, site.in_features, spec.block_size, uniform.quantizer.width
+    n, k, block, bits = site.out_features, site.in_features, spec.block_size, stored_width(uniform.quantizer.width)
 
     def matmul(rows: Value) -> Value:
         if spec.quantizer in CODEBOOK_BITS:
@@ -182,6 +187,51 @@ def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBu
         return rows if rows.tensor.dtype == wanted.dtype else b("aten._to_copy.default", rows, dtype=wanted.torch_dtype)
 
     return Base(tuple(consts.values()), matmul, lookup, lambda: uniform.dequantize().add_(shift))
+
+
+# codes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounding:
+    """How a site's weight becomes codes: by itself, or by what the calibration data says of its inputs. `notes`: what had to be changed."""
+
+    quantizer: Quantizer
+    curved: Curvature | None
+    compensates: bool
+    weighs: bool
+
+    def __call__(self, w: Tensor) -> Quantized:
+        """Raises ValueError as `quantize`."""
+        grid = quantize(w, self.quantizer, self.curved.importance if self.curved is not None and self.weighs else None)
+        return compensated(w, grid, self.curved) if self.curved is not None and self.compensates else grid
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self.curved is None else self.curved.notes
+
+
+def quantized_needs(spec: QuantizedSpec) -> frozenset[Statistic]:
+    """What the base reads of the calibration data."""
+    return frozenset({Statistic.INPUT_SECOND_MOMENT}) if reads_inputs(spec) else frozenset()
+
+
+def curvature_of(site: Site, spec: QuantizedSpec, stats: SiteStats | None) -> Curvature | None:
+    """What the inputs say, where the settings ask for it. A table that is only looked up has no inputs: its errors do not add up, and
+    nearest is best. RewriteError where there are no statistics, or they are no second moment."""
+    if not reads_inputs(spec) or not site.applications:
+        return None
+    if stats is None:
+        raise RewriteError(f"{site.path}: rounding: {spec.rounding} with scale: {spec.scale} needs calibration data")
+    try:
+        return curvature(stats.second_moment, int(stats.rows))
+    except ValueError as error:
+        raise RewriteError(f"{site.path}: {error}") from error
+
+
+def rounding_for(site: Site, spec: QuantizedSpec, curved: Curvature | None) -> Rounding:
+    """As the settings say it."""
+    return Rounding(quantizer_for(site, spec), curved, spec.rounding == "gptq", spec.scale == "weighted")
 
 
 def quantized_or_refused(site: Site, find: Callable[[], Quantized]) -> Quantized:

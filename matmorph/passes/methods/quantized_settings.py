@@ -19,13 +19,24 @@ class QuantizedSpec:
             "doc": "nf4, nf3, nf2: NormalFloat tables; uniform: steps of a scale per block; uniform_clipped: per tensor, mean +- 2 std"
         }
     )
-    bits: Literal[2, 4, 8] | Literal["auto"] | None = field(
-        default=None, metadata={"doc": "bits of a code; the tables have their own; auto: the budget decides"}
+    bits: Literal[2, 3, 4, 8] | Literal["auto"] | None = field(
+        default=None,
+        metadata={
+            "doc": "bits of a code; the tables have their own; auto: the budget decides; 3 are stored 4 bits wide, as kernels have it"
+        },
     )
     block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
     zero_point: bool = field(default=False, metadata={"doc": "an integer zero point per block (uniform)"})
-    scale: Literal["absmax", "search"] = field(
-        default="absmax", metadata={"doc": "search: the scale with the smallest squared error of its block (uniform)"}
+    scale: Literal["absmax", "search", "weighted"] = field(
+        default="absmax",
+        metadata={
+            "doc": "search: the scale with the smallest squared error of its block (uniform); weighted: each feature's error counts by its "
+            "mean square on the calibration data"
+        },
+    )
+    rounding: Literal["nearest", "gptq"] = field(
+        default="nearest",
+        metadata={"doc": "gptq: each code makes up for the errors of those before it, on the outputs of the calibration data"},
     )
     double_quant: bool = field(
         default=False, metadata={"doc": "scales rounded as 8-bit codes (tables); the ONNX kernels take them expanded"}
@@ -37,7 +48,7 @@ class QuantizedSpec:
     @property
     def kernel(self) -> str:
         """What multiplies it, as `passes.kernel_costs` knows it: "nf4", "uniform_2" ..."""
-        return self.quantizer if self.quantizer in CODEBOOK_BITS else f"uniform_{self.bits}"
+        return self.quantizer if self.quantizer in CODEBOOK_BITS else f"uniform_{4 if self.bits == 3 else self.bits}"
 
 
 def refuse_impossible(spec: QuantizedSpec) -> None:
@@ -47,17 +58,30 @@ def refuse_impossible(spec: QuantizedSpec) -> None:
     if spec.quantizer in CODEBOOK_BITS and spec.bits == "auto":
         raise ValueError(f"{spec.quantizer} has bits of its own: auto is for uniform codes")
     for bits in bit_choices(spec):
-        quantizer_bits(spec.quantizer, bits, spec.block_size, spec.zero_point, spec.scale, spec.double_quant)
+        quantizer_bits(spec.quantizer, bits, spec.block_size, spec.zero_point, searched(spec), spec.double_quant)
+    if spec.rounding == "gptq" and spec.quantizer == "uniform_clipped":
+        raise ValueError("uniform_clipped has one scale for the whole tensor: gptq rounds on scales per block (uniform, nf4, nf3, nf2)")
 
 
-def bit_choices(spec: QuantizedSpec) -> tuple[Literal[2, 4, 8] | None, ...]:
+def searched(spec: QuantizedSpec) -> Literal["absmax", "search"]:
+    """The rule for scales apart from what an error counts."""
+    return "absmax" if spec.scale == "absmax" else "search"
+
+
+def reads_inputs(spec: QuantizedSpec) -> bool:
+    """Whether the base depends on the calibration data."""
+    return spec.rounding != "nearest" or spec.scale == "weighted"
+
+
+def bit_choices(spec: QuantizedSpec) -> tuple[Literal[2, 3, 4, 8] | None, ...]:
     """What `bits` may become; what it is where it is not auto."""
     return (2, 4, 8) if spec.bits == "auto" else (spec.bits,)
 
 
 def quantizer_settings(spec: QuantizedSpec) -> Mapping[str, Any]:
-    """What the base is made anew by, of another weight: the settings of the quantizer alone, as plain data."""
-    return {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec)}
+    """What the base is made anew by, of another weight and without data: the settings of the quantizer alone, as plain data."""
+    own = {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec) if entry.name != "rounding"}
+    return {**own, "scale": searched(spec)}
 
 
 def refuse_other_ranks(method: str, rank: Rank) -> None:

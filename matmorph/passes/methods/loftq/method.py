@@ -17,15 +17,17 @@ from matmorph.ir.core import Const, Value
 from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site, Statistic
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
-from matmorph.passes.linalg.quantize import quantize
 from matmorph.passes.linalg.whiten import Whitening
 from matmorph.passes.methods.loftq.settings import LoftQLanguage, LoftQSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.quantized_base import (
+    Rounding,
     base_of,
+    curvature_of,
     quantized_cost,
+    quantized_needs,
     quantized_or_refused,
-    quantizer_for,
+    rounding_for,
     size_notes,
     with_bits,
 )
@@ -50,7 +52,8 @@ class LoftQ(LoftQLanguage, QuantizedPair):
     peft: ClassVar[Peft | None] = Peft(refused="fitted to a quantised base that PEFT's model does not have; merge it instead")
 
     def needs(self, spec: LoftQSpec) -> frozenset[Statistic]:
-        return frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()
+        whitened = frozenset({Statistic.INPUT_SECOND_MOMENT}) if spec.whiten else frozenset()
+        return whitened | quantized_needs(spec)
 
     def choices(self, site: Site, spec: LoftQSpec) -> Iterable[Choice]:
         """One; under `auto` each number of bits with each rank of `RANKS` that its limits and the matrix allow."""
@@ -67,7 +70,12 @@ class LoftQ(LoftQLanguage, QuantizedPair):
         w = readable(site, site.weight())
         whitening = _whitening(site, spec, stats)
         factor = None if whitening is None else whitening.factor
-        curves = {bits: _curve(site, with_bits(spec, Choice(bits=bits)), w, factor, stats) for bits in {choice.bits for choice in choices}}
+        curved = curvature_of(site, spec, stats)
+
+        def curve(chosen: LoftQSpec) -> list[Error]:
+            return _curve(site, chosen, w, rounding_for(site, chosen, curved), factor, stats)
+
+        curves = {bits: curve(with_bits(spec, Choice(bits=bits))) for bits in {choice.bits for choice in choices}}
         return [curves[choice.bits][choice.rank or 0] for choice in choices]
 
     def solve(
@@ -75,7 +83,9 @@ class LoftQ(LoftQLanguage, QuantizedPair):
     ) -> tuple[LoftQResult, tuple[str, ...]]:
         """The alternation, and what whitening had to note. Raises RewriteError as `build`."""
         whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats) if spec.whiten else None
-        return _solved(site, spec, choice, weight, whitening, weighting, seed), whitening.notes if whitening else ()
+        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        found = _solved(site, spec, choice, weight, rounding, whitening, weighting, seed)
+        return found, (*(whitening.notes if whitening else ()), *rounding.notes)
 
     def build(self, site: Site, spec: LoftQSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named), and for scales or factors outside their type."""
@@ -135,9 +145,9 @@ def _ranks(site: Site, rank: Rank) -> list[int]:
     return sorted(set(fitting)) or [min(max(rank.min, rank.multiple_of), full)]
 
 
-def _curve(site: Site, spec: LoftQSpec, w: Tensor, factor: Tensor | None, stats: SiteStats | None) -> list[Error]:
+def _curve(site: Site, spec: LoftQSpec, w: Tensor, rounding: Rounding, factor: Tensor | None, stats: SiteStats | None) -> list[Error]:
     """The errors at every rank, relative to W."""
-    dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
+    dense = quantized_or_refused(site, lambda: rounding(w)).dequantize()
     weighting = weighting_of(site, stats)
     found = directions(w.double() - dense.double(), factor, weighting if spec.whiten else None)
     alone = error_between(w, dense, stats, weighting)
@@ -149,13 +159,20 @@ def _whitening(site: Site, spec: LoftQSpec, stats: SiteStats | None) -> Whitenin
 
 
 def _solved(
-    site: Site, spec: LoftQSpec, choice: Choice, weight: Tensor, whitening: Whitening | None, weighting: Tensor | None, seed: int
+    site: Site,
+    spec: LoftQSpec,
+    choice: Choice,
+    weight: Tensor,
+    rounding: Rounding,
+    whitening: Whitening | None,
+    weighting: Tensor | None,
+    seed: int,
 ) -> LoftQResult:
     w = readable(site, weight)
     try:
         return loftq(
             w,
-            quantizer_for(site, spec),
+            rounding,
             choice.rank or 1,
             spec.iterations,
             svd_first=spec.svd_first,

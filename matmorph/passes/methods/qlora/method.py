@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from matmorph.ir.core import Value
-from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site
-from matmorph.passes.linalg.quantize import quantize
+from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site, Statistic
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.qlora.settings import QLoraLanguage, QLoraSpec
 from matmorph.passes.methods.quantized_base import (
     base_of,
+    curvature_of,
     quantized_cost,
+    quantized_needs,
     quantized_or_refused,
-    quantizer_for,
+    rounding_for,
     size_notes,
 )
 from matmorph.passes.methods.quantized_pair import QuantizedPair
@@ -38,6 +39,9 @@ class QLora(QLoraLanguage, QuantizedPair):
     colour: ClassVar[int | None] = 5
     peft: ClassVar[Peft | None] = Peft(takes_in=True)
 
+    def needs(self, spec: QLoraSpec) -> frozenset[Statistic]:
+        return quantized_needs(spec)
+
     def choices(self, site: Site, spec: QLoraSpec) -> Iterable[Choice]:
         return [Choice(int(spec.rank.value or 1))]
 
@@ -46,13 +50,15 @@ class QLora(QLoraLanguage, QuantizedPair):
 
     def errors(self, site: Site, spec: QLoraSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
-        dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))).dequantize()
+        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        dense = quantized_or_refused(site, lambda: rounding(w)).dequantize()
         return [Error(relative_weight_error(w, dense)) for _ in choices]
 
     def build(self, site: Site, spec: QLoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
         w = readable(site, b.weight())
-        base = base_of(site, spec, quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec))), b)
+        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        base = base_of(site, spec, quantized_or_refused(site, lambda: rounding(w)), b)
         rank, scale = choice.rank or 1, spec.adapter_scale
         down = b.const("down", stored(site, _drawn(site, rank, b.seed)))
         up = b.const("up", stored(site, torch.zeros(rank, site.out_features)))
@@ -62,7 +68,7 @@ class QLora(QLoraLanguage, QuantizedPair):
             scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
-        notes = size_notes(site, spec)
+        notes = (*rounding.notes, *size_notes(site, spec))
         adapter = FragmentAdapter({"down": down, "up": up}, scale)
         return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes, adapter=adapter)
 

@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site
-from matmorph.passes.linalg.quantize import quantize
+from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
+from matmorph.passes.linalg.quantize import Quantized
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteMethod, SiteStats, Trains
 from matmorph.passes.methods.quantize.settings import QuantizeLanguage, QuantizeSpec
 from matmorph.passes.methods.quantized_base import (
     base_of,
+    curvature_of,
     quantized_cost,
+    quantized_needs,
     quantized_or_refused,
-    quantizer_for,
     refuse_site,
+    rounding_for,
     size_notes,
     with_bits,
 )
@@ -34,6 +36,9 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
     code: ClassVar[str | None] = "Q"
     colour: ClassVar[int | None] = 1
 
+    def needs(self, spec: QuantizeSpec) -> frozenset[Statistic]:
+        return quantized_needs(spec)
+
     def check(self, site: Site, spec: QuantizeSpec) -> Reject | None:
         return refuse_site(site, spec, self.name, tables=self.name)
 
@@ -46,21 +51,28 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
 
     def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
-        weighting = weighting_of(site, stats)
+        weighting, curved = weighting_of(site, stats), curvature_of(site, spec, stats)
 
         def error(chosen: QuantizeSpec) -> Error:
-            dense = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, chosen))).dequantize()
+            dense = quantized_or_refused(site, lambda: rounding_for(site, chosen, curved)(w)).dequantize()
             return error_between(w, dense, stats, weighting)
 
         return [error(with_bits(spec, choice)) for choice in choices]
 
+    def solve(
+        self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
+    ) -> tuple[Quantized, tuple[str, ...]]:
+        """The codes, and what the calibration data had to note. Raises RewriteError as `build`."""
+        w = readable(site, weight)
+        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        return quantized_or_refused(site, lambda: rounding(w)), rounding.notes
+
     def build(self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
-        w = readable(site, b.weight())
-        quantized = quantized_or_refused(site, lambda: quantize(w, quantizer_for(site, spec)))
+        quantized, notes = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
         base = base_of(site, spec, quantized, b)
         lookup = base.lookup if site.gathers else None
-        return b.fragment(base.matmul, base.consts, base.dense, lookup=lookup, adds_bias=True, notes=size_notes(site, spec))
+        return b.fragment(base.matmul, base.consts, base.dense, lookup=lookup, adds_bias=True, notes=(*notes, *size_notes(site, spec)))
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' = `base`, the dequantised matrix [out, in]; the bias is not quantize's."""
