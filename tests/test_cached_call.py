@@ -54,11 +54,12 @@ def ran(
     """Logits of all tokens, given in pieces of these lengths, the present of each being the past of the next."""
     shapes = {entry.name: entry.shape for entry in info}
     past = {
-        name: np.zeros(
-            [len(ids) if isinstance(n, str) and k == 0 else n if isinstance(n, int) else 0 for k, n in enumerate(shape)], np.float32
+        entry.name: np.zeros(
+            [len(ids) if isinstance(n, str) and k == 0 else n if isinstance(n, int) else 0 for k, n in enumerate(entry.shape)],
+            getattr(entry, "dtype", "float32"),
         )
-        for name, shape in shapes.items()
-        if name.startswith("past")
+        for entry in info
+        if entry.name.startswith("past")
     }
     places, found, done = positions_of(mask), [], 0
     for length in cut:

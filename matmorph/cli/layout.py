@@ -36,7 +36,8 @@ def layout_command(
             raise InputError(f"--for {layout}: no such layout{hint}", [f"layouts: {', '.join(LAYOUTS)}"])
         refuse_existing(out, force, TREE)
         try:
-            names = write_tree(open_folder(folder, verifying(no_verify, folder))[1], LAYOUTS[layout], out, force)
+            manifest, stored = open_folder(folder, verifying(no_verify, folder))
+            names = write_tree(stored, LAYOUTS[layout], out, force, manifest.cache)
         except (ArtifactError, StoredError) as error:
             raise InputError(str(error)) from error
     say(f"wrote {out}/: {', '.join(names)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from matmorph.ir.cache import find_slots
+from matmorph.ir.cache import Slot, find_slots
+from matmorph.ir.cache_ops import CODED
 from matmorph.ir.core import Graph
 from matmorph.passes.sizes import cache_bytes
 from matmorph.runtime.format.cache import CacheInfo, CacheSlot
@@ -15,9 +16,16 @@ def cache_info(graph: Graph, precision: str, max_length: int | None, compact: bo
     if size is None:
         return None
     return CacheInfo(
-        slots=tuple(CacheSlot(slot.input, slot.output, slot.axis) for slot in find_slots(graph)),
+        slots=tuple(CacheSlot(slot.input, slot.output, slot.axis, _scales(graph, slot)) for slot in find_slots(graph)),
         padding="right" if compact else "any",
         share_buffer=shared,
         max_length=max_length,
         bytes_per_token=size,
     )
+
+
+def _scales(graph: Graph, slot: Slot) -> str | None:
+    """The input with the scales of its codes."""
+    if slot.join.op != CODED or slot.past is not slot.join.args[0]:
+        return None
+    return next(entry.name for entry in graph.signature.inputs if entry.value is slot.join.args[1])

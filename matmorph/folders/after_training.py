@@ -143,7 +143,7 @@ def merged_report(job: Job, graph: Graph, found: Sequence[Merged]) -> Report:
     by_path = {merged.site: merged for merged in found}
     precision = job.spec.export.precision
     rows = tuple(_row(row, by_path[row.path], graph, precision) if row.path in by_path else row for row in job.report.sites)
-    before, after = job.report.totals, totals(job.source, graph, rows, (), precision, all_methods())
+    before, after = job.report.totals, totals(job.source, graph, rows, (), job.spec.export, all_methods())
     figures = Totals(
         (before.parameters[0], after.parameters[1]),
         (before.bytes[0], after.bytes[1]),

@@ -35,6 +35,7 @@ from matmorph.ir.core import Graph, Node
 from matmorph.ir.evaluate import Runner
 from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
+from matmorph.passes.attention.coded_cache import coded_examples
 from matmorph.passes.methods import all_methods
 from matmorph.progress import Progress
 from matmorph.report.html import html_page
@@ -71,8 +72,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     vectors = _vectors(plain, form, job)
     unchecked = _unchecked(job.spec)
     precision = job.spec.export.precision
-    cache = cache_info(plain, precision, job.max_length, form.fused.compact, form.fused.shared and precision != "bf16")
-    beside = beside_model(job, plain, cache)
+    cache = cache_info(form.traced, precision, job.max_length, form.fused.compact, form.fused.shared and precision != "bf16")
+    beside = beside_model(job, form.traced, cache)
     found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
@@ -179,11 +180,12 @@ def _unchecked(spec: Spec) -> tuple[str, ...]:
 
 
 def _vectors(graph: Graph, form: WrittenForm, job: Job, run: Runner | None = None) -> Vectors:
-    """Of the graph as it is, its attention as it was traced, so that what is cut and fused for the file is held against what is not."""
+    """Of the graph with its attention as it was traced, so that what is cut and fused for the file is held against what is not."""
     if form.fused.compact:
         found = compact_vectors(graph, job.examples, form.fused.windowed, job.spec.export.precision, run)
     else:
-        found = check_vectors(graph, job.examples, job.spec.export.precision, run)
+        examples = coded_examples(graph, job.examples) if job.spec.export.cache == "int8" else job.examples
+        found = check_vectors(form.traced, examples, job.spec.export.precision, run)
     if job.spec.export.logits == "all":
         return found
     name = logits_output(graph)

@@ -1,7 +1,7 @@
 """The key/value cache of a graph, found by dataflow: names play no part.
 
 A slot is an input that one `cat`, or one operator of attention over a cache, puts in front of something new, the result of which is an
-output. A layer of a decoder has two of them, its keys and its values.
+output. A layer of a decoder has two of them, its keys and its values; kept in codes, each has its scales beside it as one more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from matmorph.ir.attention_ops import CACHED, COMPACT, FUSED_SLOTS
+from matmorph.ir.cache_ops import CODED, CODED_SLOTS
 from matmorph.ir.core import Graph, Node, Value
 from matmorph.ir.ops import base_name
 from matmorph.ir.types import Dim, TensorType
@@ -73,6 +74,9 @@ def _joined(node: Node, past: Value) -> tuple[Value, Value, int] | None:
     if node.op in (CACHED, COMPACT):
         places = [place for place in FUSED_SLOTS if node.args[place[1]] is past]
         return (node.args[places[0][0]], node.outputs[places[0][2]], 2) if len(places) == 1 else None
+    if node.op == CODED:
+        present = next(result for given, result in CODED_SLOTS if node.args[given] is past)
+        return (node.args[2], node.outputs[present], node.args[3])
     axis = _appended(node, past)
     return None if axis is None else (node.args[0][1], node.output, axis)
 

@@ -13,6 +13,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
 import matmorph.ir.attention_ops
+import matmorph.ir.cache_ops
 import matmorph.ir.quantised.ops  # noqa: F401  (they register the torch library `matmorph`)
 from matmorph.errors import VerifyError, did_you_mean
 from matmorph.ir.core import Arg

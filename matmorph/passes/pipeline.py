@@ -117,7 +117,7 @@ def compile_graph(
         choice = decided(measured(claims, run), so_far.coded, run)
         so_far = so_far.after(built(choice, so_far.pruning, run))
     own, inserted = _of_source(tuple(so_far.rows.values()), graph)
-    sums = totals(graph, so_far.graph, own, inserted, spec.export.precision, methods)
+    sums = totals(graph, so_far.graph, own, inserted, spec.export, methods)
     report = Report(name, spec.name, (*own, *inserted), sums, so_far.all_notes)
     return Compilation(graph, so_far.graph, report, so_far.decisions, present(so_far.adapters, so_far.graph))
 

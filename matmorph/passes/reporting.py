@@ -9,6 +9,7 @@ from typing import Any
 from matmorph.ir.core import Const, Graph
 from matmorph.ir.site import Cost, Site
 from matmorph.passes.adapters.inference import inference_graph
+from matmorph.passes.attention.coded_cache import code_cache
 from matmorph.passes.kernel_costs import kernel_notes, times_of
 from matmorph.passes.methods.protocol import Methods, dense_cost
 from matmorph.passes.rewriting.rewrite import Outcome
@@ -140,22 +141,23 @@ def planned_totals(source: Graph, rows: Sequence[SiteRow], precision: str, aside
     )
 
 
-def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], precision: str, methods: Methods) -> Totals:
+def totals(source: Graph, after: Graph, own: Sequence[SiteRow], inserted: Sequence[SiteRow], export: Export, methods: Methods) -> Totals:
     """Over the whole model, each weight once. `own`: rows of the source's sites; `inserted`: of matmuls that one stage put in and a later
     one rewrote, whose "before" is no part of the source."""
-    before, later = weights_of(source, precision), weights_of(inference_graph(after, methods), precision)
+    before, later = (weights_of(graph, export.precision) for graph in (source, inference_graph(after, methods)))
     dense = sum(row.macs[0] for row in own)
     return Totals(
         parameters=(before[0], later[0] + sum(row.coded for row in (*own, *inserted))),  # codes are no parameters of the module
         bytes=(before[1], later[1]),
         macs=(dense, dense + _change(row.macs for row in (*own, *inserted))),
         trainable=sum(const.numel for const in after.used_state() if const.trainable and const.rule is not None),
-        cache=_cache(source, after, precision),
+        cache=_cache(source, after, export),
     )
 
 
-def _cache(source: Graph, after: Graph, precision: str) -> Pair | None:
-    before, later = cache_bytes(source, precision), cache_bytes(after, precision)
+def _cache(source: Graph, after: Graph, export: Export) -> Pair | None:
+    kept = code_cache(after) if export.cache == "int8" else after
+    before, later = cache_bytes(source, export.precision), cache_bytes(kept, export.precision)
     return None if before is None or later is None else (before, later)
 
 

@@ -21,6 +21,7 @@ from matmorph.runtime.errors import ArtifactError, SessionError
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.arrays import read_arrays
 from matmorph.runtime.format.artifact import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest
+from matmorph.runtime.format.cache import LEVELS
 from matmorph.runtime.format.cases import Case, read_case_arrays
 from matmorph.runtime.format.folder import changed
 from matmorph.runtime.format.printable import printable
@@ -106,6 +107,7 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
         return CheckResult(tuple(log), (str(error),))
     worst = 0.0
     problems: list[str] = []
+    codes = {slot.present for slot in manifest.cache.slots if slot.scales is not None} if manifest.cache is not None else set()
     for number, case in enumerate(cases):
         try:
             actual = session.run(case.inputs)
@@ -113,7 +115,8 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
             problems.append(f"case {number}: {error}")
             continue
         for name, expected in case.outputs.items():
-            figure = difference(actual[name], expected, case.compared.get(name))
+            measure = code_difference if name in codes else difference
+            figure = measure(actual[name], expected, case.compared.get(name))
             worst = max(worst, figure)
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
@@ -146,6 +149,16 @@ def difference(actual: Array, expected: Array, where: Array | None = None) -> fl
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     left, right = actual[finite].astype(wide), expected[finite].astype(wide)
     return float(np.abs(left - right).max() / max(1.0, np.abs(right).max()))
+
+
+def code_difference(actual: Array, expected: Array, where: Array | None = None) -> float:
+    """Of codes of a cache: how far the numbers behind them are apart at the least, as a share of the largest of their token. A number
+    that lies between two codes may take either, so one step is nothing; infinite where shapes or types differ."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    steps = np.abs(actual.astype(np.int64) - expected.astype(np.int64))
+    shown = steps if where is None else steps[np.broadcast_to(where, steps.shape)]
+    return max(0, int(shown.max(initial=0)) - 1) / LEVELS
 
 
 def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:

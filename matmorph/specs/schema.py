@@ -126,6 +126,10 @@ class Export:
             "past and present, padding on the right only; auto: standard, or plain under an opset without it"
         },
     )
+    cache: Literal["float", "int8"] = field(
+        default="float",
+        metadata={"doc": "of keys and values: float: in the type they are computed in; int8: in codes, a scale for each token of a head"},
+    )
 
     @property
     def written_opset(self) -> int:

@@ -95,6 +95,9 @@ def _facts(text: Mapping[str, Any], cache: CacheInfo, inputs: Mapping[str, Shape
     other = next((name for name in inputs if name not in slots and name not in INPUTS), None)
     if other is not None:
         return f"it would not feed the input {other}"
+    coded = next((slot for slot in cache.slots if slot.scales is not None), None)
+    if coded is not None:
+        return f"it would not feed the scales of a cache in codes ({coded.scales})"
     names = _slot_names(cache.slots)
     if names is None:
         return "it takes one pair of keys and values per layer, named by the layer's number"

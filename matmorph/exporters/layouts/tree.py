@@ -20,6 +20,7 @@ from matmorph.errors import InputError
 from matmorph.exporters.artifact import json_bytes
 from matmorph.exporters.staging import FolderKind, staged_folder
 from matmorph.runtime.format.artifact import DATA, MODEL
+from matmorph.runtime.format.cache import CacheInfo
 from matmorph.runtime.format.companions import CHAT_TEMPLATE, COMPANIONS, CONFIG, GENAI, TOKENIZER_CONFIG, companion_table
 from matmorph.runtime.format.folder import StoredFolder
 from matmorph.runtime.format.reading import StoredError, read_text, reading
@@ -61,11 +62,20 @@ def _is_tree(folder: Path) -> bool:
 TREE = FolderKind("a model laid out for another runtime", _is_tree)
 
 
-def write_tree(stored: StoredFolder, layout: Layout, folder: Path, force: bool = False) -> tuple[str, ...]:
+def write_tree(stored: StoredFolder, layout: Layout, folder: Path, force: bool = False, cache: CacheInfo | None = None) -> tuple[str, ...]:
     """Writes the tree of an artefact folder, whole or not at all; the names of its files. Each file is held against the manifest first.
+    `cache`: what the manifest says of one.
 
-    Raises InputError for an artefact that lacks what the runtime opens, and as `staged_folder`; StoredError for a damaged file.
+    Raises InputError for an artefact that lacks what the runtime opens, for a cache that none of them feeds, and as `staged_folder`;
+    StoredError for a damaged file.
     """
+    coded = next((slot for slot in cache.slots if slot.scales is not None), None) if cache is not None else None
+    if coded is not None:
+        raise InputError(
+            f"{stored.path}: its cache is int8 codes and their scales ({coded.past}, {coded.scales}), and layout {layout.name} is for a "
+            "runtime that feeds keys and values alone",
+            ["matmorph's own runtime runs it; for others compile with export.cache float"],
+        )
     if layout.opens not in stored.files:
         why = "the model has no key/value cache that it can run, or was compiled from no Hugging Face folder"
         raise InputError(

@@ -19,6 +19,7 @@ from matmorph.exporters.data_file import DataFile, WeightProgress, data_file
 from matmorph.exporters.onnx.attention import attention_lowerings
 from matmorph.exporters.onnx.cached_attention import cache_lowerings
 from matmorph.exporters.onnx.cleanup import clean, name_everything, remove_unused, unique
+from matmorph.exporters.onnx.coded_cache import coded_cache_lowerings
 from matmorph.exporters.onnx.embedding_bags import embedding_bag_lowerings
 from matmorph.exporters.onnx.gradient_ops import backward_lowerings
 from matmorph.exporters.onnx.joined import Joined, join_projections
@@ -154,7 +155,7 @@ def _cache_ports(graph: Graph) -> CachePorts:
 def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:
     """Translations beside torchlib's, the user's own last."""
     products = {**quantized_lowerings(export.activations, packed=has_gradients(graph)), **gradient_lowerings()}
-    attention = {**attention_lowerings(export.written_opset), **cache_lowerings(export.written_opset)}
+    attention = {**attention_lowerings(export.written_opset), **cache_lowerings(export.written_opset), **coded_cache_lowerings()}
     return {**products, **backward_lowerings(), **attention, **embedding_bag_lowerings(), **(own or {})}
 
 

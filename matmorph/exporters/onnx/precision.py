@@ -295,9 +295,12 @@ class _Narrowing:
             self.graph.register_initializer(made)
             self.initializers.add(made)
             return made
-        path = {"matmorph.path": reader.metadata_props["matmorph.path"]} if reader and "matmorph.path" in reader.metadata_props else {}
-        cast = ir.node("Cast", [value], attributes={"to": dtype.value}, outputs=[made], metadata_props=path)
         producer = value.producer()
+        source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
+        if source is None or source.dtype in (_FLOAT, self.half):
+            source = value  # else codes and masks go to half precision in one step
+        path = {"matmorph.path": reader.metadata_props["matmorph.path"]} if reader and "matmorph.path" in reader.metadata_props else {}
+        cast = ir.node("Cast", [source], attributes={"to": dtype.value}, outputs=[made], metadata_props=path)
         if producer is not None:
             self.graph.insert_after(producer, cast)
         else:
