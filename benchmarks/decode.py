@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.past, options.rounds = [4], 2
     with tempfile.TemporaryDirectory() as scratch:
         source = options.model
-        model = tiny_model() if options.tiny else load(source) if source else load_smollm2()[0]
+        model = tiny_model() if options.tiny else load(source) if source else load_smollm2().module
         kept = options.keep or Path(scratch)
         folders = {}
         for name in options.only:

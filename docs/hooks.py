@@ -100,7 +100,7 @@ def cli_page() -> str:
     root = get_command(app)
     parts = [
         "# Command line\n\nGenerated from the commands themselves. MODEL is `minilm` (the embedded encoder of the `demo` extra), a local "
-        "Hugging Face folder, `package.module:factory` (a callable that returns `matmorph.Model`), or a `.pt2` file of "
+        "Hugging Face folder, a `.gguf` file, `package.module:factory` (a callable that returns `matmorph.Model`), or a `.pt2` file of "
         "`torch.export.save`.\n\nExit codes: 0 done; 1 a check failed; 2 the input is wrong. `--debug` with any command shows the "
         "traceback of an error. With `--json` stdout holds JSON only."
     ]

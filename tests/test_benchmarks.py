@@ -37,6 +37,7 @@ SCRIPTS = (
     "product_rates",
     "run",
     "ort_quantizers",
+    "perplexity",
     "gallery",
     "allocate_time",
     "artefact_hashes",
@@ -250,6 +251,30 @@ def test_ort_quantizers_quantise_the_same_matmuls(load: Load, toy_data: Path, ca
     rows = tiny(load("ort_quantizers"), capsys, "--data", str(toy_data), "--models", "ORT u4 rtn", "matmorph u4")
     assert [(row["model"], row["quantised_nodes"]) for row in rows] == [("dense", 0), ("ORT u4 rtn", 36), ("matmorph u4", 36)]
     assert rows[2]["mb"] == pytest.approx(rows[1]["mb"], rel=0.02)  # the same codes, scales and zero points; names and layouts differ
+
+
+@pytest.mark.full
+def test_perplexity_puts_peers_beside_ours(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("perplexity")
+    (tmp_path / "wikitext2").mkdir()
+    rng = np.random.default_rng(0)
+    lines = [" ".join(f"word{k}" for k in rng.integers(0, 50, 12)) for _ in range(200)]
+    (tmp_path / "wikitext2" / "valid.txt").write_text("\n".join(lines) + "\n")
+    rows = tiny(script, capsys, "--data", str(tmp_path), "--specs", "u4-32", "no-such-spec", "--peers", *script.PEERS)
+    assert [row["model"] for row in rows] == ["dense", "u4-32", "no-such-spec", *script.PEERS]
+    assert rows[2]["fault"].startswith("SpecError")
+    made = [row for row in rows if not row["fault"]]
+    assert len(made) == len(rows) - 1
+    assert all(row["mb"] < 0.6 * rows[0]["mb"] for row in made[1:])
+    assert all(0.9 < row["over_dense"] < 1.1 for row in made)  # of a model that knows nothing, whatever its weights
+
+
+def test_perplexity_joins_words_and_spreads_windows(load: Load) -> None:
+    script = load("perplexity")
+    split = 'the " Ben @-@ Hur " ( 1 @,@ 959 ) , it \'s 2 @.@ 5 .'
+    assert script.joined(split) == 'the "Ben-Hur" (1,959), it\'s 2.5.'
+    assert script.spread_windows(np.arange(100), 10, 3).tolist() == [*range(10), *range(45, 55), *range(90, 100)]
+    assert script.spread_windows(np.arange(15), 10, 3).tolist() == list(range(10))
 
 
 def test_run_keeps_what_scripts_print_and_writes_the_page(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

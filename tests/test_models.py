@@ -49,7 +49,7 @@ def test_a_file_of_another_kind_lists_the_forms(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"x")
     error = refused(file)
-    assert f"{file}: is a file, and of files only .pt2" in error.message
+    assert f"{file}: is a file, and of files only .gguf and .pt2" in error.message
     assert any("package.module:factory" in line for line in error.details)
 
 

@@ -43,7 +43,8 @@ INTERRUPTION = "interrupted; nothing is half-written"
 app = typer.Typer(
     name="matmorph",
     help="Rewrite the matmuls of a trained torch model by a YAML spec, check the result, export it to ONNX.",
-    epilog="MODEL: minilm | smollm2 | a Hugging Face folder | package.module:factory | FILE.pt2. matmorph COMMAND --help says more.",
+    epilog="MODEL: minilm | smollm2 | a Hugging Face folder | FILE.gguf | package.module:factory | FILE.pt2. "
+    "matmorph COMMAND --help says more.",
     cls=Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -67,7 +68,7 @@ app.command(name="diff", cls=Command, short_help="The graph around one matmul be
 app.command(name="completion", cls=Command, short_help="Print a completion script for a shell.")(completion_command)
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="minilm, smollm2, a Hugging Face folder, package.module:factory or FILE.pt2.")
+    str, typer.Argument(metavar="MODEL", help="minilm, smollm2, a Hugging Face folder, FILE.gguf, package.module:factory or FILE.pt2.")
 ]
 SpecName = Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]

@@ -46,8 +46,12 @@ def load_folder(folder: Path, cache: bool = False) -> FolderModel:
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise InputError(f"{config_file}: names no class under architectures")
     judge_folder(folder, config)
-    module = load_pretrained(folder, architectures[0], refused_code(config))
-    cached = cache and _is_causal(architectures[0], module)
+    return called(folder, load_pretrained(folder, architectures[0], refused_code(config)), cache)
+
+
+def called(folder: Path, module: Any, cache: bool) -> FolderModel:
+    """A module of transformers with how it is called. folder: where it came from, for messages. InputError as `load_folder`."""
+    cached = cache and _is_causal(type(module).__name__, module)
     examples = _examples(folder, module, cached)
     tensors = {name: tensor for name, (tensor, _) in examples.items()}
     return FolderModel(module, tensors, None if cached else {name: axes for name, (_, axes) in examples.items()}, cached)

