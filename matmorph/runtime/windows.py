@@ -60,5 +60,6 @@ class Cut:
     def says(self) -> str:
         """What counts, for a person."""
         if self.stride < self.room:
-            return "each token counts once, with all of its window before it" + ("" if self.prefix else "; the very first does not count")
+            rest = "" if self.prefix else "; the very first does not count"
+            return f"each token counts once, with what its window holds before it{rest}"
         return "every token of the text counts" if self.prefix else "all but the first token of each window count"
