@@ -53,15 +53,19 @@ def packed(codes: Sequence[int], bits: int, high_first: bool = False) -> list[in
     return [sum(int(code) << (bits * place) for place, code in enumerate(reversed(group) if high_first else group)) for group in groups]
 
 
-def uniform(rng: np.random.Generator, n: int, k: int, bits: int, block: int, zero_points: bool = False) -> Weight:
-    """Scales of either sign; codes in the rest of the last block are random too."""
+def uniform(rng: np.random.Generator, n: int, k: int, bits: int, block: int, zero_points: bool | str = False) -> Weight:
+    """Scales of either sign; codes in the rest of the last block are random too. `zero_points` "float": no whole numbers."""
     nb = -(-k // block)
     codes = rng.integers(0, 2**bits, (n, nb, block))
     scales = (rng.uniform(0.01, 0.1, (n, nb)) * rng.choice([-1, 1], (n, nb))).astype(np.float32)
     zeros = rng.integers(0, 2**bits, (n, nb)) if zero_points else np.full((n, nb), 2 ** (bits - 1))
+    if zero_points == "float":
+        zeros = (zeros + rng.uniform(-2, 2, (n, nb))).astype(np.float32)
     dense = (codes - zeros[..., None]).astype(np.float64) * scales.astype(np.float64)[..., None]
     packed_codes = torch.tensor([[packed(block_codes, bits) for block_codes in row] for row in codes], dtype=torch.uint8)
-    packed_zeros = torch.tensor([packed(row, bits) for row in zeros], dtype=torch.uint8) if zero_points else None
+    packed_zeros = torch.tensor([packed(row, bits) for row in zeros], dtype=torch.uint8) if zero_points is True else None
+    if zero_points == "float":
+        packed_zeros = torch.from_numpy(zeros)
     return Weight(dense.reshape(n, -1)[:, :k], (packed_codes, torch.from_numpy(scales), packed_zeros), (k, n, bits, block))
 
 

@@ -21,14 +21,14 @@ from matmorph.runtime.format.artifact import MODEL
 from matmorph.specs.schema import Export
 
 HALF = 2e-3  # of the largest result: dY, scales and the sum rounded to 11 bits
-KINDS = ("u2", "u2z", "u4", "u4z", "u8", "u8z", "nf4", "nf3", "nf2")
+KINDS = ("u2", "u2z", "u4", "u4z", "u4f", "u8", "u8z", "nf4", "nf3", "nf2")
 # (n, k, block): whole blocks; a short last block and odd n; odd n * k; less than one block
 SIZES = [(16, 64, 32), (13, 200, 64), (5, 35, 16), (3, 10, 32)]
 
 
 def weight_of(rng: np.random.Generator, kind: str, n: int, k: int, block: int) -> Weight:
     if kind.startswith("u"):
-        return uniform(rng, n, k, int(kind[1]), block, kind.endswith("z"))
+        return uniform(rng, n, k, int(kind[1]), block, "float" if kind.endswith("f") else kind.endswith("z"))
     return codebook(rng, n, k, kind, block)
 
 
@@ -84,7 +84,7 @@ def test_products(rng: np.random.Generator, tmp_path: Path, kind: str, level: st
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("kind", ["u2z", "u4", "u4z", "u8", "nf4", "nf3", "nf2"])
+@pytest.mark.parametrize("kind", ["u2z", "u4", "u4z", "u4f", "u8", "nf4", "nf3", "nf2"])
 def test_a_session_unpacks_one_weight_at_a_time(rng: np.random.Generator, tmp_path: Path, kind: str, static: bool) -> None:
     """No dense weight among what the session holds, and each is made right before its product, not all at the start."""
     n, count = 64, 3

@@ -37,10 +37,11 @@ SIZES = [(6, 64, 32), (13, 40, 16), (5, 10, 64), (7, 24, 8)]
 
 def weights(rng: np.random.Generator, n: int, k: int, block: int) -> dict[str, Weight]:
     found = {f"u{bits}{'z' * zeros}": uniform(rng, n, k, bits, block, zeros) for bits in (2, 4, 8) for zeros in (False, True)}
+    found["u4f"] = uniform(rng, n, k, 4, block, "float")
     return found | {table: codebook(rng, n, k, table, block) for table in ("nf4", "nf3", "nf2")}
 
 
-KINDS = ("u2", "u2z", "u4", "u4z", "u8", "u8z", "nf4", "nf3", "nf2")
+KINDS = ("u2", "u2z", "u4", "u4z", "u4f", "u8", "u8z", "nf4", "nf3", "nf2")
 
 
 @pytest.mark.parametrize(("n", "k", "block"), SIZES)

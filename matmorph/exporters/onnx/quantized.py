@@ -52,12 +52,24 @@ def quantized_lowerings(activations: str = "fp32", *, packed: bool = False) -> L
         block_size: int,
     ) -> ir.Value:
         numbers = {"K": in_features, "N": out_features, "bits": bits, "block_size": block_size, "accuracy_level": accuracy}
-        inputs = [x, codes, emit.cast(scales, x.dtype), zero_points, None, bias if bias is None else emit.cast(bias, x.dtype)]
+        inputs = [
+            x,
+            codes,
+            emit.cast(scales, x.dtype),
+            typed_zeros(zero_points, x),
+            None,
+            bias if bias is None else emit.cast(bias, x.dtype),
+        ]
         return emit.contrib("MatMulNBits", inputs, numbers, x)
 
     ours = torch.ops.matmorph
     codebook = _packed_codebook if packed else _codebook
     return {ours.matmul_nbits.default: nbits, ours.matmul_codebook.default: codebook, ours.gather_nbits.default: _gather}
+
+
+def typed_zeros(zero_points: ir.Value | None, x: ir.Value) -> ir.Value | None:
+    """Packed ones as they are, numbers in the type of the activations."""
+    return zero_points if zero_points is None or zero_points.dtype == ir.DataType.UINT8 else emit.cast(zero_points, x.dtype)
 
 
 def _codebook(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -50,7 +51,24 @@ def _nbits(
     stored = prod(codes_shape(codes)[1:])
     every = emit.node("Range", [emit.scalar(0), emit.scalar(out_features), emit.scalar(1)], ir.DataType.INT64)
     held = emit.held(codes, (out_features, stored), y)
-    return _product(y, looked_up(every, held, emit.cast(scales, y.dtype), zero_points, (stored, in_features), bits, block_size))
+    steps, packed = emit.cast(scales, y.dtype), zero_points is None or zero_points.dtype == ir.DataType.UINT8
+    dense = looked_up(every, held, steps, zero_points if packed else None, (stored, in_features), bits, block_size)
+    if zero_points is None or packed:
+        return _product(y, dense)
+    zeros = emit.cast(emit.held(zero_points, codes_shape(zero_points), y), y.dtype)
+    shift = _shift(steps, zeros, (out_features, in_features), bits, block_size)
+    return _product(y, emit.node("Add", [dense, shift], y.dtype))
+
+
+def _shift(scales: ir.Value, zeros: ir.Value, shape: tuple[int, int], bits: int, block: int) -> ir.Value:
+    """[N, K]: the kernel takes zero points off that are whole numbers, the middle of the codes where it is given none."""
+    n, k = shape
+    kind = scales.dtype
+    middle = emit.cast(emit.constant(ir.Tensor(np.array(2 ** (bits - 1), dtype=np.float32))), kind)
+    of_block = emit.node("Mul", [scales, emit.node("Sub", [middle, zeros], kind)], kind)
+    wide = emit.node("Expand", [emit.node("Unsqueeze", [of_block, emit.ints(2)], kind), emit.ints(1, 1, block)], kind)
+    whole = emit.node("Reshape", [wide, emit.ints(n, -1)], kind)
+    return whole if k % block == 0 else emit.node("Slice", [whole, emit.ints(0), emit.ints(k), emit.ints(1)], kind)
 
 
 def _codebook(y: ir.Value, codes: ir.Value, absmax: ir.Value, table: str, in_features: int, out_features: int, block_size: int) -> ir.Value:

@@ -3,9 +3,9 @@
 Layouts are those of ONNX Runtime's contrib operators, so that an export copies the bytes (W [N, K], nb = ceil(K / block_size)):
 
 * nbits: codes uint8 [N, nb, block_size * bits / 8], of the codes in a byte the first takes the lowest bits; scales [N, nb]; zero points
-  packed in the same way, uint8 [N, ceil(nb * bits / 8)]. W = (code - zero point) * scale; without zero points they are 2^(bits-1).
-  (com.microsoft.MatMulNBits.) A table may also have rows of bytes: [V, nb * block_size * bits / 8], or without the rest of the last block
-  [V, ceil(D * bits / 8)]. (com.microsoft.GatherBlockQuantized.)
+  packed in the same way, uint8 [N, ceil(nb * bits / 8)], or of a matmul floating-point numbers [N, nb]. W = (code - zero point) * scale;
+  without zero points they are 2^(bits-1). (com.microsoft.MatMulNBits.) A table may also have rows of bytes:
+  [V, nb * block_size * bits / 8], or without the rest of the last block [V, ceil(D * bits / 8)]. (com.microsoft.GatherBlockQuantized.)
 * codebook "nf4": the flattened W in codes uint8 [ceil(N K / 2)], the first of two codes in the high bits; absmax per block of the flattened
   W. (com.microsoft.MatMulBnb4.) "nf3" (stored 4 bits wide) and "nf2": codes uint8 [blocks, block_size * width / 8], lowest bits first.
   W = table[code] * absmax.
@@ -74,7 +74,8 @@ def nbits_dense(codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: in
     whole = _filled(codes.reshape(n, codes.shape[1:].numel()), nb * block * bits // 8)
     values = _looked_up(levels if zero_points is not None else levels - 2 ** (bits - 1), whole).view(n, nb, block)
     if zero_points is not None:
-        values.sub_(_looked_up(levels, zero_points)[:, :nb, None])
+        zeros = zero_points.to(dtype) if zero_points.is_floating_point() else _looked_up(levels, zero_points)[:, :nb]
+        values.sub_(zeros[..., None])
     return values.mul_(scales.to(dtype)[..., None]).view(n, nb * block)[:, :k].contiguous()
 
 
@@ -123,7 +124,9 @@ def check_nbits(
     bytes_of_row = (nb * block * bits // 8, -(-k * bits // 8))
     expect("codes", codes, torch.uint8, (n, nb, block * bits // 8), *((n, count) for count in bytes_of_row if table))
     expect("scales", scales, None, (n, nb))
-    if zero_points is not None:
+    if zero_points is not None and zero_points.is_floating_point() and not table:
+        expect("zero_points", zero_points, None, (n, nb))
+    elif zero_points is not None:
         expect("zero_points", zero_points, torch.uint8, (n, -(-nb * bits // 8)))
 
 

@@ -12,9 +12,11 @@ QuantizerName = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
 CODEBOOK_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
 UNIFORM_BITS = (2, 3, 4, 8)
+FLOAT_ZERO_BITS = (2, 3, 4)
+"""Widths whose zero points may be floating-point numbers: MatMulNBits has no such form of 8 bits."""
 
 
-def quantizer_bits(name: str, bits: int | None, block_size: int, zero_point: bool, scale: str, double: bool) -> int | None:
+def quantizer_bits(name: str, bits: int | None, block_size: int, zero_point: bool | str, scale: str, double: bool) -> int | None:
     """The bits of a quantizer's codes: a table's own where None is given. Raises ValueError for a combination that does not exist."""
     if name not in QUANTIZERS:
         raise ValueError(f"unknown quantizer {name!r}: one of {', '.join(QUANTIZERS)}")
@@ -29,6 +31,10 @@ def quantizer_bits(name: str, bits: int | None, block_size: int, zero_point: boo
         raise ValueError(f"unknown scale {scale!r}: absmax or search")
     if name != "uniform" and (zero_point or scale == "search"):
         raise ValueError(f"{name} has neither a zero point nor a scale search: they belong to uniform")
+    if zero_point == "float" and found not in FLOAT_ZERO_BITS:
+        raise ValueError(
+            f"the kernel takes zero points that are no whole numbers with {', '.join(map(str, FLOAT_ZERO_BITS))} bits, not {found}"
+        )
     if double and own is None:
         raise ValueError(f"double quantisation is for tables (nf4, nf3, nf2), not for {name}")
     return found

@@ -9,7 +9,8 @@
 
 nb = blocks of a row, ceil(K / block). "Low first": of the codes in a byte, the first takes the lowest bits. The rest of a short block is
 filled with the code of zero. 3-bit codes are 4 bits wide; those of uniform levels without zero points are moved by 4, to the middle of that
-width. The layouts are those that the contrib operators document, checked against their CPU kernels in the tests.
+width. Zero points of MatMulNBits may also be floating-point numbers, [N, nb]. The layouts are those that the contrib operators document,
+checked against their CPU kernels in the tests.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def unpack_matmul_nbits(packed: Packed, quantizer: Quantizer, shape: tuple[int, 
 
 
 def pack_gather(q: Quantized) -> Packed:
-    """For com.microsoft.GatherBlockQuantized with gather_axis 0 and quantize_axis 1, `q` uniform [V, D].
+    """For com.microsoft.GatherBlockQuantized with gather_axis 0 and quantize_axis 1, `q` uniform [V, D] with integer zero points or none.
 
     ValueError for other quantizers, shapes or block sizes, and where a row does not fill its last byte (the kernel takes D from it)."""
     q = _stored(q)
@@ -180,11 +181,13 @@ def _only_tables(quantizer: Quantizer) -> None:
 
 def _zero_codes(q: Quantized) -> Tensor:
     """The code of zero per block."""
-    return torch.full_like(q.scales, 2 ** (q.quantizer.width - 1), dtype=torch.uint8) if q.zero_points is None else q.zero_points
+    if q.zero_points is None:
+        return torch.full_like(q.scales, 2 ** (q.quantizer.width - 1), dtype=torch.uint8)
+    return q.zero_points.round().clamp(0, 2**q.quantizer.width - 1).to(torch.uint8)
 
 
 def _packed_zeros(q: Quantized) -> Tensor | None:
-    return None if q.zero_points is None else pack_bits(q.zero_points, q.quantizer.width)
+    return q.zero_points if q.zero_points is None or q.zero_points.is_floating_point() else pack_bits(q.zero_points, q.quantizer.width)
 
 
 def _unpacked(packed: Packed, codes: Tensor, quantizer: Quantizer) -> Quantized:
@@ -192,7 +195,10 @@ def _unpacked(packed: Packed, codes: Tensor, quantizer: Quantizer) -> Quantized:
     width = stored_width(quantizer.width)
     if packed.zero_points is None:
         return Quantized(quantizer, codes - _moved(quantizer), packed.scales)
-    return Quantized(quantizer, codes, packed.scales, unpack_bits(packed.zero_points, width, packed.scales.shape[1]))
+    zeros = packed.zero_points
+    return Quantized(
+        quantizer, codes, packed.scales, zeros if zeros.is_floating_point() else unpack_bits(zeros, width, packed.scales.shape[1])
+    )
 
 
 def _stored(q: Quantized) -> Quantized:

@@ -11,7 +11,8 @@ of the scale in "uniform". The last block of a row (or of the flattened weight) 
 small for the type of the scales, gets scale 0 and the code of zero.
 
 "uniform" without a zero point uses 2^(bits-1), and its scale may be negative: the number of largest magnitude gets code 0 whichever sign
-it has, because that side has one level more. With `zero_point` the levels cover [min(block, 0), max(block, 0)].
+it has, because that side has one level more. With `zero_point` the levels cover [min(block, 0), max(block, 0)]; with "float" zero points
+(`affine`) [min(block), max(block)].
 
 `scale="search"` clips: among a grid of smaller scales, each refitted to the least-squares scale of its codes (the best one twice more), it
 keeps the scale and zero point with the smallest squared error of the block, never worse than "absmax". At 2 bits that halves the error.
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from matmorph.passes.linalg.affine import affine_codes, affine_scales
 from matmorph.passes.linalg.choices import CODEBOOK_BITS, QuantizerName, quantizer_bits
 from matmorph.passes.linalg.codebook import nearest, normal_float
 from matmorph.passes.linalg.scales import SCALE_TYPES, level_indices, uniform_scales
@@ -55,7 +57,7 @@ class Quantizer:
     name: QuantizerName
     bits: int | None = None
     block_size: int = 64
-    zero_point: bool = False
+    zero_point: bool | Literal["float"] = False
     scale: Literal["absmax", "search"] = "absmax"
     scale_dtype: torch.dtype = torch.float32
     double: bool = False
@@ -82,7 +84,8 @@ class Quantizer:
         if self.name == "uniform_clipped":
             return float(self.width)
         scale = 8 + 32 / _DOUBLE_BLOCK if self.double else 8 * self.scale_dtype.itemsize
-        return self.width + (scale + self.width * self.zero_point) / self.block_size
+        zero = 32 if self.zero_point == "float" else self.width * bool(self.zero_point)
+        return self.width + (scale + zero) / self.block_size
 
     def blocks(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the scales of a weight of `shape`: [.., blocks per row], flat for tables, [] for one of the whole tensor."""
@@ -105,14 +108,15 @@ class Quantizer:
         if self.double:
             return codes + Quantizer("uniform", 8, _DOUBLE_BLOCK).nbytes((1, blocks)) + torch.float32.itemsize
         rows = math.prod(shape[:-1])
-        zeros = rows * -(-blocks // max(rows, 1) * stored_width(self.width) // 8) if self.zero_point else 0
+        packed = rows * -(-blocks // max(rows, 1) * stored_width(self.width) // 8) if self.zero_point else 0
+        zeros = blocks * torch.float32.itemsize if self.zero_point == "float" else packed
         return codes + blocks * self.scale_dtype.itemsize + zeros
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
     """`codes` uint8 in the shape of the weight, one per byte; `scales` `quantizer.scale_dtype` (float32 where `double`) [blocks(shape)];
-    `zero_points` uint8 like the scales, or None; `offset` float32 [] of "uniform_clipped"."""
+    `zero_points` like the scales, uint8 or float32, or None; `offset` float32 [] of "uniform_clipped"."""
 
     quantizer: Quantizer
     codes: Tensor
@@ -245,9 +249,20 @@ def _table_chunk(x: Tensor, quantizer: Quantizer) -> _Chunk:
 
 def _uniform_chunk(x: Tensor, quantizer: Quantizer, weights: Tensor | None) -> _Chunk:
     search, dtype = quantizer.scale == "search", quantizer.scale_dtype
-    scales, zeros = uniform_scales(x, quantizer.width, zero_point=quantizer.zero_point, search=search, dtype=dtype, weights=weights)
+    if quantizer.zero_point == "float":
+        return _affine_chunk(x, quantizer, weights)
+    scales, zeros = uniform_scales(x, quantizer.width, zero_point=quantizer.zero_point is True, search=search, dtype=dtype, weights=weights)
     codes = level_indices(x, scales, zeros, 2**quantizer.width - 1).add_(zeros[:, None])
     return codes.to(torch.uint8), scales.to(dtype), zeros.to(torch.uint8)
+
+
+def _affine_chunk(x: Tensor, quantizer: Quantizer, weights: Tensor | None) -> _Chunk:
+    scales, zeros = affine_scales(x, quantizer.width, search=quantizer.scale == "search", weights=weights)
+    narrow = scales.to(quantizer.scale_dtype)
+    if not bool(torch.isfinite(narrow).all()):
+        raise ValueError(f"the largest scale is outside the range of {quantizer.scale_dtype}: use float32 scales")
+    zeros = torch.where(narrow == 0, 0.0, zeros * scales / torch.where(narrow == 0, 1.0, narrow.float()))  # the same lowest level
+    return affine_codes(x, narrow.float(), zeros, 2**quantizer.width - 1).to(torch.uint8), narrow, zeros
 
 
 def _clipped(w: Tensor, quantizer: Quantizer) -> Quantized:

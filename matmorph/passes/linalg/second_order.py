@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from matmorph.passes.linalg.affine import affine_codes
 from matmorph.passes.linalg.choices import CODEBOOK_BITS
 from matmorph.passes.linalg.codebook import nearest
 from matmorph.passes.linalg.quantize import Quantized
@@ -40,13 +41,18 @@ Rounding = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 @dataclass(frozen=True, slots=True, eq=False)
 class Curvature:
     """What the inputs say of errors of a weight. `order` [n]: the features as they are rounded. `factor` U [n, n], float64, upper
-    triangular, of the features in that order, U^T U the inverse of the damped moment. `importance` [n], float64: its diagonal, of the
-    features as they stand. `notes`: what had to be changed."""
+    triangular, of the features in that order, U^T U the inverse of the damped moment. `power` [n], float64: the diagonal of that moment, of
+    the features as they stand. `notes`: what had to be changed."""
 
     order: Tensor
     factor: Tensor
-    importance: Tensor
+    power: Tensor
     notes: tuple[str, ...] = ()
+
+    @property
+    def left(self) -> Tensor:
+        """[n], float64: what a squared error of each feature still costs once all that is rounded later has made up for it, 1 / U_jj^2."""
+        return torch.empty_like(self.power).index_copy_(0, self.order, self.factor.diagonal() ** -2)
 
 
 def curvature(second_moment: Tensor, rows: int) -> Curvature:
@@ -107,6 +113,14 @@ def rounding_of(grid: Quantized) -> Rounding:
     scales = grid.scales.float().T.contiguous()
     divisor = torch.where(scales == 0, 1.0, scales)
     zeros = torch.full_like(scales, 2 ** (quantizer.width - 1)) if grid.zero_points is None else grid.zero_points.float().T.contiguous()
+    if quantizer.zero_point == "float":
+
+        def affine(j: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            here = j // block
+            code = affine_codes(x[:, None], scales[here], zeros[here], top)[:, 0]
+            return code.to(torch.uint8), (code - zeros[here]).mul_(scales[here])
+
+        return affine
     low, high = -zeros, top - zeros
 
     def uniform(j: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pa
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize, stored_width
 from matmorph.passes.linalg.second_order import Curvature, compensated, curvature
 from matmorph.passes.methods.protocol import FragmentBuilder, SiteStats
-from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched
+from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched, zero_points
 from matmorph.passes.methods.weights import FLOATS
 from matmorph.specs.schema import Rank
 
@@ -57,6 +57,10 @@ def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: str) ->
             f"rows of an embedding table can be looked up in uniform codes only (GatherBlockQuantized), not in {spec.quantizer}",
         ),
         (
+            bool(site.gathers) and spec.zero_point == "float",
+            "rows of an embedding table are looked up with integer zero points only (GatherBlockQuantized)",
+        ),
+        (
             kind == "float64" and bool(site.applications) and spec.quantizer not in ("nf3", "nf2"),
             f"no kernel multiplies {spec.quantizer} codes with float64 rows: convert the model with model.float()",
         ),
@@ -84,7 +88,7 @@ def _quantizer(spec: QuantizedSpec, bits: int | None, dtype: torch.dtype) -> Qua
         spec.quantizer,
         bits,
         spec.block_size,
-        spec.zero_point,
+        zero_points(spec),
         searched(spec),
         torch.float16 if half else torch.float32,
         spec.double_quant,
@@ -105,6 +109,8 @@ def arrays(site: Site, spec: QuantizedSpec) -> tuple[Array, ...]:
     nb = -(-k // block)
     codes = (n, nb, block * width // 8) if site.applications else (n, nb * block * width // 8)
     scales: Array = ("scales", "float16" if quantizer.scale_dtype == torch.float16 else "float32", (n, nb))
+    if spec.zero_point == "float":
+        return ("codes", "uint8", codes), scales, ("zero_points", "float32", (n, nb))
     zeros: tuple[Array, ...] = (("zero_points", "uint8", (n, -(-nb * width // 8))),) if spec.zero_point else ()
     return ("codes", "uint8", codes), scales, *zeros
 
@@ -203,8 +209,11 @@ class Rounding:
 
     def __call__(self, w: Tensor) -> Quantized:
         """Raises ValueError as `quantize`."""
-        grid = quantize(w, self.quantizer, self.curved.importance if self.curved is not None and self.weighs else None)
-        return compensated(w, grid, self.curved) if self.curved is not None and self.compensates else grid
+        if self.curved is None:
+            return quantize(w, self.quantizer)
+        counts = self.curved.left if self.compensates else self.curved.power
+        grid = quantize(w, self.quantizer, counts if self.weighs else None)
+        return compensated(w, grid, self.curved) if self.compensates else grid
 
     @property
     def notes(self) -> tuple[str, ...]:

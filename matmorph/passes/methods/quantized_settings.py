@@ -26,7 +26,13 @@ class QuantizedSpec:
         },
     )
     block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
-    zero_point: bool = field(default=False, metadata={"doc": "an integer zero point per block (uniform)"})
+    zero_point: bool | Literal["integer", "float"] = field(
+        default=False,
+        metadata={
+            "doc": "a zero point per block (uniform): true, integer = a code; float = any number, as GGUF's Q4_1 has (2 to 4 bits, matmuls "
+            "only)"
+        },
+    )
     scale: Literal["absmax", "search", "weighted"] = field(
         default="absmax",
         metadata={
@@ -48,7 +54,11 @@ class QuantizedSpec:
     @property
     def kernel(self) -> str:
         """What multiplies it, as `passes.kernel_costs` knows it: "nf4", "uniform_2" ..."""
-        return self.quantizer if self.quantizer in CODEBOOK_BITS else f"uniform_{4 if self.bits == 3 else self.bits}"
+        return (
+            self.quantizer
+            if self.quantizer in CODEBOOK_BITS
+            else f"uniform_{4 if self.bits == 3 else self.bits}{'_float' if self.zero_point == 'float' else ''}"
+        )
 
 
 def refuse_impossible(spec: QuantizedSpec) -> None:
@@ -58,9 +68,14 @@ def refuse_impossible(spec: QuantizedSpec) -> None:
     if spec.quantizer in CODEBOOK_BITS and spec.bits == "auto":
         raise ValueError(f"{spec.quantizer} has bits of its own: auto is for uniform codes")
     for bits in bit_choices(spec):
-        quantizer_bits(spec.quantizer, bits, spec.block_size, spec.zero_point, searched(spec), spec.double_quant)
+        quantizer_bits(spec.quantizer, bits, spec.block_size, zero_points(spec), searched(spec), spec.double_quant)
     if spec.rounding == "gptq" and spec.quantizer == "uniform_clipped":
         raise ValueError("uniform_clipped has one scale for the whole tensor: gptq rounds on scales per block (uniform, nf4, nf3, nf2)")
+
+
+def zero_points(spec: QuantizedSpec) -> bool | Literal["float"]:
+    """What the zero points are."""
+    return "float" if spec.zero_point == "float" else bool(spec.zero_point)
 
 
 def searched(spec: QuantizedSpec) -> Literal["absmax", "search"]:
