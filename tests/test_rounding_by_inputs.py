@@ -17,6 +17,7 @@ import matmorph as mm
 from matmorph.errors import SpecError
 from matmorph.passes.linalg.quantize import Quantizer
 from matmorph.passes.linalg.quantize import quantize as to_codes
+from matmorph.passes.linalg.second_order import compensated, curvature
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.methods.quantize.method import Quantize
 from matmorph.runtime import Session
@@ -108,7 +109,30 @@ def test_a_tied_table_and_its_head_from_one_set_of_codes_under_onnx_runtime(tmp_
     ids = torch.arange(12).view(2, 6)
     found = Session(result.save(tmp_path / "out")).run({"ids": ids.numpy()})
     torch.testing.assert_close(torch.from_numpy(found["output"]), result(ids), rtol=0, atol=1e-4)  # float32, sums of 32 of size 1
+    assert any(note.startswith("an embedding table that is also the head in 3 bits: ") for row in result.report.sites for note in row.notes)
     assert sum(node.op_type == "GatherBlockQuantized" for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node) == 1
+
+
+def test_a_tied_table_counts_both_uses() -> None:
+    """From the definition: the moment under which tr(E H E^T) / tr(W H W^T) + |E|^2 / |W|^2 is measured, times tr(W H W^T)."""
+    text = """graph device=cpu
+input %i: int64[4] "ids"
+parameter %w: float32[30, 32] "wte.weight"
+%e: float32[4, 32] = aten.embedding.default(%w, %i)
+%y: float32[4, 30] = aten.linear.default(%e, %w)
+output %y "output"
+"""
+    site, spec = only_site(graph_of(text)), quantize(**GPTQ, double_quant=False).spec
+    w, stats = site.weight(), moment(400, 32)
+    h, exact = stats.second_moment.numpy(), w.double().numpy()
+    both = h + np.trace(exact @ h @ exact.T) / np.square(exact).sum() * np.eye(32)
+    curved = curvature(torch.from_numpy(both), 400)
+    grid = to_codes(w, Quantizer("uniform", 4, 16, zero_point=True, scale="search"), curved.left)
+    found, _ = Quantize().solve(site, spec, next(iter(Quantize().choices(site, spec))), stats, w, 0)
+    assert torch.equal(found.scales, grid.scales)
+    assert torch.equal(found.codes, compensated(w, grid, curved).codes)
+    head_alone = compensated(w, grid, curvature(stats.second_moment, 400))
+    assert not torch.equal(found.codes, head_alone.codes)
 
 
 def test_a_table_that_is_only_looked_up_is_rounded_to_nearest() -> None:
@@ -126,4 +150,6 @@ output %e "output"
     )
     plain = to_codes(site.weight(), Quantizer("uniform", 4, 16, zero_point=True, scale="search"))
     assert torch.equal(found.codes, plain.codes)
-    assert notes == ()
+    (price,) = notes
+    assert price.startswith(f"an embedding table in 4 bits: {plain.nbytes:,} bytes at a weight error of 0.0")
+    assert f"; in 8 bits {Quantizer('uniform', 8, 16, zero_point=True).nbytes((30, 32)):,} at 0.00" in price

@@ -24,6 +24,7 @@ from matmorph.passes.linalg.choices import CODEBOOK_BITS
 from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize, stored_width
 from matmorph.passes.linalg.second_order import Curvature, compensated, curvature
+from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched, zero_points
 from matmorph.passes.methods.weights import FLOATS
@@ -148,6 +149,26 @@ def size_notes(site: Site, spec: QuantizedSpec) -> tuple[str, ...]:
 _NARROW = "codes of 3 bits are stored 4 bits wide: no kernel takes narrower ones"
 
 
+_SAFE_BITS = 8
+"""Codes of an embedding table that cost a language model nothing that was measured."""
+
+
+def table_notes(site: Site, spec: QuantizedSpec, w: Tensor, found: Quantized) -> tuple[str, ...]:
+    """What narrow codes of an embedding table save and cost beside those of 8 bits: every token is read through them, and written too where
+    the table is the head."""
+    quantizer = quantizer_for(site, spec)
+    if not site.gathers or quantizer.width >= _SAFE_BITS:
+        return ()
+    safe = replace(quantizer, bits=_SAFE_BITS)
+    wide = quantized_or_refused(site, lambda: quantize(w, safe))
+    mine, other = (relative_weight_error(w, one.dequantize()) for one in (found, wide))
+    what = "an embedding table that is also the head" if site.applications else "an embedding table"
+    return (
+        f"{what} in {quantizer.width} bits: {found.nbytes:,} bytes at a weight error of {mine:.3g}; in {_SAFE_BITS} bits {wide.nbytes:,} "
+        f"at {other:.2g}",
+    )
+
+
 # weights and nodes
 
 
@@ -225,17 +246,28 @@ def quantized_needs(spec: QuantizedSpec) -> frozenset[Statistic]:
     return frozenset({Statistic.INPUT_SECOND_MOMENT}) if reads_inputs(spec) else frozenset()
 
 
-def curvature_of(site: Site, spec: QuantizedSpec, stats: SiteStats | None) -> Curvature | None:
+def curvature_of(site: Site, spec: QuantizedSpec, w: Tensor, stats: SiteStats | None) -> Curvature | None:
     """What the inputs say, where the settings ask for it. A table that is only looked up has no inputs: its errors do not add up, and
-    nearest is best. RewriteError where there are no statistics, or they are no second moment."""
+    nearest is best. One that is also the head counts both uses. RewriteError where there are no statistics, or where they are no second
+    moment."""
     if not reads_inputs(spec) or not site.applications:
         return None
     if stats is None:
         raise RewriteError(f"{site.path}: rounding: {spec.rounding} with scale: {spec.scale} needs calibration data")
     try:
-        return curvature(stats.second_moment, int(stats.rows))
+        return curvature(_of_both_uses(w, stats.second_moment) if site.gathers else stats.second_moment, int(stats.rows))
     except ValueError as error:
         raise RewriteError(f"{site.path}: {error}") from error
+
+
+def _of_both_uses(w: Tensor, moment: Tensor) -> Tensor:
+    """With tr(E H E^T) / tr(W H W^T) for the head and |E|^2 / |W|^2 for the look-ups, each row as often as any other, their sum is that of
+    the moment H + tr(W H W^T) / |W|^2 I, up to a factor."""
+    exact = moment.to(w.dtype)
+    share = float(((w @ exact) * w).sum(dtype=torch.float64)) / max(
+        float(w.square().sum(dtype=torch.float64)), torch.finfo(torch.float64).tiny
+    )
+    return moment.double() + share * torch.eye(len(moment), dtype=torch.float64)
 
 
 def rounding_for(site: Site, spec: QuantizedSpec, curved: Curvature | None) -> Rounding:

@@ -70,7 +70,7 @@ class LoftQ(LoftQLanguage, QuantizedPair):
         w = readable(site, site.weight())
         whitening = _whitening(site, spec, stats)
         factor = None if whitening is None else whitening.factor
-        curved = curvature_of(site, spec, stats)
+        curved = curvature_of(site, spec, w, stats)
 
         def curve(chosen: LoftQSpec) -> list[Error]:
             return _curve(site, chosen, w, rounding_for(site, chosen, curved), factor, stats)
@@ -83,7 +83,7 @@ class LoftQ(LoftQLanguage, QuantizedPair):
     ) -> tuple[LoftQResult, tuple[str, ...]]:
         """The alternation, and what whitening had to note. Raises RewriteError as `build`."""
         whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats) if spec.whiten else None
-        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        rounding = rounding_for(site, spec, curvature_of(site, spec, weight, stats))
         found = _solved(site, spec, choice, weight, rounding, whitening, weighting, seed)
         return found, (*(whitening.notes if whitening else ()), *rounding.notes)
 

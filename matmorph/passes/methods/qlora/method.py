@@ -50,14 +50,14 @@ class QLora(QLoraLanguage, QuantizedPair):
 
     def errors(self, site: Site, spec: QLoraSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
-        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        rounding = rounding_for(site, spec, curvature_of(site, spec, w, stats))
         dense = quantized_or_refused(site, lambda: rounding(w)).dequantize()
         return [Error(relative_weight_error(w, dense)) for _ in choices]
 
     def build(self, site: Site, spec: QLoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
         w = readable(site, b.weight())
-        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
+        rounding = rounding_for(site, spec, curvature_of(site, spec, w, stats))
         base = base_of(site, spec, quantized_or_refused(site, lambda: rounding(w)), b)
         rank, scale = choice.rank or 1, spec.adapter_scale
         down = b.const("down", stored(site, _drawn(site, rank, b.seed)))

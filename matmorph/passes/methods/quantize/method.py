@@ -23,6 +23,7 @@ from matmorph.passes.methods.quantized_base import (
     refuse_site,
     rounding_for,
     size_notes,
+    table_notes,
     with_bits,
 )
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, bit_choices, quantizer_settings
@@ -51,7 +52,7 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
 
     def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
-        weighting, curved = weighting_of(site, stats), curvature_of(site, spec, stats)
+        weighting, curved = weighting_of(site, stats), curvature_of(site, spec, w, stats)
 
         def error(chosen: QuantizeSpec) -> Error:
             dense = quantized_or_refused(site, lambda: rounding_for(site, chosen, curved)(w)).dequantize()
@@ -64,8 +65,9 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
     ) -> tuple[Quantized, tuple[str, ...]]:
         """The codes, and what the calibration data had to note. Raises RewriteError as `build`."""
         w = readable(site, weight)
-        rounding = rounding_for(site, spec, curvature_of(site, spec, stats))
-        return quantized_or_refused(site, lambda: rounding(w)), rounding.notes
+        rounding = rounding_for(site, spec, curvature_of(site, spec, w, stats))
+        found = quantized_or_refused(site, lambda: rounding(w))
+        return found, (*rounding.notes, *table_notes(site, spec, w, found))
 
     def build(self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
