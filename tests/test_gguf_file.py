@@ -108,14 +108,24 @@ def test_a_file_without_a_tokenizer_is_a_model_all_the_same(tmp_path: Path) -> N
     assert not (found.folder / "tokenizer.json").exists()
 
 
+def enlarged(data: bytes, key: bytes) -> bytes:
+    """The array under a key says that it has 2^56 entries: a reader that believes it never ends."""
+    at = data.index(key) + len(key) + 8  # behind the types of the value and of its entries
+    assert int.from_bytes(data[at : at + 8], "little") == WORDS
+    return data[: at + 7] + b"\1" + data[at + 8 :]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:3000], "is cut off or damaged"),
-        (lambda data: data[: len(data) - 100], "is cut off or damaged"),
-        (lambda data: data[:20], "is cut off or damaged"),
-        (lambda data: b"PK\3\4" + data[4:], "is no GGUF file: it does not begin with GGUF"),
-        (lambda data: b"", "is no GGUF file"),
+        (lambda data: data[:3000], "is no whole GGUF file"),
+        (lambda data: data[: len(data) - 100], "is no whole GGUF file"),
+        (lambda data: data[:20], "is no whole GGUF file"),
+        (lambda data: b"PK\3\4" + data[4:], "is no whole GGUF file: it does not begin with GGUF"),
+        (lambda data: b"", "is no whole GGUF file"),
+        (lambda data: data[:4] + (3 << 24).to_bytes(4, "little") + data[8:], "its version is 50331648"),
+        (lambda data: enlarged(data, b"tokenizer.ggml.tokens"), "its header goes on behind its last byte"),
+        (lambda data: enlarged(data, b"tokenizer.ggml.token_type"), "its header goes on behind its last byte"),
     ],
 )
 def test_a_file_that_is_not_whole_is_named(tmp_path: Path, change: Callable[[bytes], bytes], said: str) -> None:
@@ -146,6 +156,7 @@ def test_a_missing_package_says_what_brings_it(tmp_path: Path, monkeypatch: pyte
     assert raised.value.details[-1] == "install it with: pip install 'matmorph[llm]'"
 
 
+@pytest.mark.full
 def test_the_command_inspects_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["inspect", str(write(tmp_path / "tiny.gguf", llama())), "--all"])

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from matmorph.errors import InputError, did_you_mean
+from matmorph.models.gguf_header import architecture_of
 from matmorph.models.hf_folder import import_or_fail, quiet_loading
 
 HINT = "install it with: pip install 'matmorph[llm]'"
-_MAGIC = b"GGUF"
-_ARCHITECTURE = "general.architecture"
 _NO_MODEL = ("general", "tokenizer")
 """What transformers' table of a file's keys lists beside architectures."""
 
@@ -64,21 +63,16 @@ def _architecture(file: Path, gguf: Any) -> str:
     """As the file names it, once it has been found whole."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    with file.open("rb") as opened:
-        if opened.read(len(_MAGIC)) != _MAGIC:
-            raise InputError(f"{file}: is no GGUF file: it does not begin with {_MAGIC.decode()}")
     try:
-        reader = gguf.GGUFReader(str(file))
-        size, end = file.stat().st_size, max((int(one.data_offset) + int(one.n_bytes) for one in reader.tensors), default=0)
-        named = reader.fields.get(_ARCHITECTURE)
-        found = None if named is None else bytes(named.parts[named.data[0]]).decode("utf-8")
-    except Exception as error:  # the reader raises whatever the damage leads to
-        raise InputError(f"{file}: is cut off or damaged: {_line(error)}", ["download or copy it again"]) from error
-    if end > size or not reader.tensors:
-        fault = f"its weights end at byte {end}, and it has {size}" if end > size else "it holds no weights"
-        raise InputError(f"{file}: is cut off or damaged: {fault}", ["download or copy it again"])
+        found = architecture_of(file)
+        reader = gguf.GGUFReader(str(file))  # it believes what a header says; that has been walked through by now
+        end = max(int(one.data_offset) + int(one.n_bytes) for one in reader.tensors)
+        if end > file.stat().st_size:
+            raise ValueError(f"its weights end at byte {end}, and it has {file.stat().st_size}")
+    except Exception as error:  # of the reader, whatever the damage leads to
+        raise InputError(f"{file}: is no whole GGUF file: {_line(error)}", ["if it was downloaded or copied, do that again"]) from error
     if not found:
-        raise InputError(f"{file}: names no architecture ({_ARCHITECTURE})")
+        raise InputError(f"{file}: names no architecture (general.architecture)")
     return found
 
 
