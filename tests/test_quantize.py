@@ -430,7 +430,7 @@ def test_scales_that_do_not_fit_are_refused(quantizer: Quantizer) -> None:
     [
         ({"name": "nf5"}, "unknown quantizer 'nf5'"),
         ({"name": "nf4", "bits": 2}, "nf4 has 4 bits, not 2"),
-        ({"name": "uniform"}, "2 or 4 or 8 bits, not None"),
+        ({"name": "uniform"}, "2 or 3 or 4 or 8 bits, not None"),
         ({"name": "uniform", "bits": 5}, "2 or 3 or 4 or 8 bits, not 5"),
         ({"name": "nf4", "block_size": 12}, "multiple of 8"),
         ({"name": "nf4", "block_size": 0}, "multiple of 8"),

@@ -127,7 +127,7 @@ output %y "output"
     h, exact = stats.second_moment.numpy(), w.double().numpy()
     both = h + np.trace(exact @ h @ exact.T) / np.square(exact).sum() * np.eye(32)
     curved = curvature(torch.from_numpy(both), 400)
-    grid = to_codes(w, Quantizer("uniform", 4, 16, zero_point=True, scale="search"), curved.left)
+    grid = to_codes(w, Quantizer("uniform", 4, 16, zero_point=True, scale="search"), curved.power)
     found, _ = Quantize().solve(site, spec, next(iter(Quantize().choices(site, spec))), stats, w, 0)
     assert torch.equal(found.scales, grid.scales)
     assert torch.equal(found.codes, compensated(w, grid, curved).codes)

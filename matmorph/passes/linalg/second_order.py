@@ -49,11 +49,6 @@ class Curvature:
     power: Tensor
     notes: tuple[str, ...] = ()
 
-    @property
-    def left(self) -> Tensor:
-        """[n], float64: what a squared error of each feature still costs once all that is rounded later has made up for it, 1 / U_jj^2."""
-        return torch.empty_like(self.power).index_copy_(0, self.order, self.factor.diagonal() ** -2)
-
 
 def curvature(second_moment: Tensor, rows: int) -> Curvature:
     """Of `second_moment` [n, n], a sum over `rows` rows. Raises ValueError where it holds NaN or infinity, or is no second moment."""

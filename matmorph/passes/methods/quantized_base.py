@@ -232,8 +232,7 @@ class Rounding:
         """Raises ValueError as `quantize`."""
         if self.curved is None:
             return quantize(w, self.quantizer)
-        counts = self.curved.left if self.compensates else self.curved.power
-        grid = quantize(w, self.quantizer, counts if self.weighs else None)
+        grid = quantize(w, self.quantizer, self.curved.power if self.weighs else None)
         return compensated(w, grid, self.curved) if self.compensates else grid
 
     @property
