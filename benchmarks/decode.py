@@ -1,10 +1,10 @@
 """Speed of decoding: one token of a language model with its key/value cache, ours beside PyTorch and onnxruntime-genai's own builder.
 
 All run in one process, in turn, with equal threads: torch eager (transformers with its cache), our files (dense, 4 bits in blocks of 32
-with int8 activations, low-rank-80, transact-50, and rank-8 adapters of lora-r8 as inputs beside dense weights), and the int4 file that
-onnxruntime-genai's builder writes by hand. Files are run by plain ONNX Runtime with inputs and outputs bound, the cache of grouped query
-attention in one buffer. `cpu_ms`: the least CPU time of a token over the rounds; `wall_ms`: the median of the clock; ratios are of CPU
-times. Values of the cache are random: no kernel looks at them.
+with int8 activations, low-rank-80, transact-50, and rank-8 adapters of lora-r8 as inputs beside dense weights; dense with ONNX's
+Attention, its cache in float32 and in int8), and the int4 file that onnxruntime-genai's builder writes by hand. Files are run by plain
+ONNX Runtime with inputs and outputs bound, the cache of grouped query attention in one buffer. `cpu_ms`: the least CPU time of a token over
+the rounds; `wall_ms`: the median of the clock; ratios are of CPU times. Values of the cache are random: no kernel looks at them.
 
 The builder's row needs `pip install --no-deps onnxruntime-genai`, or a folder that it wrote (--builder). Compiling takes minutes: --keep
 holds what was written for the next run.
@@ -44,6 +44,8 @@ SPECS: Mapping[str, dict[str, Any]] = {
     "low-rank-80": {"extends": ["low-rank-80"], "calibration": {"samples": 32}},
     "transact-50": {"extends": ["transact-50"], "calibration": {"samples": 32}},
     "adapter-r8": {"extends": ["lora-r8"], "export": {"adapters": "inputs"}},
+    "standard": {"rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"attention": "standard"}},
+    "int8-cache": {"rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"attention": "standard", "cache": "int8"}},
 }
 _EXPORT = {"opset": 23, "attention": "gqa", "target": ["cpu"], "tokens": [1]}
 TORCH, BUILDER = "torch eager", "genai builder int4"
@@ -92,7 +94,6 @@ def built(model: Path, folder: Path) -> Path:
 def ort_step(session: Any, shares: bool, config: Any, past: int, length: int) -> Callable[[], object]:
     """One token behind `past` others. `shares`: past and present are one buffer of `length` tokens."""
     rng, binding = np.random.default_rng(0), session.io_binding()
-    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     given = {
         "input_ids": np.full((1, 1), 5, np.int64),
         "attention_mask": np.ones((1, past + 1), np.int64),
@@ -101,10 +102,15 @@ def ort_step(session: Any, shares: bool, config: Any, past: int, length: int) ->
     buffers = {}
     for port in (*session.get_inputs(), *session.get_overridable_initializers()):  # adapters have defaults
         if port.name.startswith("past_key_values"):
-            shape = (1, heads, length if shares else past, width)
+            shape = (1, config.num_key_value_heads, length if shares else past, port.shape[-1])
         elif port.name not in given:  # a factor of an adapter; its rank has a name
             shape = tuple(size if isinstance(size, int) else 8 for size in port.shape)
-        array = given[port.name] if port.name in given else rng.standard_normal(shape, dtype=np.float32) / 10
+        if port.name in given:
+            array = given[port.name]
+        elif port.type == "tensor(int8)":  # codes of a cache
+            array = rng.integers(-127, 128, shape, np.int8)
+        else:
+            array = rng.standard_normal(shape, dtype=np.float32) / 10
         value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         buffers[port.name.replace("past_key_values", "present")] = value
         binding.bind_ortvalue_input(port.name, value)

@@ -77,7 +77,7 @@ def check_codes(m: Any) -> None:
     wide = DRAWN.double().numpy()
     step = np.abs(wide).max(-1, keepdims=True) / 127
     assert np.abs(scales.double().numpy() / step - 1).max() <= 2**-23  # one rounding of float32
-    # Half a step, and the roundings of the scale and of the quotient.
+    # Half a step, and the roundings of the scale, of its inverse and of the product.
     assert (np.abs(codes.double().numpy() * scales.double().numpy() - wide) <= step * (0.5 + 127 * 2**-22)).all()
     assert codes.dtype == torch.int8
     assert set(np.abs(codes.numpy()).max(-1).ravel()) == {127}
@@ -101,6 +101,7 @@ def check_zeros_and_halves(m: Any) -> None:
         assert codes[0].tolist() == [0, 0]
         assert codes[2].tolist() == [127, 0]
         assert torch.isfinite(codes.to(kind) * scales).all()
+        assert (scales > 0).all()  # 0 / 0 has no code
 
 
 def check_one_attention(m: Any) -> None:
@@ -122,8 +123,14 @@ def check_one_attention(m: Any) -> None:
 CHECKS: tuple[Callable[[Any], None], ...] = (check_codes, check_what_is_appended, check_zeros_and_halves, check_one_attention)
 MUTANTS = {
     "one scale for all tokens": Mutant("cache_ops.coded", "x.abs().amax(-1, keepdim=True)", "x.abs().amax().expand(*x.shape[:-1], 1)"),
-    "codes are cut, not rounded": Mutant("cache_ops.coded", "(x / scales).round()", "(x / scales).trunc()"),
-    "no guard against a scale of zero": Mutant("cache_ops.coded", ".clamp(min=torch.finfo(x.dtype).tiny)", ""),
+    "codes are cut, not rounded": Mutant(
+        "cache_ops.coded", "(x * scales.float().reciprocal()).round()", "(x * scales.float().reciprocal()).trunc()"
+    ),
+    "no guard against a scale of zero": Mutant(
+        "cache_ops.coded",
+        "(x.abs().amax(-1, keepdim=True) / LEVELS).clamp(min=torch.finfo(x.dtype).tiny)",
+        "x.abs().amax(-1, keepdim=True) / LEVELS",
+    ),
     "256 levels": Mutant("cache_ops.coded", "x.abs().amax(-1, keepdim=True) / LEVELS", "x.abs().amax(-1, keepdim=True) / 128"),
     "new scales in front": Mutant("cache_ops._append", "torch.cat([scales, their], axis)", "torch.cat([their, scales], axis)"),
 }
@@ -225,6 +232,25 @@ def test_every_form_of_attention_reads_the_same_codes(saved: Any) -> None:
     sessions = [Session(folder, providers=["cpu"]) for folder in forms.values()]
     plain, standard = (ran(session.run, session.inputs, ids, mask, [7, 13]) for session in sessions)
     assert far(standard, plain, mask) <= EXACT
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("precision", "kind", "size"), [("fp16", "float16", 2), ("bf16", "float32", 4)])
+def test_half_precision(precision: str, kind: str, size: int, saved: Any, tmp_path: Path) -> None:
+    """Scales have the type that a cache of numbers would have; CUDA hands back no node; codes become numbers of that type in one step."""
+    _, first, _ = saved("llama")
+    target = ["cuda"] if precision == "bf16" else ["cuda", "cpu"]
+    compiled = type(first)(replace(first._job, spec=mm.load_spec(spec(precision=precision, target=target, attention="plain"))))
+    folder = compiled.save(tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["cache"]["bytes_per_token"] == LAYERS * 2 * PAIRS * (HEAD + size)
+    assert {port["name"]: port["dtype"] for port in manifest["inputs"]}[SCALES] == kind
+    (placed,) = compiled.report.placements
+    assert placed.handed == ()
+    pasts = {port["name"] for port in manifest["inputs"] if port["dtype"] == "int8"}
+    nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    casts = [node.attribute[0].i for node in nodes if node.op_type == "Cast" and node.input[0] in pasts]
+    assert casts == [onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))] * len(pasts)
 
 
 def test_bytes_of_a_token(saved: Any) -> None:

@@ -24,7 +24,7 @@ Appended = tuple[Tensor, Tensor, Tensor]
 def coded(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [.., D] as int8 codes of its shape and scales [.., 1] in its type."""
     scales = (x.abs().amax(-1, keepdim=True) / LEVELS).clamp(min=torch.finfo(x.dtype).tiny)
-    return (x / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales
+    return (x * scales.float().reciprocal()).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales
 
 
 def _append(codes: Tensor, scales: Tensor, new: Tensor, axis: int) -> Appended:

@@ -14,6 +14,7 @@ from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.runtime.format.cache import LEVELS
 
 _INT8 = ir.DataType.INT8
+_FLOAT = ir.DataType.FLOAT
 
 
 def coded_cache_lowerings() -> Lowerings:
@@ -26,8 +27,10 @@ def coded_cache_lowerings() -> Lowerings:
         largest = emit.node("ReduceMax", [emit.node("Abs", [new], kind), emit.ints(-1)], kind, keepdims=1)
         step = emit.node("Div", [largest, emit.number(LEVELS, new)], kind)
         step = emit.node("Max", [step, emit.number(torch.finfo(_torch(kind)).tiny, new)], kind)
-        whole = emit.node("Round", [emit.node("Div", [new, step], kind)], kind)
-        more = emit.cast(emit.node("Clip", [whole, emit.number(-LEVELS, new), emit.number(LEVELS, new)], kind), _INT8)
+        # Codes in float32 whatever the type: a quotient of half precision is off by a sixteenth of a step, one of bfloat16 by half a step.
+        wide = emit.node("Reciprocal", [emit.cast(step, _FLOAT)], _FLOAT)
+        whole = emit.node("Round", [emit.node("Mul", [emit.cast(new, _FLOAT), wide], _FLOAT)], _FLOAT)
+        more = emit.cast(emit.node("Clip", [whole, emit.number(-LEVELS, wide), emit.number(LEVELS, wide)], _FLOAT), _INT8)
         before = emit.node("Mul", [emit.cast(codes, kind), scales], kind)
         joined = emit.node("Concat", [codes, more], _INT8, axis=axis)
         return before, joined, emit.node("Concat", [scales, step], kind, axis=axis)

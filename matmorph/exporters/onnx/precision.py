@@ -43,13 +43,14 @@ LOWER = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits", "Ma
 # fmt: off
 UPPER = frozenset([
     "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
-    "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd",
-    "ReduceLogSumExp", "ReduceLogSum", "CumSum", "Pow", "Exp", "Log", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos", "Tan",
+    "LpNormalization", "Softmax", "LogSoftmax", "ReduceMax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2",
+    "ReduceProd", "ReduceLogSumExp", "ReduceLogSum", "CumSum", "Pow", "Exp", "Log", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos", "Tan",
     "Asin", "Acos", "Sinh", "Cosh", "Einsum", "Attention", "Resize", "GridSample", "TopK", "SplitToSequence", "SequenceAt",
     "ConcatFromSequence", "SequenceConstruct",
 ])
 # fmt: on
-"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors."""
+"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors, and the
+largest of an axis, for which CUDA has no kernel in bf16."""
 
 
 @dataclass(frozen=True, slots=True)
