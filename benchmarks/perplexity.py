@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{count} windows of {options.window} tokens of the second half, all but the first token of each counted; words "
         + ("as they lie in the file" if options.raw else "joined"),
         f"calibration: samples of {options.length} tokens from the beginning of the first half",
-        "ORT: blocks of 32, table and head dense",
+        "ORT: blocks of 32, table and head dense; HQQ's zero points are floats, and hold weights of a GGUF file in Q4_1 as they are",
     ]
     finish(options, rows, notes)
 
