@@ -664,6 +664,7 @@ export:
   logits: all
   fuse: auto
   attention: auto
+  cache: float
 seed: 6
 strict: false
 """
