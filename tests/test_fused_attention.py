@@ -25,7 +25,7 @@ from matmorph.ir.attention_ops import COMPACT
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.ir.verify import verify
-from matmorph.models.cached_call import positions_of
+from matmorph.ir.without_cache import positions_of
 from matmorph.runtime import InputMismatch, Session
 from matmorph.runtime.check import check
 from matmorph.specs.schema import Export

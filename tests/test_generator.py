@@ -98,8 +98,8 @@ def test_a_mask_says_where_the_tokens_are(form: str, side: str, generators: Mapp
 def test_a_cache_is_gone_on_with(form: str, generators: Mapping[str, Generator], monkeypatch: pytest.MonkeyPatch) -> None:
     generator, cache = generators[form], PromptCache()
     fed: list[int] = []
-    feeds = generator._feeds
-    monkeypatch.setattr(generator, "_feeds", lambda ids, *rest: (fed.append(ids.shape[1]), feeds(ids, *rest))[1])
+    feeds = generator._engine.feeds
+    monkeypatch.setattr(generator._engine, "feeds", lambda ids, *rest: (fed.append(ids.shape[1]), feeds(ids, *rest))[1])
 
     def turn(row: list[int], new: int) -> list[int]:
         fed.clear()

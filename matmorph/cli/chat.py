@@ -15,7 +15,7 @@ from matmorph.cli.verifying import NoVerify
 from matmorph.errors import InputError
 
 if TYPE_CHECKING:
-    from matmorph.runtime.generator import PromptCache
+    from matmorph.runtime.decoding import PromptCache
 
 EXIT, NEW = "/exit", "/new"
 
@@ -60,7 +60,7 @@ def chat_command(
 
 
 def _talk(made: Speaker, template: ChatTemplate, first: list[dict[str, str]], asked: int | None) -> None:
-    from matmorph.runtime.generator import PromptCache
+    from matmorph.runtime.decoding import PromptCache
 
     said, cache, turn = list(first), PromptCache(), 0
     while (line := _line()) is not None and line != EXIT:

@@ -18,11 +18,14 @@ from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.onnx_model import OnnxInfo, write_model
 from matmorph.exporters.staging import staged_folder
 from matmorph.ir.core import Graph
+from matmorph.ir.crossing import Halves
 from matmorph.ir.text.printing import print_graph
 from matmorph.runtime.disk.files import write_whole
 from matmorph.runtime.format.artifact import (
     CHECK_VECTORS,
     DATA,
+    DECODER,
+    ENCODER,
     MANIFEST,
     MODEL,
     PAGE,
@@ -30,7 +33,10 @@ from matmorph.runtime.format.artifact import (
     RUN,
     SPEC,
     FileRecord,
+    Handed,
     Manifest,
+    ModelPart,
+    ModelParts,
     Source,
     TensorInfo,
     file_record,
@@ -59,8 +65,7 @@ class Artifact:
     run them, and what it raises leaves nothing behind; `more`: further files by name; `companions`: writes further graphs on the open data
     file, and gives the hashes of all it wrote; `run`: timings and machine, not hashed; `notes`: plain lines for the manifest; `join`:
     whether weights may be joined in the file, as nobody looks for them by name; `adapters`, `cache`: those that are inputs, for it too;
-    `tolerance`: least one of the outputs, beside that
-    of the precision."""
+    `tolerance`: least one of the outputs, beside that of the precision; `halves`: the graph in two files more."""
 
     graph: Graph
     export: Export
@@ -78,6 +83,7 @@ class Artifact:
     onnx_lowerings: Lowerings | None = field(default=None)
     tolerance: float = 0.0
     join: bool = False
+    halves: Halves | None = None
 
 
 def write_artifact(
@@ -91,27 +97,43 @@ def write_artifact(
     Raises InputError for a folder that exists or cannot be written (see `staged_folder`), and what `write_model` raises.
     """
     with staged_folder(folder, force) as staging:
-        info = _written_graphs(staging, artifact, progress)
+        info, parts = _written_graphs(staging, artifact, progress)
         beside = {
             SPEC: artifact.spec.encode(),
             CHECK_VECTORS: npz_bytes(case_arrays([_typed(case, info) for case in artifact.cases])),
             **artifact.more,
         }
         files = {**info.files, **write_files(staging, beside)}
-        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files).to_dict()))
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files, parts).to_dict()))
         described = artifact.describe(staging, info)
         files |= write_files(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
-        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files).to_dict()))
+        (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files, parts).to_dict()))
         (staging / RUN).write_bytes(json_bytes(artifact.run()))
     return info
 
 
-def _written_graphs(folder: Path, artifact: Artifact, progress: WeightProgress | None) -> OnnxInfo:
-    """model.onnx, what lies beside it, and the data file of them all."""
+def _written_graphs(folder: Path, artifact: Artifact, progress: WeightProgress | None) -> tuple[OnnxInfo, ModelParts | None]:
+    """model.onnx, its parts, what lies beside it, and the data file of them all."""
     with data_file(folder) as data:
         info = write_model(artifact.graph, folder / MODEL, data, artifact.export, artifact.onnx_lowerings, progress, artifact.join)
+        parts, halves = (None, {}) if artifact.halves is None else _written_halves(folder, artifact, artifact.halves, data)
         beside = artifact.companions(folder, data) if artifact.companions is not None else {}
-    return replace(info, files={**info.files, **beside, DATA: data.info()}, tolerance=max(info.tolerance, artifact.tolerance))
+    files = {**info.files, **halves, **beside, DATA: data.info()}
+    return replace(info, files=files, tolerance=max(info.tolerance, artifact.tolerance)), parts
+
+
+def _written_halves(folder: Path, artifact: Artifact, halves: Halves, data: DataFile) -> tuple[ModelParts, Mapping[str, FileRecord]]:
+    """Both on the weights that model.onnx has in the data file already."""
+    encoder, decoder = (
+        write_model(half, folder / name, data, artifact.export, artifact.onnx_lowerings, join=artifact.join)
+        for name, half in ((ENCODER, halves.encoder), (DECODER, halves.decoder))
+    )
+    parts = ModelParts(
+        ModelPart(ENCODER, encoder.inputs, encoder.outputs),
+        ModelPart(DECODER, decoder.inputs, decoder.outputs),
+        tuple(Handed(one.made, one.taken) for one in halves.crossings),
+    )
+    return parts, {**encoder.files, **decoder.files}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
@@ -121,7 +143,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileRecor
     return {name: file_record(data) for name, data in files.items()}
 
 
-def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]) -> Manifest:
+def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord], parts: ModelParts | None = None) -> Manifest:
     """What manifest.json says; `ranges`: what the model demands of each axis."""
     return Manifest(
         version=artifact.version,
@@ -136,6 +158,7 @@ def manifest(artifact: Artifact, info: OnnxInfo, files: Mapping[str, FileRecord]
         notes=tuple(artifact.notes),
         adapters=artifact.adapters,
         cache=artifact.cache,
+        parts=parts,
         files=files,
     )
 

@@ -50,6 +50,8 @@ def beside_model(job: Job, graph: Graph, cache: CacheInfo | None) -> Beside:
     notes = tuple(_untrue(config, job.report.sites))
     if cache is None:
         return Beside(job.source_files, notes)
+    if config.get("is_encoder_decoder"):
+        return Beside(job.source_files, (*notes, *_lacking(job.source_files), "no genai_config.json: the model has an encoder"))
     inputs = {entry.name: entry.value.tensor.shape for entry in graph.signature.inputs if entry.value is not None}
     values = zip(graph.signature.outputs, graph.outputs, strict=True)
     outputs = {name: value.tensor.shape for name, value in values if hasattr(value, "tensor")}

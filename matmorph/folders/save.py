@@ -32,6 +32,7 @@ from matmorph.exporters.vectors import Vectors, check_vectors
 from matmorph.folders.beside import beside_model
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
+from matmorph.ir.crossing import find_halves
 from matmorph.ir.evaluate import Runner
 from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
@@ -74,9 +75,12 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     precision = job.spec.export.precision
     cache = cache_info(form.traced, precision, job.max_length, form.fused.compact, form.fused.shared and precision != "bf16")
     beside = beside_model(job, form.traced, cache)
-    found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes)
-    report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     spec = dump_resolved(job.spec)
+    written = _relocated(exported, job.spec, spec)
+    halves = find_halves(written)
+    whole = (f"in one piece, with no encoder of its own: {halves}",) if isinstance(halves, str) else ()
+    found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes, *whole)
+    report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     graph = _relocated(job.graph, job.spec, spec)
     training = _training(graph, job, progress)
     final: list[Report] = []
@@ -90,7 +94,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         return WrittenReport(final[0].to_dict(), html_page(final[0], read_context(staging)))
 
     artifact = Artifact(
-        graph=_relocated(exported, job.spec, spec),
+        graph=written,
         export=form.export,
         version=__version__,
         source_sha256=job.source_sha256 or weights_sha256(job.source.state),
@@ -106,10 +110,11 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         cache=cache,
         onnx_lowerings=job.onnx_lowerings or None,
         tolerance=_rounding(plain, form, job, vectors),
+        halves=None if isinstance(halves, str) else halves,
     )
     total = len(job.graph.used_state())
-    written = iter(range(1, total + 1))
-    write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(written, total), total))
+    numbers = iter(range(1, total + 1))
+    write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(numbers, total), total))
     return final[0]
 
 

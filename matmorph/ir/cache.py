@@ -6,6 +6,7 @@ output. A layer of a decoder has two of them, its keys and its values; kept in c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -62,6 +63,11 @@ def find_slots(graph: Graph) -> tuple[Slot, ...]:
             new, present, axis = joined
             found.append(Slot(past, new, present, readers[0], axis, entry.name, results[present]))
     return tuple(found)
+
+
+def where_sized(values: Iterable[Value], dim: Dim) -> tuple[Value, int] | None:
+    """The first of the tensors that has the size, and where."""
+    return next(((value, axis) for value in values for axis, size in enumerate(value.tensor.shape) if size == dim), None)
 
 
 def reads_size(node: Node) -> bool:

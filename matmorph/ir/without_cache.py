@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_structure
 
+from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder, names_of
-from matmorph.ir.cache import Slot, find_slots, reads_size
+from matmorph.ir.cache import Slot, find_slots, reads_size, where_sized
 from matmorph.ir.core import Const, Graph, Input, Node, Value
 from matmorph.ir.rewiring import swept
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dim_symbols, symbol
@@ -130,6 +131,7 @@ def _size(front: Builder, inputs: Sequence[Input], dim: Dim) -> Any:
     """The size, read off an input that is left."""
     if isinstance(dim, int):
         return dim
-    values = [entry.value for entry in inputs if entry.value is not None]
-    value, axis = next((value, axis) for value in values for axis, size in enumerate(value.tensor.shape) if size == dim)
-    return front("aten.sym_size.int", value, axis)
+    found = where_sized([entry.value for entry in inputs if entry.value is not None], dim)
+    if found is None:
+        raise VerifyError(f"no input that is left has the size {dim}, which the graph reads")
+    return front("aten.sym_size.int", *found)

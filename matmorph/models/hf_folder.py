@@ -51,7 +51,8 @@ def load_folder(folder: Path, cache: bool = False) -> FolderModel:
 
 def called(folder: Path, module: Any, cache: bool) -> FolderModel:
     """A module of transformers with how it is called. folder: where it came from, for messages. InputError as `load_folder`."""
-    cached = cache and _is_causal(type(module).__name__, module)
+    name = type(module).__name__
+    cached = cache and (_is_causal(name, module) or _is_seq2seq(name, module))
     examples = _examples(folder, module, cached)
     tensors = {name: tensor for name, (tensor, _) in examples.items()}
     return FolderModel(module, tensors, None if cached else {name: axes for name, (_, axes) in examples.items()}, cached)
@@ -63,6 +64,15 @@ def _is_causal(architecture: str, module: Any) -> bool:
 
     known = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and bool(getattr(module.config, "is_decoder", True))
     return not getattr(module.config, "is_encoder_decoder", False) and (architecture.endswith("ForCausalLM") or known)
+
+
+def _is_seq2seq(architecture: str, module: Any) -> bool:
+    """Whether the class writes text after what its encoder has read."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+    known = any(architecture in mapping.values() for mapping in mappings)
+    return bool(getattr(module.config, "is_encoder_decoder", False)) and known
 
 
 def import_or_fail(module: str, message: str, hint: str = DEMO_HINT) -> Any:
@@ -184,7 +194,7 @@ def _attention_mask(draw: _Draw) -> Example:
 
 
 def _decoder_input_ids(draw: _Draw) -> Example:
-    return _token_ids(draw, "target_seq", max(2, _length(draw) // 2))
+    return _token_ids(draw, "target_seq", max(4, _length(draw) // 2))
 
 
 def _pixel_values(draw: _Draw) -> Example:
@@ -229,7 +239,8 @@ def _examples(folder: Path, module: Any, cached: bool) -> dict[str, Example]:
     import torch
 
     config = module.config
-    draw = _Draw(config, config.get_text_config(), torch.Generator().manual_seed(0), cached)
+    behind = cached and not getattr(config, "is_encoder_decoder", False)
+    draw = _Draw(config, config.get_text_config(), torch.Generator().manual_seed(0), behind)
     parameters = inspect.signature(module.forward).parameters
     wanted = _wanted(module, parameters)
     if module.main_input_name not in _MAKERS:

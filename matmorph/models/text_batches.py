@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from matmorph.errors import InputError
-from matmorph.models.cached_call import IDS, max_length
+from matmorph.models.cached_call import max_length
+from matmorph.models.decoder_call import IDS
 from matmorph.models.resolve import Inputs, Model, named_examples
 from matmorph.runtime.format.companions import TOKENIZER
 from matmorph.text.corpus import read_corpus

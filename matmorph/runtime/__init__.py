@@ -32,12 +32,14 @@ from matmorph.runtime.errors import (
 
 if TYPE_CHECKING:
     from matmorph.runtime.batches import Batches, load_batches, trim_padding
+    from matmorph.runtime.decoding import PromptCache
     from matmorph.runtime.evolution import SearchResult, SearchSettings, search
     from matmorph.runtime.fitting import StepInfo
     from matmorph.runtime.format.artifact import TensorInfo
-    from matmorph.runtime.generator import Generator, PromptCache
+    from matmorph.runtime.generator import Generator
     from matmorph.runtime.labelled import labelled_loss
     from matmorph.runtime.schedules import constant, cosine, linear
+    from matmorph.runtime.seq2seq_generator import Seq2SeqGenerator
     from matmorph.runtime.session import Session
     from matmorph.runtime.text_score import perplexity
     from matmorph.runtime.trainer import Trainer
@@ -54,6 +56,7 @@ __all__ = [
     "ProviderError",
     "SearchResult",
     "SearchSettings",
+    "Seq2SeqGenerator",
     "Session",
     "SessionError",
     "StepInfo",
@@ -77,7 +80,8 @@ _HOMES = {
     "trim_padding": "batches",
     "StepInfo": "fitting",
     "Generator": "generator",
-    "PromptCache": "generator",
+    "PromptCache": "decoding",
+    "Seq2SeqGenerator": "seq2seq_generator",
     "labelled_loss": "labelled",
     "perplexity": "text_score",
     "constant": "schedules",

@@ -27,6 +27,7 @@ from matmorph.runtime.format.folder import changed
 from matmorph.runtime.format.printable import printable
 from matmorph.runtime.format.reading import StoredError, inside, reading
 from matmorph.runtime.manifest import artifact_folder, read_manifest, stored_errors
+from matmorph.runtime.parts_check import check_parts
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session
 from matmorph.runtime.targets import TARGETS
@@ -121,6 +122,10 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
     log.append(f"outputs: {len(cases)} cases on {session.provider}, largest difference {worst:.2e}, allowed {manifest.tolerance:.3g}")
+    if manifest.parts is not None:
+        parts = check_parts(folder, manifest, manifest.parts, cases, providers, difference)
+        log += parts.lines
+        problems += parts.problems
     if is_training_folder(folder):
         training = check_training(folder, session, manifest.tolerance, difference)
         log += training.lines

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from matmorph.runtime.errors import ArtifactError
+from matmorph.runtime.errors import ArtifactError, InputMismatch
 from matmorph.runtime.format.artifact import Manifest, NamedDim, TensorInfo
 from matmorph.runtime.format.cache import CacheInfo, CacheSlot
 
@@ -32,30 +32,42 @@ class Slot:
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """`slots`: in the manifest's order. `takes_mask`, `takes_positions`: whether there are such inputs. `vocabulary`: number of token ids,
-    None where the file does not say."""
+    None where the file does not say. `ids`: the input that takes tokens."""
 
     cache: CacheInfo
     slots: tuple[Slot, ...]
     takes_mask: bool
     takes_positions: bool
     vocabulary: int | None
+    ids: str = IDS
+
+    def refuse_long(self, longest: int, width: int, new: int) -> None:
+        """Raises InputMismatch for no new token, and for more than there are positions behind prompts of at most `longest` tokens, padded
+        to `width`."""
+        if new < 1:
+            raise InputMismatch(f"max_new_tokens is {new}; it must be 1 or more")
+        limit = self.cache.max_length
+        if limit is not None and width + new > limit:
+            raise InputMismatch(f"a prompt of {longest} tokens and {new} new ones are {longest + new}; the model has positions for {limit}")
 
     @classmethod
-    def of(cls, manifest: Manifest, where: str) -> Decoder:
-        """Raises ArtifactError for a model without a cache, and for inputs and outputs that do not go together."""
+    def of(cls, manifest: Manifest, where: str, ids: str = IDS, beside: Collection[str] = ()) -> Decoder:
+        """`ids`: the input that takes tokens; `beside`: inputs that somebody else gives. Raises ArtifactError for a model without a cache,
+        and for inputs and outputs that do not go together."""
         cache = manifest.cache
         if cache is None:
             raise ArtifactError(f"{where}: the model keeps no key/value cache; compile it with one to generate with it")
         inputs, outputs = ({info.name: info for info in infos} for infos in (manifest.inputs, manifest.outputs))
-        if IDS not in inputs or LOGITS not in outputs:
-            raise ArtifactError(f"{where}: a model that generates takes {IDS} and gives {LOGITS}")
-        unknown = inputs.keys() - {IDS, MASK, POSITIONS, *(slot.past for slot in cache.slots)}
+        if ids not in inputs or LOGITS not in outputs:
+            raise ArtifactError(f"{where}: a model that generates takes {ids} and gives {LOGITS}")
+        unknown = inputs.keys() - {ids, MASK, POSITIONS, *beside, *(slot.past for slot in cache.slots)}
         if unknown:
             raise ArtifactError(f"{where}: the model takes {', '.join(sorted(unknown))} too, which generation has no value for")
-        rows = inputs[IDS].shape[0]
+        rows = inputs[ids].shape[0]
         slots = tuple(_slot(where, slot, rows, inputs, outputs) for slot in cache.slots)
         last = outputs[LOGITS].shape[-1]
-        return cls(cache, slots, MASK in inputs, POSITIONS in inputs, last if isinstance(last, int) else None)
+        takes_mask, takes_positions = (name in inputs and name not in beside for name in (MASK, POSITIONS))
+        return cls(cache, slots, takes_mask, takes_positions, last if isinstance(last, int) else None, ids)
 
 
 def _slot(where: str, slot: CacheSlot, rows: NamedDim, inputs: dict[str, TensorInfo], outputs: dict[str, TensorInfo]) -> Slot:

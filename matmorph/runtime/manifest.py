@@ -45,10 +45,10 @@ def open_folder(folder: str | os.PathLike[str], verify: bool = True) -> tuple[Ma
     return manifest, StoredFolder(Path(folder), manifest.files, MANIFEST, verify)
 
 
-def checked_model(stored: StoredFolder) -> Path:
-    """The path of model.onnx, which is as it was written, and so is its data file. Raises ArtifactError."""
+def checked_model(stored: StoredFolder, name: str = MODEL) -> Path:
+    """The path of a model, which is as it was written, and so is its data file. Raises ArtifactError."""
     with stored_errors():
-        path = stored.checked(MODEL)
+        path = stored.checked(name)
         if DATA in stored.files:
             stored.checked(DATA)
     return path

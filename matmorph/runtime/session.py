@@ -15,9 +15,10 @@ from matmorph.runtime.adapters import LoadedAdapter, load_adapter, read_slots
 from matmorph.runtime.decoder import MASK
 from matmorph.runtime.errors import AdapterError, ArtifactError, ExecutionError, ProviderError, first_line
 from matmorph.runtime.feeds import Array, check_feeds
-from matmorph.runtime.format.artifact import Manifest, TensorInfo
+from matmorph.runtime.format.artifact import MODEL, Manifest, TensorInfo
 from matmorph.runtime.format.printable import printable
 from matmorph.runtime.manifest import checked_model, open_folder
+from matmorph.runtime.parts import PartName, part_of
 from matmorph.runtime.prompts import refuse_left_padding
 from matmorph.runtime.providers import Provider, name_of, requested
 from matmorph.runtime.targets import TARGETS
@@ -35,7 +36,8 @@ class Session:
     `providers`: None takes CUDA when it truly loads, else CPU and says so through `log`. A list ("cpu", "cuda", ONNX Runtime's own names,
     or pairs of name and options) is taken as it stands. `threads`: CPU threads of one operator (None: ONNX Runtime decides).
     `optimize=False` switches graph optimisations off. `session_options` replaces both. `verify=False`: sizes and hashes of the model and
-    its data are not held against the manifest before they are loaded.
+    its data are not held against the manifest before they are loaded. `part`: of a model with an encoder and a cache, the encoder or the
+    decoder alone.
 
     Raises ArtifactError (folder, manifest or model, a file that changed), ProviderError (a provider that was asked for did not load).
     """
@@ -50,11 +52,13 @@ class Session:
         session_options: onnxruntime.SessionOptions | None = None,
         log: Callable[[str], None] = to_stderr,
         verify: bool = True,
+        part: PartName | None = None,
     ) -> None:
-        self._manifest, stored = open_folder(folder, verify)
+        whole, stored = open_folder(folder, verify)
+        self._manifest, name = (whole, MODEL) if part is None else part_of(whole, part, str(folder))
         for info in self._manifest.inputs:
             check_dtype(info)
-        path = checked_model(stored)
+        path = checked_model(stored, name)
         self._folder = Path(folder)
         self._adapter: LoadedAdapter | None = None
         self._mine = threading.local()

@@ -1,29 +1,62 @@
-"""End and pad tokens as a folder's configurations name them."""
+"""End, pad and start tokens, and which may come at all, as a folder's configurations name them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from matmorph.runtime.errors import InputMismatch
 from matmorph.runtime.format.companions import CONFIG, GENAI, GENERATION
 from matmorph.runtime.format.plain import typed
 from matmorph.runtime.manifest import open_folder, read_json, stored_errors
+from matmorph.runtime.token_rules import TokenRules
 
 Table = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """`eos`: each of them ends a sequence, None where nothing names one; `pad`: likewise."""
+    """`eos`: each of them ends a sequence; `pad`; `start`: what a decoder behind an encoder begins with; the rest as of `TokenRules`. None
+    where nothing names one."""
 
     eos: tuple[int, ...] | None = None
     pad: int | None = None
+    start: int | None = None
+    first: int | None = None
+    never: tuple[int, ...] | None = None
+    not_first: tuple[int, ...] | None = None
+
+    @property
+    def rules(self) -> TokenRules:
+        """Which tokens may come."""
+        return TokenRules(self.first, self.never or (), self.not_first or ())
 
     def or_else(self, other: SpecialTokens) -> SpecialTokens:
         """What is not named here is taken from there."""
-        return SpecialTokens(other.eos if self.eos is None else self.eos, other.pad if self.pad is None else self.pad)
+        pairs = ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
+        return SpecialTokens(*(there if here is None else here for here, there in pairs))
+
+    def ends(self, eos: int | Sequence[int] | None, pad: int | None, vocabulary: int | None) -> tuple[tuple[int, ...], int | None]:
+        """(ids that end a row, what an ended row gives), as given or else as named here. Raises InputMismatch where nothing names an end,
+        and for what is no token of the vocabulary."""
+        stops = self.eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        if stops is None:
+            raise InputMismatch("the folder names no end token: give eos=, or eos=[] where nothing ends a row")
+        given = pad if pad is not None else self.pad
+        for name, tokens in (("eos", stops), ("pad", () if given is None else (given,))):
+            for token in tokens:
+                check_token(name, token, vocabulary)
+        return stops, given if given is not None or not stops else stops[0]
+
+
+def check_token(name: str, token: Any, vocabulary: int | None) -> None:
+    """Raises InputMismatch for what is no token of the vocabulary. `name`: what the message calls it."""
+    if not isinstance(token, int | np.integer) or not 0 <= token < (vocabulary or np.inf):
+        raise InputMismatch(f"{name} is {token!r}, no token id of this model ({vocabulary} of them)")
 
 
 def read_special_tokens(folder: Path, verify: bool) -> SpecialTokens:
@@ -56,11 +89,28 @@ _HOMES: Mapping[str, Callable[[Any], SpecialTokens]] = {GENERATION: _top, CONFIG
 
 
 def _tokens(table: Table) -> SpecialTokens:
-    eos, pad = table.get("eos_token_id"), table.get("pad_token_id")
-    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    found = tuple(token for end in ends if (token := typed(end, int, "eos_token_id")) >= 0)  # -1 is how some say that there is none
-    padding = -1 if pad is None else typed(pad, int, "pad_token_id")
-    return SpecialTokens(found or None, padding if padding >= 0 else None)
+    start = _one(table, "decoder_start_token_id")
+    return SpecialTokens(
+        eos=_several(table, "eos_token_id"),
+        pad=_one(table, "pad_token_id"),
+        start=start,
+        first=None if start is None else _one(table, "forced_bos_token_id"),
+        never=_several(table, "suppress_tokens"),
+        not_first=_several(table, "begin_suppress_tokens"),
+    )
+
+
+def _one(table: Table, key: str) -> int | None:
+    """A token; -1 is how some say that there is none."""
+    found = table.get(key)
+    token = -1 if found is None else typed(found, int, key)
+    return token if token >= 0 else None
+
+
+def _several(table: Table, key: str) -> tuple[int, ...] | None:
+    found = table.get(key)
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(token for one in listed if (token := typed(one, int, key)) >= 0) or None
 
 
 def _table(data: Table, key: str) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -19,6 +19,9 @@ from matmorph.text.tokens import Tokens
 
 if TYPE_CHECKING:
     from matmorph.runtime.generator import Generator
+    from matmorph.runtime.seq2seq_generator import Seq2SeqGenerator
+
+    AnyGenerator: TypeAlias = Generator | Seq2SeqGenerator
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compile wrote, of a model with a key/value cache.")]
 MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", help="At most so many; 256 where there is room.")]
@@ -37,7 +40,7 @@ Providers = Annotated[list[str] | None, typer.Option("--provider", metavar="PROV
 class Speaker:
     """A model with its text. `how`: arguments of `Generator.stream` that stay."""
 
-    generator: Generator
+    generator: AnyGenerator
     tokens: Tokens
     template: ChatTemplate | None
     how: dict[str, Any]
@@ -59,7 +62,7 @@ def speaker(
     with working(quiet, f"opening {folder}"), readable_errors():
         from matmorph.runtime.errors import ArtifactError
         from matmorph.runtime.format.reading import StoredError
-        from matmorph.runtime.manifest import artifact_folder
+        from matmorph.runtime.manifest import artifact_folder, read_manifest
 
         try:
             files = TextFiles.of(artifact_folder(folder), tokenizer, verify)
@@ -67,8 +70,10 @@ def speaker(
         except StoredError as error:
             raise ArtifactError(str(error)) from error
         from matmorph.runtime.generator import Generator
+        from matmorph.runtime.seq2seq_generator import Seq2SeqGenerator
 
-        generator = Generator(folder, provider, threads=threads, verify=verify)
+        kind = Generator if read_manifest(folder).parts is None else Seq2SeqGenerator
+        generator = kind(folder, provider, threads=threads, verify=verify)
         if generator.special.eos is None:
             raise InputError(
                 f"{folder}: no configuration in it names an end token", ["a generation_config.json beside the source model does"]

@@ -11,7 +11,7 @@ from matmorph.errors import InputError
 from matmorph.text.tokens import Tokens
 
 if TYPE_CHECKING:
-    from matmorph.runtime.generator import Generator
+    from matmorph.cli.text.loading import AnyGenerator
 
 DEFAULT_NEW = 256
 """New tokens where the user says nothing, as far as the model has positions for them."""
@@ -45,17 +45,19 @@ class Answer:
         return f"{self.prompt} tokens of prompt at {self.prefill_rate:.1f} tokens/s{decode}"
 
 
-def room_for(generator: Generator, prompt: int, asked: int | None) -> int:
+def room_for(generator: AnyGenerator, prompt: int, asked: int | None) -> int:
     """New tokens to ask for: `asked`, else the default as far as there are positions. Raises InputError for a prompt that leaves none."""
-    limit = generator.max_length
-    if asked is not None or limit is None:
+    room = generator.room(prompt)
+    if asked is not None or room is None:
         return DEFAULT_NEW if asked is None else asked
-    if prompt >= limit:
-        raise InputError(f"the prompt has {prompt} tokens, and the model has positions for {limit}: none is left for an answer")
-    return min(DEFAULT_NEW, limit - prompt)
+    if room < 1:
+        raise InputError(
+            f"the prompt has {prompt} tokens, and the model has positions for {generator.max_length}: none is left for an answer"
+        )
+    return min(DEFAULT_NEW, room)
 
 
-def written(generator: Generator, tokens: Tokens, ids: Sequence[int], how: Mapping[str, Any], show: Callable[[str], None]) -> Answer:
+def written(generator: AnyGenerator, tokens: Tokens, ids: Sequence[int], how: Mapping[str, Any], show: Callable[[str], None]) -> Answer:
     """Generates behind `ids` and shows each piece; Ctrl-C ends the answer where it is. `how`: arguments of `Generator.stream`.
 
     Raises SessionError; KeyboardInterrupt where there is no token yet."""

@@ -19,7 +19,7 @@ import onnx
 from matmorph.errors import InputError
 from matmorph.exporters.artifact import json_bytes
 from matmorph.exporters.staging import FolderKind, staged_folder
-from matmorph.runtime.format.artifact import DATA, MODEL
+from matmorph.runtime.format.artifact import DATA, ENCODER, MODEL
 from matmorph.runtime.format.cache import CacheInfo
 from matmorph.runtime.format.companions import CHAT_TEMPLATE, COMPANIONS, CONFIG, GENAI, TOKENIZER_CONFIG, companion_table
 from matmorph.runtime.format.folder import StoredFolder
@@ -75,6 +75,11 @@ def write_tree(stored: StoredFolder, layout: Layout, folder: Path, force: bool =
             f"{stored.path}: its cache is int8 codes and their scales ({coded.past}, {coded.scales}), and layout {layout.name} is for a "
             "runtime that feeds keys and values alone",
             ["matmorph's own runtime runs it; for others compile with export.cache float"],
+        )
+    if ENCODER in stored.files:
+        raise InputError(
+            f"{stored.path}: the model has an encoder, and layout {layout.name} is of decoders alone",
+            ["matmorph.runtime.Seq2SeqGenerator and matmorph generate run it"],
         )
     if layout.opens not in stored.files:
         why = "the model has no key/value cache that it can run, or was compiled from no Hugging Face folder"

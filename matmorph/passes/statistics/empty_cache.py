@@ -26,7 +26,7 @@ def with_empty_cache(graph: Graph, batch: Any) -> Any:
     if roots & named.keys() or not named or (not isinstance(leaves, Mapping) and len(leaves) > len(rest)):
         return batch
     first = torch.as_tensor(next(iter(named.values())))
-    if MASK not in named and first.dim():
+    if MASK not in named and first.dim() and any(entry.name == MASK for entry in rest):
         named[MASK] = torch.ones_like(first, dtype=torch.int64)
     values = {
         entry.name: _empty(entry.value, pasts[entry.name].axis, first)

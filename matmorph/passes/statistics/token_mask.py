@@ -27,8 +27,8 @@ def token_mask(graph: Graph) -> TokenMask | None:
     if mask is None:
         return None
     axes = mask.tensor.shape
-    before = [slot.before for slot in find_slots(graph)[:1]]
-    return TokenMask(mask, (*axes[:-1], as_dim(axes[-1] - before[0])) if axes and before else axes)
+    behind = [slot for slot in find_slots(graph)[:1] if axes and axes[-1] == slot.total]  # the mask of an encoder shows what that reads
+    return TokenMask(mask, (*axes[:-1], as_dim(axes[-1] - behind[0].before)) if behind else axes)
 
 
 def of_rows(mask: Tensor, rows: int) -> Tensor:

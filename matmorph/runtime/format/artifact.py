@@ -16,6 +16,8 @@ MANIFEST_FORMAT = 1
 """Version of manifest.json."""
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+"""The two parts of a model that reads once and writes token by token, on the data file of the whole."""
 MANIFEST, REPORT, PAGE, SPEC = "manifest.json", "report.json", "report.html", "spec.yaml"
 CHECK_VECTORS = "check.npz"
 RUN = "run.json"
@@ -70,6 +72,32 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPart:
+    """A model of its own among the files: what it takes and gives."""
+
+    model: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What the encoder gives as `made` and the decoder takes as `taken`."""
+
+    made: str
+    taken: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """The model in two: the encoder, which runs once, and the decoder, which takes what that gave again for each token."""
+
+    encoder: ModelPart
+    decoder: ModelPart
+    handed: tuple[Handed, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """The model that the artefact was made from: sha256 over its weights."""
 
@@ -106,7 +134,7 @@ FILES_CODEC = Codec(_read_files, lambda files: {name: to_plain(files[name]) for 
 class Manifest:
     """`tolerance` is the largest allowed difference of the check outputs, relative to max(1, max |expected|). `notes`: plain lines.
     `adapters`: plain data of `Slots` for a model whose adapters are inputs, None where it takes none. `cache`: of a model that takes its
-    key/value cache and gives it back, else None. What has a default may lack in a file."""
+    key/value cache and gives it back, else None. `parts`: of a model with an encoder and a cache. What has a default may lack in a file."""
 
     version: str = field(metadata=stored(key="matmorph"))
     source: Source | None = field(default=None, metadata=stored(omitted=True))
@@ -120,6 +148,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, Any] | None = field(default=None, metadata=stored(omitted=True))
     cache: CacheInfo | None = field(default=None, metadata=stored(omitted=True))
+    parts: ModelParts | None = field(default=None, metadata=stored(omitted=True))
     files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     def to_dict(self) -> dict[str, Any]:
