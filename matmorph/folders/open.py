@@ -124,6 +124,8 @@ class _Weights(Mapping[str, torch.Tensor]):
                 stored.checked(DATA)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._first and not self._consts[name].numel:  # nothing is stored of it
+            return torch.empty([int(dim) for dim in self._consts[name].tensor.shape], dtype=self._consts[name].tensor.torch_dtype)
         found = self._first[name] if name in self._first else _mapped(self._rest[name], self._data)
         return found.to(self._consts[name].tensor.torch_dtype)
 
