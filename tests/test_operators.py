@@ -46,8 +46,6 @@ LEFT = {
     "unique": "the shape of its result is a matter of its operand's values",
     "tensor_split": "its sizes are the values of a tensor: no shape of the result follows from those of the operands",
     "_batch_norm_with_update": _WRITES,
-    "nn.functional.batch_norm": _WRITES,
-    "nn.functional.batch_norm.without_cudnn": _WRITES,
 }
 """Operators that torch's exporter takes and we do not, with the reason."""
 
