@@ -94,6 +94,7 @@ def built(model: Path, folder: Path) -> Path:
 def ort_step(session: Any, shares: bool, config: Any, past: int, length: int) -> Callable[[], object]:
     """One token behind `past` others. `shares`: past and present are one buffer of `length` tokens."""
     rng, binding = np.random.default_rng(0), session.io_binding()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     given = {
         "input_ids": np.full((1, 1), 5, np.int64),
         "attention_mask": np.ones((1, past + 1), np.int64),
@@ -102,7 +103,8 @@ def ort_step(session: Any, shares: bool, config: Any, past: int, length: int) ->
     buffers = {}
     for port in (*session.get_inputs(), *session.get_overridable_initializers()):  # adapters have defaults
         if port.name.startswith("past_key_values"):
-            shape = (1, config.num_key_value_heads, length if shares else past, port.shape[-1])
+            last = port.shape[-1]  # a name in the builder's file, 1 where scales of codes are
+            shape = (1, config.num_key_value_heads, length if shares else past, last if isinstance(last, int) else width)
         elif port.name not in given:  # a factor of an adapter; its rank has a name
             shape = tuple(size if isinstance(size, int) else 8 for size in port.shape)
         if port.name in given:
