@@ -24,6 +24,7 @@ from matmorph.models.call_with_cache import BATCH, BEFORE, PAST, PRESENT, WITHOU
 from matmorph.models.decoder_call import decoder_call
 from matmorph.models.encoder_decoder_call import encoder_decoder_call
 from matmorph.passes.statistics.empty_cache import with_empty_cache
+from matmorph.runtime.format.companions import LENGTHS
 
 _NEW_TOKENS = 3
 """Of the example; what lies before them becomes its past."""
@@ -142,7 +143,6 @@ def _past(module: torch.nn.Module, call: CallWithCache, given: Mapping[str, Any]
     return [{part: tensor.detach().contiguous() for part, tensor in pair.items()} for pair in past]
 
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
 _RELATIVE = "relative_attention_num_buckets"
 """Of configurations whose model counts distances: their n_positions is what it was trained with, no end of a table."""
 
@@ -153,5 +153,5 @@ def max_length(module: Any) -> int | None:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if hasattr(text, _RELATIVE):
         return None
-    found = (getattr(text, name, None) for name in _LENGTHS)
+    found = (getattr(text, name, None) for name in LENGTHS)
     return next((value for value in found if isinstance(value, int) and value > 0), None)

@@ -13,15 +13,13 @@ from matmorph.runtime.decoder import IDS, LOGITS, MASK, POSITIONS
 from matmorph.runtime.errors import ArtifactError, ExecutionError, InputMismatch
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.artifact import Manifest, TensorInfo
-from matmorph.runtime.format.companions import CONFIG
+from matmorph.runtime.format.companions import CONFIG, LENGTHS
 from matmorph.runtime.format.plain import typed
 from matmorph.runtime.manifest import open_folder, read_json, stored_errors
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session, to_stderr
 from matmorph.runtime.whole_call import with_empty_cache
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Keys of a configuration that say how many positions there are, as `compile` looks for them."""
 _MASKED = "ForMaskedLM"
 
 
@@ -114,7 +112,7 @@ def _max_length(manifest: Manifest, config: dict[str, Any]) -> int | None:
     """Tokens that there are positions for, by whatever says so."""
     text = config.get("text_config")
     tables = [config, *([text] if isinstance(text, dict) else [])]
-    known = [value for table in tables for key in _LENGTHS if isinstance(value := table.get(key), int) and value > 0]
+    known = [value for table in tables for key in LENGTHS if isinstance(value := table.get(key), int) and value > 0]
     width = next(info.shape[1] for info in manifest.inputs if info.name == IDS and len(info.shape) > 1)
     if isinstance(width, str) and width in manifest.ranges and (high := manifest.ranges[width].high) is not None:
         known.append(high)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from matmorph.runtime.format.artifact import MODEL
 from matmorph.runtime.format.cache import CacheInfo, CacheSlot
-from matmorph.runtime.format.companions import CONFIG
+from matmorph.runtime.format.companions import CONFIG, LENGTHS
 
 Shape: TypeAlias = Sequence[Any]
 """Sizes; what is no int is dynamic."""
@@ -28,7 +28,6 @@ TYPES = {
 }
 """genai's type by `model_type`. Its `gpt2` means one tensor per layer for keys and values together, `lfm2` a state of convolutions: neither
 is what a file of ours takes, so they are `decoder` as everything else is."""
-LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
 """Keys of generation_config.json that mean the same in genai's `search`."""
 _COUNTS = ("num_attention_heads", "n_head", "num_heads")

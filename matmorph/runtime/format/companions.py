@@ -37,6 +37,16 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+    "max_target_positions",
+)
+"""Keys of config.json that say how many positions there are; the first that does is right."""
 GENAI = "genai_config.json"
 """What onnxruntime-genai reads first; written by us."""
 
