@@ -12,8 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,12 +53,30 @@ console.log(JSON.stringify(Array.from(found.data, Number).slice(prompt.length)))
 
 def of_genai(folder: Path, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
     """New tokens of each prompt; the end token, where there is one, is not among them. Prompts of one length."""
+    return next(of_genai_adapters(folder, prompts, new, [None]))
+
+
+def of_genai_adapters(
+    folder: Path, prompts: Sequence[Sequence[int]], new: int, adapters: Sequence[Path | None]
+) -> Iterator[list[list[int]]]:
+    """The same for each adapter in turn, on one loaded model; None = the base."""
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed (make llm)")
     model = og.Model(str(folder))
+    known = og.Adapters(model)
+    for number, adapter in enumerate(adapters):
+        if adapter is not None:
+            known.load(str(adapter), str(number))
+    for number, adapter in enumerate(adapters):
+        yield _written_by_genai(og, model, prompts, new, None if adapter is None else (known, str(number)))
+
+
+def _written_by_genai(og: Any, model: Any, prompts: Sequence[Sequence[int]], new: int, active: tuple[Any, str] | None) -> list[list[int]]:
     params = og.GeneratorParams(model)
     length = len(prompts[0])
     params.set_search_options(max_length=length + new, do_sample=False, batch_size=len(prompts))
     generator = og.Generator(model, params)
+    if active is not None:
+        generator.set_active_adapter(*active)
     generator.append_tokens(list(prompts[0]) if len(prompts) == 1 else [list(row) for row in prompts])
     while not generator.is_done():
         generator.generate_next_token()

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cached_models import FAMILIES, VOCAB, built, llama, phi3, tokens
-from llm_runtimes import of_genai, of_optimum, of_transformers_js
+from llm_runtimes import of_genai, of_genai_adapters, of_optimum, of_transformers_js
 
 import matmorph as mm
 from matmorph.cli.main import main
 from matmorph.models.resolve import resolve
-from matmorph.runtime import Generator
+from matmorph.runtime import Generator, Trainer
 
 pytestmark = pytest.mark.full
 KEEP = {"version": 1, "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}], "export": {"target": ["cpu"]}}
@@ -112,6 +113,45 @@ def test_transformers_js_writes_the_same(case: Callable[[str], Case], name: str,
     found = case(name)
     laid_out(found.folder, "transformers.js", tmp_path / "tree")
     assert of_transformers_js(tmp_path / "tree", found.prompts[0], NEW) == found.expected[0]
+
+
+FORMS: list[dict[str, str]] = [{"attention": "gqa"}, {"attention": "plain"}, {"logits": "last"}, {"attention": "gqa", "logits": "last"}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: ", ".join(form.values()))
+def test_genai_writes_the_same_of_every_form(case: Callable[[str], Case], form: dict[str, str], tmp_path: Path) -> None:
+    found = case("llama")
+    found.module.save_pretrained(tmp_path / "hf")
+    spec = {**KEEP, "export": {"target": ["cpu"], **form}}
+    folder = mm.compile(found.module, spec, {"input_ids": tokens(2, 16)}, cache=True, hf_folder=tmp_path / "hf").save(tmp_path / "out")
+    assert [of_genai(folder, [prompt], NEW)[0] for prompt in found.prompts] == found.expected
+
+
+def test_genai_switches_adapters_on_one_model(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """Two that were trained on the folder itself, and the base again. Beside our Generator, which is held against merged models."""
+    found = case("llama")
+    rule = {"match": {"op": "matmul", "role": ["attention.q", "attention.v"]}, "rewrite": {"lora": {"rank": 2}}}
+    spec = {"version": 1, "rules": [rule], "train": {"loss": "causal_lm"}, "export": {"target": ["cpu"], "adapters": "inputs"}}
+    found.module.save_pretrained(tmp_path / "hf")
+    folder = mm.compile(found.module, spec, {"input_ids": tokens(2, 16)}, cache=True, hf_folder=tmp_path / "hf").save(tmp_path / "out")
+    files = []
+    for seed in (3, 4):
+        trainer, ids = Trainer(folder, lr=0.05), tokens(2, 12, seed=seed).numpy()
+        for _ in range(6):
+            trainer.step({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids})
+        trainer.save_parameters(tmp_path / f"{seed}.safetensors")
+        files.append(tmp_path / f"{seed}.onnx_adapter")
+        with pytest.raises(SystemExit) as end:
+            main(["adapter", "save", str(folder), "--trained", str(tmp_path / f"{seed}.safetensors"), "--out", str(files[-1])])
+        assert not end.value.code
+    generator = Generator(folder, ["cpu"])
+    turns = [files[0], files[1], None, files[0]]
+    ours = [
+        generator.generate([found.prompts[0]], max_new_tokens=NEW, adapter=file and generator.load_adapter(file)).tolist() for file in turns
+    ]
+    assert ours[2] == found.expected[:1]
+    assert ours[0] not in (ours[1], ours[2])
+    assert list(of_genai_adapters(folder, found.prompts[:1], NEW, turns)) == ours
 
 
 def test_a_laid_out_folder_is_one_of_genais(case: Callable[[str], Case], tmp_path: Path) -> None:
