@@ -57,7 +57,7 @@ def whisper() -> nn.Module:
 
 
 FAMILIES: Mapping[str, Callable[[], nn.Module]] = {"t5": t5, "bart": bart, "whisper": whisper}
-NAMES = ["t5", pytest.param("bart", marks=pytest.mark.full), "whisper"]
+NAMES = [pytest.param("t5", marks=pytest.mark.full), "bart", "whisper"]
 
 
 def texts(rows: int, length: int, seed: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_cut_in_two_the_graph_answers_to_the_bit(name: str, made: Any) -> None:
 
 
 def test_a_decoder_that_reads_beside_its_cache_is_not_cut(made: Any) -> None:
-    _, compiled, _ = made("t5")
+    _, compiled, _ = made("bart")
     graph = compiled.graph
     named = [(name, out) for name, out in zip(graph.signature.outputs, graph.outputs, strict=True) if not name.endswith("1.encoder.value")]
     kept = replace(
@@ -194,6 +194,7 @@ def greedy(module: nn.Module, read: Mapping[str, torch.Tensor], new: int) -> lis
     return ids[:, 1:].tolist()
 
 
+@pytest.mark.full
 def test_what_transformers_generates_is_what_we_generate(made: Any) -> None:
     module, _, folder = made("t5")
     read = read_by("t5", rows=2, seed=9)
@@ -203,7 +204,7 @@ def test_what_transformers_generates_is_what_we_generate(made: Any) -> None:
 
 
 def test_tokens_that_are_forced_and_barred(made: Any) -> None:
-    _, _, folder = made("t5")
+    _, _, folder = made("bart")
     generator = Seq2SeqGenerator(folder, ["cpu"], threads=1)
     free = generator.generate([[5, 6, 7]], max_new_tokens=6, eos=[])[0].tolist()
     generator._special = replace(generator.special, first=33, never=(free[1],), not_first=(free[0],))
@@ -219,16 +220,16 @@ def test_tokens_that_are_forced_and_barred(made: Any) -> None:
 
 
 def test_the_folder_says_what_is_in_it_and_verify_runs_it(made: Any) -> None:
-    _, _, folder = made("t5")
+    module, _, folder = made("bart")
     result = check(folder, ["cpu"])
     assert result.ok, result.problems
     assert any(line.startswith("encoder and decoder: ") for line in result.lines)
     assert {"encoder.onnx", "decoder.onnx", "model.onnx", "model.onnx.data"} <= {path.name for path in folder.iterdir()}
-    size = sum(parameter.numel() * 4 for parameter in built(t5).state_dict().values()) - 3 * VOCAB * 32 * 4  # a table under four names
-    assert (folder / "model.onnx.data").stat().st_size < 1.3 * size + 64 * 200  # one copy of the weights, each on a line or page of its own
+    size = sum(parameter.numel() * 4 for parameter in module.parameters())  # a table with four names once
+    assert (folder / "model.onnx.data").stat().st_size < size + 64 * 200  # one copy of the weights, each on a line of its own
     cache = Session(folder, ["cpu"]).manifest.cache
     assert cache is not None
-    assert cache.max_length is None  # distances have no end
+    assert cache.max_length == 64
     assert cache.bytes_per_token == 2 * 2 * 4 * 8 * 4  # layers, keys and values, heads, size, float32
     with pytest.raises(ArtifactError, match=r"reads with an encoder: matmorph\.runtime\.Seq2SeqGenerator"):
         Generator(folder)
@@ -244,7 +245,7 @@ def test_a_part_that_answers_otherwise_is_seen(made: Any, tmp_path: Path) -> Non
     from matmorph.runtime.format.reading import read_json
 
     folder = tmp_path / "changed"
-    shutil.copytree(made("t5")[2], folder)
+    shutil.copytree(made("bart")[2], folder)
     model = onnx.load(folder / "decoder.onnx", load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "Softmax")
     node.op_type = "LogSoftmax"
@@ -260,14 +261,14 @@ def test_a_part_that_answers_otherwise_is_seen(made: Any, tmp_path: Path) -> Non
 
 @pytest.mark.full
 def test_adapters_are_trained_on_the_same_weights_and_merged(made: Any, tmp_path: Path) -> None:
-    module, _, plain = made("t5")
+    module, _, plain = made("bart")
     spec = {
         "version": 1,
         "rules": [{"match": {"op": "matmul", "role": "attention.q"}, "rewrite": {"lora": {"rank": 2}}}],
         "train": {"loss": "cross_entropy"},
         "export": {"adapters": "inputs"},
     }
-    example = {**read_by("t5"), "decoder_input_ids": texts(2, 8, 2)}
+    example = {**read_by("bart"), "decoder_input_ids": texts(2, 8, 2)}
     folder = mm.compile(module, spec, example, cache=True, hf_folder=plain.parent / "source").save(tmp_path / "out")
     assert check(folder, ["cpu"]).ok
     trainer = Trainer(folder)
@@ -307,9 +308,10 @@ def test_rewritten_models_are_cut_too(name: str, rewrite: dict[str, Any], tmp_pa
     assert whole.shape == (1, 6)
 
 
+@pytest.mark.full
 def test_a_folder_is_compiled_with_its_cache_and_the_command_line_writes(made: Any, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
-    module, _, _ = made("t5")
+    module, _, _ = made("bart")
     source = tmp_path / "source"
     module.save_pretrained(source)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{k}": k for k in range(VOCAB)}, unk_token="w0"))
@@ -350,7 +352,7 @@ def test_other_examples_are_refused(change: dict[str, Any], message: str) -> Non
 
 
 def test_other_inputs_are_refused(made: Any) -> None:
-    texts_, sounds = (Seq2SeqGenerator(made(name)[2], ["cpu"]) for name in ("t5", "whisper"))
+    texts_, sounds = (Seq2SeqGenerator(made(name)[2], ["cpu"]) for name in ("bart", "whisper"))
     features = read_by("whisper")["input_features"].numpy()
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: texts_.generate([[5, 6]], max_new_tokens=4, start=[]), "begins with one token"),

@@ -14,7 +14,10 @@ import pytest
 from matmorph.runtime.format.adapters import Slot, Slots
 from matmorph.runtime.format.artifact import (
     FileRecord,
+    Handed,
     Manifest,
+    ModelPart,
+    ModelParts,
     Range,
     Source,
     TensorInfo,
@@ -131,6 +134,7 @@ CHANGES: dict[str, Any] = {
     "ranges": {"batch": Range(3, 9)},
     "adapters": None,
     "cache": CacheInfo((CacheSlot("past", "present", 2),), "right", True, 64, 512),
+    "parts": ModelParts(ModelPart("encoder.onnx", (X,), (Y,)), ModelPart("decoder.onnx", (Y,), (X,)), (Handed("y", "past.y"),)),
     "loss": TrainedLoss("cosine", None, 7),
     "optimizer": {"name": "sgd", "lr": 1, "weight_decay": 0.5},
     "supernet": None,

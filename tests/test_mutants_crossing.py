@@ -10,7 +10,7 @@ import pytest
 import torch
 from cached_models import built
 from mutating import Mutant, killer, mutated, unmutated
-from test_encoder_decoder import read_by, t5, texts
+from test_encoder_decoder import bart, read_by, texts
 from torch import Tensor
 
 from matmorph.ir.core import Graph
@@ -32,8 +32,8 @@ MUTANTS = {
 
 @cache
 def example() -> tuple[Graph, tuple[Tensor, ...]]:
-    module = built(t5)
-    with cached_call(module, {**read_by("t5"), "decoder_input_ids": texts(2, 8, 2)}) as call:
+    module = built(bart)
+    with cached_call(module, {**read_by("bart"), "decoder_input_ids": texts(2, 8, 2)}) as call:
         graph = trace(module, call.examples, call.axes)
     return graph, tuple(call.examples_of(graph))
 

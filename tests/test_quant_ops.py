@@ -250,7 +250,7 @@ def changed(weight: Weight, **new: Any) -> tuple[Any, ...]:
         ({"block_size": 32}, r"codes must be uint8\[7, 1, 16\], not uint8\[7, 2, 8\]"),
         ({"codes": torch.zeros(7, 2, 8)}, "codes must be uint8"),
         ({"scales": torch.zeros(7, 2, dtype=torch.int32)}, r"scales must be float\[7, 2\], not int32"),
-        ({"zero_points": torch.zeros(7, 2)}, r"zero_points must be uint8\[7, 1\]"),
+        ({"zero_points": torch.zeros(7, 1)}, "zero_points must be"),
         ({"bias": torch.zeros(6)}, r"bias must be float\[7\], not float32\[6\]"),
         ({"x": torch.zeros(2, 23)}, r"\[\.\., 24\] is needed, not float32\[2, 23\]"),
         ({"x": torch.zeros(2, 24, dtype=torch.int64)}, "a floating-point tensor"),

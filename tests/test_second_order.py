@@ -158,7 +158,7 @@ MUTANTS = {
     "damping forgotten": Mutant("DAMPING", "0.01", "1e-06"),
     "few rows not damped more": Mutant("second_order._damping", "rows >= len(moment)", "True"),
     "block by the order of rounding": Mutant("compensated", "rounding(order[at], rest[at])", "rounding(at, rest[at])"),
-    "block boundary off by one": Mutant("rounding_of", "here = j // block", "here = max(j - 1, 0) // block"),
+    "block boundary off by one": Mutant("rounding_of", "divisor[here]", "divisor[max(j - 1, 0) // block]"),
     "error not propagated": Mutant("compensated", "rest[at + 1 : stop].addr_(row[1:], error, alpha=-1)", "pass"),
     "error not propagated to later batches": Mutant(
         "compensated", "rest[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)", "pass"

@@ -75,7 +75,7 @@ ERRORS = [
                                     "  keys here: match, rewrite, name, expect, optional, force, pays, untie"),
     (RULES + "export: {opst: 21}\n", "specs/a.yaml:8:10: export.opst: unknown key; did you mean opset?\n"
                                      "  keys here: opset, precision, target, tokens, activations, codebook, adapters, logits, fuse, "
-                                     "attention"),
+                                     "attention, cache"),
     (RULES + "seed: 1\nseed: 2\n", "specs/a.yaml:9:1: seed: duplicate key; it is already given at specs/a.yaml:8:1"),
     ("rules: []\n", "specs/a.yaml:1:1: version is missing; this is version: 1 of the spec language"),
     ("version: 2\n", "specs/a.yaml:1:10: version: expected 1, got 2"),
