@@ -142,11 +142,16 @@ def samples() -> Iterator[tuple[str, Sample]]:
 
 
 def first_sample(info: Any) -> Sample | None:
-    for sample in info.sample_inputs("cpu", torch.float32, requires_grad=False):
-        found = Sample(info.op, *tree_flatten(((sample.input, *sample.args), sample.kwargs)))
-        if found.tensors and all(tensor.numel() and tensor.layout == torch.strided for tensor in found.tensors):
-            return found
-    return None
+    samples = iter(info.sample_inputs("cpu", torch.float32, requires_grad=False))
+    try:
+        for sample in samples:
+            found = Sample(info.op, *tree_flatten(((sample.input, *sample.args), sample.kwargs)))
+            if found.tensors and all(tensor.numel() and tensor.layout == torch.strided for tensor in found.tensors):
+                return found
+        return None
+    finally:  # not when it is collected, which may be in the middle of a trace
+        if isinstance(samples, types.GeneratorType):
+            samples.close()
 
 
 @contextlib.contextmanager

@@ -52,10 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WrittenReport:
-    """`report`: the data of report.json; `html`: the text of report.html."""
+    """`report`: the data of report.json; `html`: the text of report.html; `tolerance`: what the outputs were held to, None = that of
+    the precision."""
 
     report: Mapping[str, Any]
     html: str
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +108,7 @@ def write_artifact(
         files = {**info.files, **write_files(staging, beside)}
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files, parts).to_dict()))
         described = artifact.describe(staging, info)
+        info = info if described.tolerance is None else replace(info, tolerance=described.tolerance)
         files |= write_files(staging, {REPORT: json_bytes(described.report), PAGE: described.html.encode()})
         (staging / MANIFEST).write_bytes(json_bytes(manifest(artifact, info, files, parts).to_dict()))
         (staging / RUN).write_bytes(json_bytes(artifact.run()))
