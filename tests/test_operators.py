@@ -7,6 +7,7 @@ operator that has no translation for every overload, traced, lowered and run; wh
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import sys
@@ -149,9 +150,10 @@ def first_sample(info: Any) -> Sample | None:
             if found.tensors and all(tensor.numel() and tensor.layout == torch.strided for tensor in found.tensors):
                 return found
         return None
-    finally:  # not when it is collected, which may be in the middle of a trace
+    finally:  # now, with those inside of it, and not when they are collected, which may be in the middle of a trace
         if isinstance(samples, types.GeneratorType):
             samples.close()
+        gc.collect()
 
 
 @contextlib.contextmanager
