@@ -32,7 +32,7 @@ from matmorph.exporters.vectors import Vectors, answered, check_vectors, widened
 from matmorph.folders.beside import beside_model
 from matmorph.folders.job import Job
 from matmorph.ir.core import Graph, Node
-from matmorph.ir.crossing import find_halves
+from matmorph.ir.crossing import Halves, find_halves
 from matmorph.ir.evaluate import Runner
 from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
@@ -81,8 +81,7 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
     beside = beside_model(job, form.traced, cache)
     spec = dump_resolved(job.spec)
     written = _relocated(exported, job.spec, spec)
-    halves = find_halves(written)
-    whole = (f"in one piece, with no encoder of its own: {halves}",) if isinstance(halves, str) else ()
+    halves, whole = _cut(written)
     found = (*job.report.notes, *form.notes, *vectors.notes, *unchecked, *beside.notes, *whole)
     report = replace(job.report, versions=versions(), notes=tuple(dict.fromkeys(found)))  # a second save has the notes already
     graph = _relocated(job.graph, job.spec, spec)
@@ -116,12 +115,18 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         cache=cache,
         onnx_lowerings=job.onnx_lowerings or None,
         tolerance=_rounding(plain, form, job, vectors),
-        halves=None if isinstance(halves, str) else halves,
+        halves=halves,
     )
     total = len(job.graph.used_state())
     numbers = iter(range(1, total + 1))
     write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(numbers, total), total))
     return final[0]
+
+
+def _cut(graph: Graph) -> tuple[Halves | None, tuple[str, ...]]:
+    """The encoder and the decoder of a graph that has both, or a note where they cannot be told apart."""
+    found = find_halves(graph)
+    return (None, (f"in one piece, with no encoder of its own: {found}",)) if isinstance(found, str) else (found, ())
 
 
 def _refuse_random(graph: Graph) -> None:

@@ -6,13 +6,13 @@ Values and nodes are compared by identity (as SSA names are), types by value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_structure
 
 from matmorph.ir.types import TensorType, Type, dim_symbols, element_size
 from matmorph.runtime.format.artifact import Range as Range
@@ -169,6 +169,12 @@ class Signature:
     in_spec: TreeSpec
     outputs: tuple[str, ...]
     out_spec: TreeSpec
+
+    @classmethod
+    def of_keywords(cls, inputs: Sequence[Input], outputs: Sequence[str]) -> Signature:
+        """Of a call with each input by its name that gives a dict."""
+        in_spec, out_spec = tree_structure(((), {entry.name: 0 for entry in inputs})), tree_structure(dict.fromkeys(outputs, 0))
+        return cls(tuple(inputs), in_spec, tuple(outputs), out_spec)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

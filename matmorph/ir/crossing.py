@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch.utils._pytree import tree_structure
-
 from matmorph.ir.cache import Slot, find_slots, reads_size, where_sized
-from matmorph.ir.core import Arg, Const, Graph, Input, Node, Value
+from matmorph.ir.core import Arg, Const, Graph, Input, Node, Signature, Value
 from matmorph.ir.op_table import of_kind
 from matmorph.ir.ops import base_name
 from matmorph.ir.rewiring import needed, rewired, rewired_outputs
@@ -43,6 +41,8 @@ def find_halves(graph: Graph) -> Halves | str | None:
     """The graph in two, each with the inputs that it reads; None for a graph without a cache or without such results, and why where what
     is read reaches the decoder by another way than these too, so that it would be computed again for each token."""
     slots = find_slots(graph)
+    if not slots:
+        return None
     moving = _moving(graph, slots)
     crossings = _crossings(graph, slots, moving)
     if not crossings:
@@ -77,8 +77,6 @@ def _moving(graph: Graph, slots: Sequence[Slot]) -> set[Value]:
 
 def _crossings(graph: Graph, slots: Sequence[Slot], moving: set[Value]) -> tuple[Crossing, ...]:
     """In the order of the results. One value under two names crosses once."""
-    if not slots:
-        return ()
     past, present = (name.partition(".")[0] for name in (slots[0].input, slots[0].output))
     found: dict[Value, Crossing] = {}
     for name, value in graph.results:
@@ -96,16 +94,10 @@ def _half(graph: Graph, results: Sequence[tuple[str, Arg]], inputs: Iterable[Inp
     kept = [entry for entry in inputs if entry.value in read]
     values = [entry.value for entry in kept if entry.value is not None]
     nodes = tuple(_resized(node, values) for node in nodes)
-    names = tuple(name for name, _ in results)
+    names = [name for name, _ in results]
     half = replace(
         graph,
-        signature=replace(
-            graph.signature,
-            inputs=tuple(kept),
-            in_spec=tree_structure(((), {entry.name: 0 for entry in kept})),
-            outputs=names,
-            out_spec=tree_structure({name: 0 for name in names}),
-        ),
+        signature=Signature.of_keywords(kept, names),
         nodes=nodes,
         outputs=outputs,
         state=tuple(const for const in graph.state if const in read),

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_structure
 
 from matmorph.errors import VerifyError
 from matmorph.ir.build import Builder, names_of
 from matmorph.ir.cache import Slot, find_slots, reads_size, where_sized
-from matmorph.ir.core import Const, Graph, Input, Node, Value
+from matmorph.ir.core import Const, Graph, Input, Node, Signature, Value
 from matmorph.ir.rewiring import swept
 from matmorph.ir.types import Dim, ScalarType, TensorType, Type, as_dim, dim_symbols, symbol
 
@@ -48,13 +47,7 @@ def without_cache(graph: Graph) -> Graph:
             nodes.append(written.node(node))
     named = zip(graph.signature.outputs, graph.outputs, strict=True)
     outputs = [(name, written.arg(out)) for name, out in named if not _is_present(out, slots)]
-    signature = replace(
-        graph.signature,
-        inputs=tuple(inputs),
-        in_spec=tree_structure(((), {entry.name: 0 for entry in inputs})),
-        outputs=tuple(name for name, _ in outputs),
-        out_spec=tree_structure({name: 0 for name, _ in outputs}),
-    )
+    signature = Signature.of_keywords(inputs, [name for name, _ in outputs])
     ranges = {name: limits for name, limits in graph.ranges.items() if name not in written.empty}
     whole = replace(graph, signature=signature, nodes=(*front.nodes, *nodes), outputs=tuple(out for _, out in outputs), ranges=ranges)
     return swept(whole, whole)

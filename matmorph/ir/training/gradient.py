@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_structure
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.ir.build import Builder, unique_name
@@ -156,9 +155,7 @@ class _Draft:
 
     def _finished(self, b: Builder, results: Mapping[str, Value]) -> Graph:
         """The graph of these results; what they do not need is dropped."""
-        in_spec = tree_structure(((), {entry.name: 0 for entry in self.entries}))
-        out_spec = tree_structure(dict.fromkeys(results, 0))
-        signature = Signature(self.entries, in_spec, tuple(results), out_spec)
+        signature = Signature.of_keywords(self.entries, tuple(results))
         nodes = needed(b.nodes, list(results.values()))
         state = (*(const for const in self.graph.state if const not in set(self.trainables)), *self.constants, *b.consts)
         return Graph(signature, nodes, tuple(results.values()), state, self.graph.ranges, self.graph.device, self.graph.notes)

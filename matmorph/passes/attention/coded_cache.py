@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.utils._pytree import tree_structure
 
 from matmorph.errors import ExportError
 from matmorph.ir.attention_ops import CACHED, FUSED_SLOTS
@@ -114,6 +113,4 @@ def _signature(signature: Signature, made: Mapping[Value, _Coded], outputs: tupl
         port = made.get(entry.value) if entry.value is not None else None
         more = [] if port is None else [Input(entry.name, port.codes), Input(f"{entry.name}.{SCALES}", port.scales)]
         inputs += more or [entry]
-    return Signature(
-        tuple(inputs), tree_structure(((), {entry.name: 0 for entry in inputs})), outputs, tree_structure({name: 0 for name in outputs})
-    )
+    return Signature.of_keywords(inputs, outputs)
