@@ -17,6 +17,7 @@ holds what was written for the next run.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,11 @@ def built(model: Path, folder: Path) -> Path:
     """What onnxruntime-genai's builder makes of the model's folder."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(folder), "-p", "int4", "-e", "cpu"]
     options = ["-c", str(folder.with_suffix(".cache")), "--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    made = subprocess.run([*command, *options], capture_output=True, text=True)
+    if made.returncode:
+        raise SystemExit(
+            f"onnxruntime-genai's builder made nothing of {model} (--builder names a folder that it wrote):\n{made.stderr.strip()}"
+        )
     return folder
 
 
@@ -221,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.past, options.rounds = [4], 2
     with tempfile.TemporaryDirectory() as scratch:
         source = options.model
-        model = tiny_model() if options.tiny else load(source) if source else load_smollm2().module
+        embedded = None if options.tiny or source else load_smollm2()
+        model = embedded.module if embedded else load(source) if source else tiny_model()
         kept = options.keep or Path(scratch)
         folders = {}
         for name in options.only:
@@ -230,8 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         builder = options.builder
         if builder is None and not options.tiny and importlib.util.find_spec("onnxruntime_genai") is not None:
             say("the builder's ...")
-            if source is None:
-                model.save_pretrained(source := Path(scratch) / "source")
+            if embedded is not None:  # it wants the tokenizer beside the weights
+                source = Path(scratch) / "source"
+                shutil.copytree(embedded.folder, source)
+                model.save_pretrained(source)
             builder = built(source, Path(scratch) / "builder")
         if builder is None:
             notes.append("no row of onnxruntime-genai's builder: it is not installed")
