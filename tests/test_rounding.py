@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from exporting import randn, session
-from quantised import Quantised, codebook, error, expected, uniform
+from quantised import Quantised, Weight, codebook, error, expected, uniform
 from torch import Tensor, nn
 
 import matmorph as mm
 from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE
-from matmorph.exporters.onnx.rounding import round_int8, rounds_activations, run_rounded
-from matmorph.exporters.vectors import check_vectors
+from matmorph.exporters.onnx.rounding import ORDERS, round_int8, rounds_activations, run_apart, run_rounded
+from matmorph.exporters.vectors import check_vectors, widened
+from matmorph.ir.evaluate import evaluate
 from matmorph.ir.tracing.trace import trace
 from matmorph.runtime import Session
 from matmorph.runtime.check import check
@@ -59,6 +61,33 @@ def test_what_is_not_rounded(rng: np.random.Generator) -> None:
     assert not rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}))
     weight = uniform(rng, 16, 64, 4, 32, True)
     assert rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}))
+
+
+class Products(nn.Module):
+    """One of each kind, with and without something added; the last one is of a tensor with itself."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.packed = Quantised(weight, None)
+        self.added, self.bare = nn.Linear(16, 12), nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.added.bias, self.bare(self.added(self.packed(x))), self.bare.weight)
+        square = y @ y.T
+        return square @ square
+
+
+@pytest.mark.parametrize("order", range(len(ORDERS)))
+def test_sums_in_two_parts_are_the_same_but_for_rounding(rng: np.random.Generator, order: int) -> None:
+    x = randn(5, 40)
+    graph = trace(Products(uniform(rng, 16, 40, 4, 8, True)), {"x": x}, {"x": {0: "batch"}})
+    run = partial(run_apart, ORDERS[order])
+    wide = widened(graph, torch.float64)
+    (plain,), (apart,) = evaluate(wide, [x.double()]), evaluate(wide, [x.double()], run=run)
+    assert float((plain - apart).abs().max()) <= 1e-13 * float(plain.abs().max())  # some hundred terms, each rounded to 1.1e-16
+    (plain,), (apart,) = evaluate(graph, [x]), evaluate(graph, [x], run=run)
+    assert not torch.equal(plain, apart)
+    assert float((plain - apart).abs().max()) <= 1e-4 * float(plain.abs().max())  # the same, 6e-8
 
 
 class Sensitive(nn.Module):

@@ -24,7 +24,7 @@ from matmorph.exporters.compact_vectors import compact_vectors
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.last_logits import last_logits, last_note, last_rows, logits_output
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
-from matmorph.exporters.onnx.rounding import rounds_activations, run_rounded
+from matmorph.exporters.onnx.rounding import ORDERS, rounds_activations, run_apart, run_rounded
 from matmorph.exporters.staging import refuse_existing
 from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
@@ -224,8 +224,8 @@ def _rounding(graph: Graph, form: WrittenForm, job: Job, exact: Vectors) -> floa
 
 
 def _felt(form: WrittenForm, job: Job, vectors: Vectors) -> float:
-    """The tolerance of a model that feels float32's rounding: FELT times what torch's own answers are off by beside float64, 0 where the
-    cases are not those of the graph as it was traced."""
+    """The tolerance of a model that feels float32's rounding: FELT times what torch's own answers are off by beside float64, in whichever
+    order of summing up that is most; 0 where the cases are not those of the graph as it was traced."""
     if form.fused.compact or job.spec.export.logits != "all":
         return 0.0
     graph = widened(form.traced, torch.float64)
@@ -233,8 +233,12 @@ def _felt(form: WrittenForm, job: Job, vectors: Vectors) -> float:
     for case in vectors.cases:
         given = [torch.from_numpy(case.inputs[entry.name]) for entry in graph.signature.inputs if entry.value is not None]
         exact = answered(graph, [tensor.double() if tensor.is_floating_point() else tensor for tensor in given], None)
-        pairs = ((array, exact.outputs[name], case.compared.get(name)) for name, array in case.outputs.items() if array.dtype.kind == "f")
-        found += [difference(*pair) for pair in pairs]
+        others = (answered(widened(form.traced), given, partial(run_apart, chosen)) for chosen in ORDERS)
+        for rounded in (case, *others):
+            pairs = (
+                (array, exact.outputs[name], case.compared.get(name)) for name, array in rounded.outputs.items() if array.dtype.kind == "f"
+            )
+            found += [difference(*pair) for pair in pairs]
     return min(FELT * max(filter(math.isfinite, found)), ROUNDING_AT_MOST)
 
 
