@@ -31,7 +31,9 @@ from matmorph.ir.text.printing import parse_graph, print_graph
 from matmorph.ir.verify import verify
 from matmorph.passes.attention.coded_cache import code_cache
 from matmorph.runtime import Generator, InputMismatch, Session
-from matmorph.runtime.check import check, code_difference
+from matmorph.runtime.check import check
+from matmorph.runtime.difference import case_differences, code_difference
+from matmorph.runtime.format.cases import Case
 from matmorph.runtime.manifest import open_folder
 from matmorph.specs.schema import Export
 
@@ -340,3 +342,14 @@ def test_codes_may_be_one_step_apart() -> None:
     assert code_difference(expected[:, :2], expected) == float("inf")
     far_apart = code_difference(np.array([-127], np.int8), np.array([127], np.int8))
     assert far_apart == pytest.approx(253 / 127)
+
+
+def test_a_case_measures_codes_as_codes_and_the_rest_as_numbers() -> None:
+    """One step in each output; the one that nobody answered is off without end."""
+    plain = cache()
+    slot = replace(plain.slots[0], scales="scales")
+    case = Case({}, {name: np.array([1, 2], np.int8) for name in (slot.present, "ids", "logits")})
+    answers = {name: case.outputs[name] + np.int8(1) for name in (slot.present, "ids")}
+    found = dict(case_differences(replace(plain, slots=(slot,)), case, answers))
+    assert found == {slot.present: 0.0, "ids": float("inf"), "logits": float("inf")}
+    assert dict(case_differences(None, case, answers))[slot.present] == float("inf")

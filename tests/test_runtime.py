@@ -14,7 +14,8 @@ import pytest
 from tiny_artifact import OUT, VOCABULARY, expected_outputs, feeds, hash_files, write_artifact
 
 from matmorph.runtime import ArtifactError, ExecutionError, InputMismatch, ProviderError, Session, SessionError, TensorInfo
-from matmorph.runtime.check import check, difference, main, read_cases
+from matmorph.runtime.check import check, main, read_cases
+from matmorph.runtime.difference import difference
 from matmorph.runtime.feeds import size_of
 from matmorph.runtime.manifest import read_manifest
 from matmorph.runtime.targets import TARGETS, cuda

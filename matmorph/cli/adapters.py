@@ -125,7 +125,8 @@ def switch_command(
 
     Prints how far each moves the outputs, and that the base comes back. Needs no torch."""
     with working(as_json, f"opening {folder}"), _readable():
-        from matmorph.runtime.check import difference, read_cases
+        from matmorph.runtime.check import read_cases
+        from matmorph.runtime.difference import difference
         from matmorph.runtime.format.artifact import CHECK_VECTORS
         from matmorph.runtime.manifest import checked_file
         from matmorph.runtime.session import Session

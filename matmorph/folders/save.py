@@ -42,7 +42,8 @@ from matmorph.progress import Progress
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
-from matmorph.runtime.check import check, difference
+from matmorph.runtime.check import check
+from matmorph.runtime.difference import difference
 from matmorph.runtime.format.artifact import GRAPH, MANIFEST, SOURCE_GRAPH, SPEC, FileRecord
 from matmorph.runtime.format.reading import read_json
 from matmorph.runtime.format.version import __version__

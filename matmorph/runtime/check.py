@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from matmorph.runtime.difference import case_differences
 from matmorph.runtime.errors import ArtifactError, SessionError
-from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.arrays import read_arrays
 from matmorph.runtime.format.artifact import CHECK_VECTORS, MANIFEST, UNHASHED, FileRecord, Manifest
-from matmorph.runtime.format.cache import LEVELS
 from matmorph.runtime.format.cases import Case, read_case_arrays
 from matmorph.runtime.format.folder import changed
 from matmorph.runtime.format.printable import printable
@@ -108,62 +105,26 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
         return CheckResult(tuple(log), (str(error),))
     worst = 0.0
     problems: list[str] = []
-    codes = {slot.present for slot in manifest.cache.slots if slot.scales is not None} if manifest.cache is not None else set()
     for number, case in enumerate(cases):
         try:
             actual = session.run(case.inputs)
         except SessionError as error:
             problems.append(f"case {number}: {error}")
             continue
-        for name, expected in case.outputs.items():
-            measure = code_difference if name in codes else difference
-            figure = measure(actual[name], expected, case.compared.get(name))
+        for name, figure in case_differences(manifest.cache, case, actual):
             worst = max(worst, figure)
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"case {number}: output {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")
     log.append(f"outputs: {len(cases)} cases on {session.provider}, largest difference {worst:.2e}, allowed {manifest.tolerance:.3g}")
     if manifest.parts is not None:
-        parts = check_parts(folder, manifest, manifest.parts, cases, providers, difference)
+        parts = check_parts(folder, manifest, manifest.parts, cases, providers)
         log += parts.lines
         problems += parts.problems
     if is_training_folder(folder):
-        training = check_training(folder, session, manifest.tolerance, difference)
+        training = check_training(folder, session, manifest.tolerance)
         log += training.lines
         problems += training.problems
     return CheckResult(tuple(log), tuple(problems), worst, session.provider)
-
-
-def difference(actual: Array, expected: Array, where: Array | None = None) -> float:
-    """max |actual - expected| / max(1, max |expected|), in float64; infinite where shapes differ. `where`: bool that broadcasts to them:
-    what is compared.
-
-    Integers and booleans must be equal (0 or infinite). NaN and infinities must stand at the same places.
-    """
-    if actual.shape != expected.shape:
-        return float("inf")
-    if where is not None:
-        places = np.broadcast_to(where, expected.shape)
-        return difference(actual[places], expected[places])
-    if expected.dtype.kind not in "fc":
-        return 0.0 if np.array_equal(actual, expected) else float("inf")
-    finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(actual)) or not np.array_equal(actual[~finite], expected[~finite], equal_nan=True):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
-    left, right = actual[finite].astype(wide), expected[finite].astype(wide)
-    return float(np.abs(left - right).max() / max(1.0, np.abs(right).max()))
-
-
-def code_difference(actual: Array, expected: Array, where: Array | None = None) -> float:
-    """Of codes of a cache: how far the numbers behind them are apart at the least, as a share of the largest of their token. A number
-    that lies between two codes may take either, so one step is nothing; infinite where shapes or types differ."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
-    steps = np.abs(actual.astype(np.int64) - expected.astype(np.int64))
-    shown = steps if where is None else steps[np.broadcast_to(where, steps.shape)]
-    return max(0, int(shown.max(initial=0)) - 1) / LEVELS
 
 
 def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matmorph.runtime.difference import case_differences
 from matmorph.runtime.errors import ArtifactError, SessionError
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.artifact import Manifest, ModelParts
 from matmorph.runtime.format.cases import Case
 from matmorph.runtime.providers import Provider
 from matmorph.runtime.session import Session
-
-Distance = Callable[[Array, Array, Array | None], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +29,8 @@ def check_parts(
     parts: ModelParts,
     cases: Sequence[Case],
     providers: str | Sequence[Provider] | None,
-    difference: Distance,
 ) -> PartsResult:
-    """Runs each case through the encoder and what that hands over through the decoder; `difference` is the check's. One part is loaded at
-    a time."""
+    """Runs each case through the encoder and what that hands over through the decoder. One part is loaded at a time."""
     said: list[str] = []  # the whole model's session has told it
     try:
         read = _answers(Session(folder, providers, verify=False, log=said.append, part="encoder"), [case.inputs for case in cases])
@@ -45,8 +42,7 @@ def check_parts(
     worst, problems = 0.0, []
     for number, (case, *answers) in enumerate(zip(cases, read, written, strict=True)):
         found = {**answers[0], **answers[1]}
-        for name, expected in case.outputs.items():
-            figure = difference(found[name], expected, case.compared.get(name)) if name in found else float("inf")
+        for name, figure in case_differences(manifest.cache, case, found):
             worst = max(worst, figure)
             if not figure <= manifest.tolerance:  # not `>`: NaN is a failure
                 problems.append(f"encoder and decoder, case {number}: {name} differs by {figure:.3g}, allowed is {manifest.tolerance:.3g}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from matmorph.runtime.difference import difference
 from matmorph.runtime.errors import ArtifactError, SessionError, first_line
 from matmorph.runtime.feeds import Array
 from matmorph.runtime.format.arrays import read_arrays
@@ -37,7 +38,6 @@ from matmorph.runtime.train_manifest import open_training
 from matmorph.runtime.train_values import initial_theta
 from matmorph.runtime.whole_call import with_empty_cache
 
-Distance = Callable[[Array, Array], float]
 RunGraph = Callable[[Sequence[str], Mapping[str, Array]], list[Array]]
 
 
@@ -54,8 +54,8 @@ def is_training_folder(folder: Path) -> bool:
     return (folder / TRAIN_MANIFEST).is_file()
 
 
-def check_training(folder: Path, model: Session, tolerance: float, difference: Distance) -> TrainingResult:
-    """Runs every training graph on the provider of `model`, the folder's model.onnx; `tolerance` and `difference` are its check's."""
+def check_training(folder: Path, model: Session, tolerance: float) -> TrainingResult:
+    """Runs every training graph on the provider of `model`, the folder's model.onnx; `tolerance` is its check's."""
     try:
         manifest, stored = open_training(folder, verify=False)  # the files have been looked at before
         theta = initial_theta(stored, manifest)
@@ -65,7 +65,7 @@ def check_training(folder: Path, model: Session, tolerance: float, difference: D
         worst, problems = _gradients(_open(folder / GRAD_MODEL, model), vectors, moved, allowed)
         evaluation = _open(folder / EVAL_MODEL, model)
         problems += _losses(evaluation, vectors.cases, moved, allowed)
-        problems += _outputs(evaluation, model, vectors.cases, theta, tolerance, difference)
+        problems += _outputs(evaluation, model, vectors.cases, theta, tolerance)
         problems += _applied(_open(folder / APPLY_MODEL, model), theta, manifest.states)
     except SessionError as error:
         return TrainingResult((), (str(error),))
@@ -135,9 +135,7 @@ def _losses(run: RunGraph, cases: Sequence[TrainingCase], theta: Array, allowed:
     return problems
 
 
-def _outputs(
-    run: RunGraph, model: Session, cases: Sequence[TrainingCase], theta: Array, tolerance: float, difference: Distance
-) -> list[str]:
+def _outputs(run: RunGraph, model: Session, cases: Sequence[TrainingCase], theta: Array, tolerance: float) -> list[str]:
     """eval.onnx where training starts: the outputs of model.onnx, but for its cache."""
     problems = []
     cache = model.manifest.cache
