@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 import re
@@ -268,10 +269,16 @@ def long_ones() -> dict[str, int]:
         source = path.read_text(encoding="utf-8")
         if (lines := len(source.splitlines())) >= LONG_FILE:
             found[name] = lines
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := node.end_lineno - node.lineno + 1) >= LONG_FUNCTION:
-                found[f"{name}.{node.name}"] = lines
+        found.update({f"{name}.{function}": lines for function, lines in lines_of_functions(source).items()})
     return found
+
+
+@functools.cache
+def lines_of_functions(source: str) -> dict[str, int]:
+    """Of the long ones."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lines = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    return {name: count for name, count in lines.items() if count >= LONG_FUNCTION}
 
 
 def test_what_is_long_has_a_reason() -> None:

@@ -179,6 +179,7 @@ def test_resident_prints_growth_over_the_file(load: Load, capsys: pytest.Capture
     assert row["growth_over_file"] == pytest.approx(row["growth_mb"] / row["file_mb"], rel=1e-9)  # the same two numbers, divided
 
 
+@pytest.mark.full
 def test_cache_memory_prints_what_the_manifest_foresees(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     dense, half = tiny(load("cache_memory"), capsys)
     assert dense["held MB"] == dense["foreseen MB"] == 256 * 2 * 2 * 2 * 8 * 4 / 1e6  # tokens, layers, keys and values, heads, size, bytes

@@ -71,6 +71,7 @@ def test_a_vision_transformer_keeps_its_batch_free(tmp_path: Path) -> None:
     assert said[1:] == ["1 image: logits (1, 2)", "3 images: logits (3, 2)"]
 
 
+@pytest.mark.full  # test_adapter_inputs has the same on smaller models
 def test_one_session_switches_three_adapters(tmp_path: Path) -> None:
     said = run(tmp_path, "three_adapters.py").splitlines()
     figures = [re.fullmatch(r"(\w+): accuracy ([\d.]+) without, ([\d.]+) with its adapter", line) for line in said[3:]]

@@ -68,6 +68,7 @@ def check_what_is_computed_again(m: Any) -> None:
 CHECKS = (check_halves, check_what_is_computed_again)
 
 
+@pytest.mark.full
 def test_the_checks_pass_on_the_code_as_it_is() -> None:
     assert killer(unmutated(MUTANTS.values()), CHECKS) is None
 

@@ -54,10 +54,10 @@ MODELS: Mapping[str, str] = {
 }
 SOME = (
     ("mlp", "tt_lora"),
-    ("bert-classifier", "loftq-u4"),
+    ("bert-classifier", "lora"),
     ("llama", "loftq-nf4"),
     ("vit", "low_rank"),
-    ("mlp", "lora"),
+    ("mlp", "loftq-u4"),
     ("mlp", "full"),
 )
 GRID = [pytest.param(model, method, marks=() if (model, method) in SOME else pytest.mark.full) for model in MODELS for method in METHODS]

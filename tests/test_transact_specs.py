@@ -21,7 +21,7 @@ from matmorph.specs.notations import Width
 
 BOTH = ["attention", "mlp"]
 FIVE = [(name, unit) for name in ("gpt2", "llama", "phi3", "bert", "vit") for unit in ("heads", "head_dims")]
-QUICK = [("llama", "head_dims"), ("phi3", "heads")]
+QUICK = [("llama", "head_dims")]
 
 # ------------------------------------------------------------------------------------------------------------- ONNX Runtime
 

@@ -53,6 +53,8 @@ VARIANTS = (
     "gpt2-eager",
     "llama-eager",
     "vit-eager",
+    "bert-eager",
+    "clip",
     "t5-eager",
     "t5-gated",
     "bert-classifier",
@@ -72,8 +74,8 @@ VARIANTS = (
     "bart",
     "whisper",
 )
-"""Models whose like is tested without them (bert-eager stands for eager attention, llama for mistral, t5 for bart): sites and roles always,
-parity in the full grid."""
+"""Models whose like is tested without them (vit stands for clip, llama for mistral, t5 for bart, bert for its eager form): sites and roles
+always, parity in the full grid."""
 
 ENTRIES = [pytest.param(entry, id=name, marks=pytest.mark.full if name in VARIANTS else ()) for name, entry in ZOO.items()]
 
@@ -100,7 +102,7 @@ def test_rewritten_models_agree(entry: Entry, tmp_path: Path) -> None:
                 assert difference(by_torch, original) <= ORIGINAL
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "clip"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", *(pytest.param(name, marks=pytest.mark.full) for name in ("mixtral", "clip"))])
 def test_the_torch_module_agrees_too(name: str) -> None:
     entry = ZOO[name]
     module, inputs, axes = entry.build()
