@@ -33,7 +33,7 @@ MUTANTS = {
     "energies not of the data": Mutant("_output_energy", "w @ found.second_moment.double().cpu()", "w"),
     "effects on the loss cancel out": Mutant("taylor", "(x.double() * gradient.double()).abs()", "x.double() * gradient.double()"),
     "gradients alone": Mutant("taylor", "x.double() * gradient.double()", "gradient.double()"),
-    "mean loss of each batch": Mutant("loss_gradients", "held[behind.loss] * held[behind.count]", "held[behind.loss]"),
+    "mean loss of each batch": Mutant("loss_gradients", "held[behind.count].to(held[behind.loss])", "held[behind.loss] * 0 + 1"),
     "roots of effects on the loss": Mutant("_root", "torch.clone if score == 'taylor' else torch.sqrt", "torch.sqrt"),
     "effects of the inputs of q and k": Mutant("_output_taylor", "_stats(site, stats).output_taylor", "_stats(site, stats).input_taylor"),
     "queries before groups": Mutant("find_blocks._axes", "product(group, queries, *dims)", "product(queries, group, *dims)"),

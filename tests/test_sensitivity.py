@@ -25,6 +25,7 @@ from matmorph.passes.methods import method_table
 from matmorph.passes.pipeline import Compilation, compile_graph
 from matmorph.passes.rewriting.row_view import apply, row_view, undo
 from matmorph.passes.statistics import sensitivity as felt
+from matmorph.passes.statistics.probes import Probe, output_of, relative_change
 from matmorph.specs.load import load_spec
 from matmorph.specs.schema import Calibration, Spec, Train
 
@@ -61,6 +62,10 @@ def compiled(graph: Graph, loaded: Spec, data: Any = DATA) -> Compilation:
     return compile_graph(graph, loaded, METHODS, "Net", calibration=data)
 
 
+def relative(graph: Graph, output: str | None) -> Probe:
+    return Probe(output_of(graph, output)[1], relative_change)
+
+
 def gradients(scalar: Any, x: Tensor) -> dict[str, Tensor]:
     """Sum of g g^T over the rows of each linear's output, float64."""
     net, held = seeded(Net), {}
@@ -78,19 +83,22 @@ def gradients(scalar: Any, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("output", ["hidden", "answer"])
 def test_outputs_are_probed_with_the_seeds_own_normal_numbers(graph: Graph, output: str) -> None:
     sites = find_sites(graph)
-    found = felt.of_output(graph, sites, DATA, 20, felt.output_of(graph, output)[1], seed=7)
+    found = felt.of_output(graph, sites, DATA, 20, relative(graph, output), seed=7)
     generator = torch.Generator().manual_seed(7)
     wanted = {site.path: torch.zeros(site.out_features, site.out_features, dtype=torch.float64) for site in sites}
+    sizes: list[float] = []
     for batch, count in zip(DATA, (8, 8, 4), strict=True):
         x = batch["x"][:count]
 
         def scalar(outputs: dict[str, Tensor]) -> Tensor:
             z = outputs[output]
-            return (z * torch.randn(z.shape, generator=generator)).sum() / z.detach().norm()
+            sizes.append(float(z.detach().double().square().sum()))
+            return (z * torch.randn(z.shape, generator=generator)).sum()
 
         for name, moment in gradients(scalar, x).items():
-            wanted[name] += count / 20 * moment
+            wanted[name] += moment
     for site in sites:
+        wanted[site.path] /= sum(sizes)
         scale = float(wanted[site.path].abs().max()) or 1.0
         assert float((found.moments[site] - wanted[site.path]).abs().max()) <= 1e-5 * scale  # float32 gradients
         assert found.slopes[site] == pytest.approx(float(wanted[site.path].trace()) / site.out_features, rel=1e-5)
@@ -99,9 +107,8 @@ def test_outputs_are_probed_with_the_seeds_own_normal_numbers(graph: Graph, outp
 def test_the_prediction_is_the_change_of_the_output(graph: Graph) -> None:
     """A site that the output is linear in: tr(G E H E^T) against |dz|^2 / |z|^2 of the model with W + E, for a random E."""
     site = next(site for site in find_sites(graph) if site.path == "head")
-    value = felt.output_of(graph, "answer")[1]
     data = [{"x": randn(64, 5, 24)}]
-    draws = [felt.of_output(graph, [site], data, 64, value, seed).moments[site] for seed in range(20)]
+    draws = [felt.of_output(graph, [site], data, 64, relative(graph, "answer"), seed).moments[site] for seed in range(20)]
     net, error = seeded(Net), 0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         before = net(data[0]["x"])
@@ -145,8 +152,7 @@ def test_rows_that_are_padding_count_nothing() -> None:
     def moments(last: float) -> list[Tensor]:
         x = randn(2, 3, 6)
         x[1, 1:] = last
-        value = felt.output_of(graph, None)[1]
-        found = felt.of_output(graph, sites, [{"x": x, "attention_mask": mask}], 2, value, 0)
+        found = felt.of_output(graph, sites, [{"x": x, "attention_mask": mask}], 2, relative(graph, None), 0)
         return [found.moments[site] for site in sites]
 
     for one, other in zip(moments(0.0), moments(1e3), strict=True):
@@ -168,7 +174,7 @@ def test_a_gradient_becomes_rows_as_the_output_was_made_of_rows(layer: nn.Module
 def test_a_wide_head_keeps_only_its_trace(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(felt, "WIDEST", 16)
     sites = find_sites(graph)
-    found = felt.of_output(graph, sites, DATA, 8, felt.output_of(graph, "answer")[1], 0)
+    found = felt.of_output(graph, sites, DATA, 8, relative(graph, "answer"), 0)
     assert {site.path for site in found.moments} == {"head"}
     assert set(found.slopes) == set(sites)
 
@@ -319,7 +325,7 @@ def test_batches_without_labels_are_named(graph: Graph) -> None:
 
 
 def test_an_output_belongs_to_one_kind_of_sensitivity() -> None:
-    with pytest.raises(SpecError, match="output goes with sensitivity: output, and it is none"):
+    with pytest.raises(SpecError, match="output goes with sensitivity: output or kl, and it is none"):
         spec(AUTO, {"output": "answer"}, HALF)
 
 

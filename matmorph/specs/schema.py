@@ -69,19 +69,20 @@ class Calibration:
     """How many calibration samples are read, and what says how much an error at a site matters."""
 
     samples: int = field(default=256, metadata={"doc": "number of samples that are read (fewer where the data ends)", "minimum": 1})
-    sensitivity: Literal["none", "output", "fisher"] = field(
+    sensitivity: Literal["none", "output", "kl", "fisher"] = field(
         default="none",
         metadata={
-            "doc": "output: errors count as an output of the model feels them; fisher: as train.loss does; none: relative to each site"
+            "doc": "output: errors count as an output of the model feels them; kl: as the distribution over its classes does, which output "
+            "means too for a language model's logits; fisher: as train.loss does; none: relative to each site"
         },
     )
     output: str | None = field(
-        default=None, metadata={"doc": "the output of the model that sensitivity: output is about; the first by default"}
+        default=None, metadata={"doc": "the output of the model that sensitivity: output or kl is about; the first by default"}
     )
 
     def __post_init__(self) -> None:
-        if self.output is not None and self.sensitivity != "output":
-            raise ValueError(f"output goes with sensitivity: output, and it is {self.sensitivity}")
+        if self.output is not None and self.sensitivity not in ("output", "kl"):
+            raise ValueError(f"output goes with sensitivity: output or kl, and it is {self.sensitivity}")
 
 
 DEFAULT_OPSET = 21

@@ -10,6 +10,7 @@ errors are measured in; of fewer than five batches every fifth sample does (ever
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from matmorph.progress import StepProgress
 
 HELD_OUT_EVERY = 5
 """One in so many batches, or rows, is kept from what is fitted."""
-SPILL_ABOVE = 1 << 30
+SPILL_ABOVE = 1 << 28
 """Bytes of accumulators that are held in memory; above it, each lives in a temporary file that is mapped into memory."""
 
 
@@ -65,6 +66,7 @@ class _Sum:
     def add(self, moment: Tensor, rows: Tensor) -> None:
         self.moment += moment.to(self.moment)
         self.rows += rows
+        release(self.moment)
 
 
 _Held: TypeAlias = Literal["none", "all", "some"]
@@ -101,7 +103,7 @@ def calibrate(
     spill = sum(8 * prod(shape) * (2 if key in held else 1) for key, shape in shapes.items()) > spill_above
     sums = {key: _sum(shape, spill, _sum(shape, spill) if key in held else None) for key, shape in shapes.items()}
     _stream(graph, sums, batches, samples, progress)
-    return {site: _stats(site, sums[key]) for site, key in keys.items()}
+    return one_at_a_time({site: _stats(site, sums[key]) for site, key in keys.items()})
 
 
 def _sum(shape: tuple[int, ...], spill: bool, held: _Sum | None = None) -> _Sum:
@@ -121,9 +123,45 @@ def accumulator(shape: tuple[int, ...], spill: bool) -> Tensor:
         try:
             if hasattr(os, "posix_fallocate"):  # a full disk must show now, not as a crash while the mapping is written
                 os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_numpy(np.memmap(file, dtype=np.float64, mode="w+", shape=shape))
+            mapped = np.memmap(file, dtype=np.float64, mode="w+", shape=shape)
+            found = torch.from_numpy(mapped)
+            found.mapping = mapped.base  # type: ignore[attr-defined]  # for `release`
+            return found
         except OSError as error:
             raise InputError(f"calibration needs {size:,} bytes of temporary files in {tempfile.gettempdir()}: {error.strerror}") from error
+
+
+def release(moment: Tensor) -> None:
+    """Takes an accumulator that lies in a file out of memory, until it is read again; of any other tensor nothing."""
+    mapping = getattr(moment, "mapping", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)  # what was written stays in the file
+
+
+def one_at_a_time(stats: Mapping[Site, SiteStats]) -> Mapping[Site, SiteStats]:
+    """The same; of what lies in files only the site that was asked for last is held in memory."""
+    moments = [moment for one in stats.values() for moment in (one.second_moment, one.held_out)]
+    return _OneAtATime(stats) if any(hasattr(moment, "mapping") for moment in moments) else stats
+
+
+class _OneAtATime(Mapping[Site, SiteStats]):
+    def __init__(self, stats: Mapping[Site, SiteStats]) -> None:
+        self._stats = stats
+        self._last: SiteStats | None = None
+
+    def __getitem__(self, site: Site) -> SiteStats:
+        found = self._stats[site]
+        before, self._last = self._last, found
+        for moment in () if before is None or before is found else (before.second_moment, before.held_out):
+            if moment is not None:
+                release(moment)
+        return found
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
 
 
 def _stats(site: Site, found: _Sum) -> SiteStats:
@@ -131,6 +169,8 @@ def _stats(site: Site, found: _Sum) -> SiteStats:
     for one in (found, held):
         if one is not None and not bool(torch.isfinite(one.moment.diagonal(dim1=-2, dim2=-1)).all()):
             raise InputError(f"the calibration data makes NaN or infinity at the input of {site.path}")
+        if one is not None:
+            release(one.moment)
     stats = SiteStats(found.moment, _count(found))
     return stats if held is None else replace(stats, held_out=held.moment, held_rows=_count(held))
 

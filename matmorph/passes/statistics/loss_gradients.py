@@ -11,26 +11,18 @@ from torch import Tensor
 
 from matmorph.errors import InputError, SpecError
 from matmorph.ir.build import Builder
-from matmorph.ir.core import Const, Graph, Node, Value
-from matmorph.ir.evaluate import check_tensors, run_node
+from matmorph.ir.core import Graph, Node, Value
+from matmorph.ir.evaluate import check_tensors
 from matmorph.ir.infer import Inference
 from matmorph.ir.training.losses import LABELS, OF_CLASSES, Loss, judged, label_inputs, write_loss
 from matmorph.ir.types import TensorType
+from matmorph.passes.statistics.backward import PASS_BYTES, Backward, Take, slice_samples
 from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Train
 
 Unlabelled: TypeAlias = Callable[[str, str], SpecError]
 """The error for a batch without labels: from what it lacks, and what a batch should be."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slopes:
-    """Of one batch: each value [..] with the gradient of the summed loss by it (None where the loss does not depend on it), and how many
-    samples the batch had."""
-
-    values: Mapping[Value, tuple[Tensor, Tensor | None]]
-    samples: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,34 +48,33 @@ def loss_gradients(
     samples: int,
     train: Train,
     unlabelled: Unlabelled,
+    take: Take,
     progress: StepProgress | None = None,
-) -> Iterator[Slopes]:
-    """Batch by batch until `samples` samples are read. Batches are mappings with the labels beside the inputs.
+    *,
+    limit: int = PASS_BYTES,
+) -> int:
+    """The gradients of the loss by `values`, in as many parts as memory asks for, until `samples` samples are read; how many there were.
+    Batches are mappings with the labels beside the inputs. Of a value that the loss does not depend on there is nothing to take.
 
-    The loss is a mean; its gradient is taken times its count, so that sums over batches do not depend on how the samples are divided.
+    The loss is a mean; its gradient is taken times its count, so that sums over parts do not depend on how the samples are divided.
     Raises `unlabelled` where a batch has no labels, InputError as `calibrate`.
     """
     behind, classes = _with_loss(graph, train), classes_of(graph, train)
+    backward = Backward.of(behind.nodes, values, (behind.loss, behind.count), limit)
     done = 0
     for number, batch in enumerate(batches):
         inputs, labels = labelled_batch(graph, behind.labels, classes, batch, number, unlabelled)
         tensors, count = cut_batch(graph, inputs, samples - done)
-        cut = {value: _cut(graph, value, labels[name], count) for name, value in behind.labels.items()}
-        known = {**dict(zip(graph.inputs, tensors, strict=True)), **cut}
+        pairs = [*zip(graph.inputs, tensors, strict=True), *((value, labels[name]) for name, value in behind.labels.items())]
+        known = slice_samples(graph, pairs, (0, count))
         with of_batch(number):
-            found = differentiated(behind.nodes, known, values, lambda held: held[behind.loss] * held[behind.count])
-        yield Slopes(found, count)
+            backward.run_parts(graph, known, lambda held: {behind.loss: held[behind.count].to(held[behind.loss])}, take)
         done += count
         if progress is not None:
             progress(done, None)
         if done >= samples:
             break
-
-
-def _cut(graph: Graph, value: Value, labels: Tensor, count: int) -> Tensor:
-    """As many labels as samples, where they lie along the samples' axis: a model with two batches (images, texts) has labels of one."""
-    first, axes = graph.inputs[0].tensor.shape[:1], value.tensor.shape[:1]
-    return labels[:count] if axes and axes == first else labels
+    return done
 
 
 def loss_of(train: Train) -> Loss:
@@ -152,33 +143,6 @@ def classes_of(graph: Graph, train: Train) -> Classes | None:
     if loss.name not in OF_CLASSES or not isinstance(last[0], int):
         return None
     return Classes(last[0], loss.ignore_index)
-
-
-def differentiated(
-    nodes: Sequence[Node], known: dict[Value, Any], values: Sequence[Value], total: Callable[[Mapping[Value, Any]], Tensor]
-) -> dict[Value, tuple[Tensor, Tensor | None]]:
-    """Each value and the gradient of `total` (given all values once the nodes have run) by it.
-
-    Zeros are added to each value, and the total is differentiated by them: weights stay without gradients."""
-    wanted = frozenset(values)
-    probes: dict[Value, Tensor] = {}
-
-    def read(value: Value) -> Any:
-        if value not in known and isinstance(value, Const):
-            known[value] = value.load().detach()
-        return known[value]
-
-    with torch.enable_grad():
-        for node in nodes:
-            for value, result in zip(node.outputs, run_node(node, read), strict=True):
-                known[value] = result
-                if value in wanted:
-                    probes[value] = torch.zeros_like(result, requires_grad=True)
-                    known[value] = result + probes[value]
-        summed = total(known)
-        reached = bool(probes) and summed.requires_grad
-        found = torch.autograd.grad(summed, list(probes.values()), allow_unused=True) if reached else [None] * len(probes)
-    return {value: (known[value].detach(), gradient) for value, gradient in zip(probes, found, strict=True)}
 
 
 def dropped(batches: Iterable[Any], names: Collection[str]) -> Iterable[Any]:

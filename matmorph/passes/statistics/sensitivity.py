@@ -2,13 +2,12 @@
 
 With g the gradient of a scalar at one row of a site's output, an error E of the weight moves the scalar by sum of g^T E x over the rows, to
 first order. Taking gradients and inputs as independent (the Kronecker-factored Fisher of K-FAC, arXiv 1503.05671), the mean square of that
-for one sample is tr(G E H E^T), with G the sum of g g^T over the rows of a sample and H the mean of x x^T. Two scalars are offered:
+is tr(G E H E^T), with G the sum of g g^T over the rows and H the mean of x x^T. The scalars are
 
 fisher: the loss, with labels. For a log-likelihood half of the mean square is the expected change to second order: the Fisher information
-stands for the Hessian (Kunstner et al., arXiv 1905.12558, on when it does).
+stands for the Hessian (Kunstner et al., arXiv 1905.12558, on when it does). G is that of one sample.
 
-output: v . z / |z| for an output z of the model and v of independent standard normal entries, one draw per batch, so that the mean square
-is the expected |dz|^2 / |z|^2: the relative change of what the model answers. It needs no labels.
+output, kl: random ones, so that the mean square is the change of an output of the model itself (`probes`). They need no labels.
 
 G of all sites together are in one unit, which makes errors of different sites comparable: what the budget adds up. Whitened methods fit
 their factors to the same measure.
@@ -24,20 +23,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matmorph.errors import InputError, SpecError, did_you_mean
+from matmorph.errors import InputError, SpecError
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.site import Site
-from matmorph.ir.training.losses import tensor_outputs
+from matmorph.passes.linalg.svd import power_of_two
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, row_view, undo
-from matmorph.passes.statistics.calibrate import SPILL_ABOVE, accumulator, bound_batch, cut_batch
-from matmorph.passes.statistics.loss_gradients import Slopes, differentiated, loss_gradients
+from matmorph.passes.statistics.backward import PASS_BYTES, Backward
+from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
+from matmorph.passes.statistics.loss_gradients import loss_gradients
+from matmorph.passes.statistics.moment_store import MomentStore
+from matmorph.passes.statistics.probes import Probe, probe_of
 from matmorph.passes.statistics.token_mask import TokenMask, of_rows, token_mask
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Calibration, Spec, Train
 
 WIDEST = 1 << 14
 """Output features of a site, above which only the trace of G is kept: an output head's G would be larger than its weight."""
+ENOUGH = 6
+"""Rows of the output per feature of the widest moment, behind which no more samples are read: a pass back is the dearest of all."""
+_ROWS = 1 << 13
+"""Rows that are read in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +60,16 @@ def sensitivity(
 ) -> Sensitivity | None:
     """What the spec asks for; None where it asks for nothing.
 
-    Raises SpecError without data, for an output that the model does not have and, under fisher, for batches without labels; InputError for
-    gradients that are NaN or infinite.
+    Raises SpecError without data, for an output that the model does not have or that holds no classes and, under fisher, for batches
+    without labels; InputError for gradients that are NaN or infinite.
     """
     if calibration.sensitivity == "none" or not sites:
         return None
     if batches is None:
         raise SpecError(f"{calibration.sensitivity} needs calibration data and none was given", keypath="calibration.sensitivity")
-    if calibration.sensitivity == "output":
-        return of_output(graph, sites, batches, calibration.samples, output_of(graph, calibration.output)[1], spec.seed, progress)
+    if calibration.sensitivity != "fisher":
+        probe = probe_of(graph, calibration)
+        return of_output(graph, sites, batches, calibration.samples, probe, spec.seed, progress)
     if spec.train is None:
         raise SpecError("fisher is made of gradients of a loss, and the spec has none", keypath="calibration.sensitivity")
     return fisher(graph, sites, batches, calibration.samples, spec.train, progress)
@@ -70,18 +77,41 @@ def sensitivity(
 
 def with_moments(stats: Mapping[Site, SiteStats], found: Sensitivity | None) -> Mapping[Site, SiteStats]:
     """The statistics with what methods read of it."""
-    moments: Mapping[Site, Tensor] = {} if found is None else found.moments
-    return {site: replace(each, output_moment=moments[site]) if site in moments else each for site, each in stats.items()}
+    return stats if found is None else _WithMoments(stats, found.moments)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WithMoments(Mapping[Site, SiteStats]):
+    """Moments are read when their site is asked for: together they may be larger than the model."""
+
+    stats: Mapping[Site, SiteStats]
+    moments: Mapping[Site, Tensor]
+
+    def __getitem__(self, site: Site) -> SiteStats:
+        found = self.stats[site]
+        return replace(found, output_moment=self.moments[site]) if site in self.moments else found
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.stats)
+
+    def __len__(self) -> int:
+        return len(self.stats)
 
 
 def fisher(
-    graph: Graph, sites: Sequence[Site], batches: Iterable[Any], samples: int, train: Train, progress: StepProgress | None = None
+    graph: Graph,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    samples: int,
+    train: Train,
+    progress: StepProgress | None = None,
+    *,
+    limit: int = PASS_BYTES,
 ) -> Sensitivity:
     """From at most `samples` samples of batches that are mappings with the labels beside the inputs."""
     sums = _Sums(sites)
-    for batch in loss_gradients(graph, sums.values, batches, samples, train, _unlabelled, progress):
-        sums.add(batch, 1.0)
-    return sums.means()
+    count = loss_gradients(graph, sums.values, batches, samples, train, _unlabelled, sums.take, progress, limit=limit)
+    return sums.over(count)
 
 
 def of_output(
@@ -89,51 +119,47 @@ def of_output(
     sites: Sequence[Site],
     batches: Iterable[Any],
     samples: int,
-    output: Value,
+    probe: Probe,
     seed: int,
     progress: StepProgress | None = None,
+    *,
+    limit: int = PASS_BYTES,
 ) -> Sensitivity:
-    """From at most `samples` samples of batches like the model's inputs."""
-    sums = _Sums(sites)
+    """From at most `samples` samples of batches like the model's inputs, and no more once there are rows enough. `limit`: see
+    `Backward`."""
+    sums, mask, value = _Sums(sites), token_mask(graph), probe.output
     generator = torch.Generator().manual_seed(seed)
-    mask = token_mask(graph)
+    backward = Backward.of(graph.nodes, sums.values, (value,) if mask is None else (value, mask.value), limit)
+    size, rows, done = 0.0, 0, 0
+
+    def seeds(held: Mapping[Value, Any]) -> Mapping[Value, Tensor]:
+        nonlocal size, rows
+        z = held[value].detach()
+        kept = _kept(z, value, held, mask)
+        gradient, units = probe.draw(z, kept, generator)
+        size += units
+        rows += z[..., :1].numel() if kept is None else int(kept.sum())
+        return {value: gradient}
+
     for number, batch in enumerate(batches):
-        tensors, count = cut_batch(graph, bound_batch(graph, batch, number), samples - sums.samples)
-        known: dict[Value, Any] = dict(zip(graph.inputs, tensors, strict=True))
-
-        def total(held: Mapping[Value, Any]) -> Tensor:
-            return _probe(held[output], output, held, mask, generator)
-
-        sums.add(Slopes(differentiated(graph.nodes, known, sums.values, total), count), count)
+        tensors, count = cut_batch(graph, bound_batch(graph, batch, number), samples - done)
+        with of_batch(number):
+            backward.run_parts(graph, dict(zip(graph.inputs, tensors, strict=True)), seeds, sums.take)
+        done += count
         if progress is not None:
-            progress(sums.samples, None)
-        if sums.samples >= samples:
+            progress(done, None)
+        if done >= samples or rows >= max(_ROWS, ENOUGH * sums.widest):
             break
-    return sums.means()
+    return sums.over(size)
 
 
-def _probe(z: Tensor, value: Value, known: Mapping[Value, Any], mask: TokenMask | None, generator: torch.Generator) -> Tensor:
-    """v . z / |z| over the rows that count."""
-    v = torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z)
-    if mask is not None and value.tensor.shape[: len(mask.axes)] == mask.axes:
-        leading = z.shape[: len(mask.axes)]
-        kept = (of_rows(known[mask.value], prod(leading)) != 0).reshape(*leading, *(1,) * (z.dim() - len(leading)))
-        z = torch.where(kept, z, 0.0)
-    size = torch.linalg.vector_norm(z.detach()).clamp_min(torch.finfo(z.dtype).tiny)
-    found: Tensor = (v * z).sum() / size
-    return found
-
-
-def output_of(graph: Graph, name: str | None) -> tuple[str, Value]:
-    """The floating-point output of that name, the first where none is given. SpecError where there is none."""
-    found = {key: value for key, value in tensor_outputs(graph).items() if value.tensor.torch_dtype.is_floating_point}
-    if name is None and found:
-        return next(iter(found.items()))
-    if name is not None and name in found:
-        return name, found[name]
-    problem = "no output of floating-point numbers" if name is None else f"no output of floating-point numbers called {name}"
-    hint = did_you_mean(name or "", list(found)) or (f"; it has {', '.join(found)}" if found else "")
-    raise SpecError(f"the model has {problem}{hint}", keypath="calibration.output")
+def _kept(z: Tensor, value: Value, known: Mapping[Value, Any], mask: TokenMask | None) -> Tensor | None:
+    """Which rows of an output count [..]; None where all do."""
+    if mask is None or value.tensor.shape[: len(mask.axes)] != mask.axes or z.dim() < 2:
+        return None
+    leading = z.shape[: len(mask.axes)]
+    found = (of_rows(known[mask.value], prod(leading)) != 0).reshape(*leading, *(1,) * (z.dim() - 1 - len(leading)))
+    return found.expand(z.shape[:-1])
 
 
 class _Sums:
@@ -141,39 +167,37 @@ class _Sums:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         wide = {site: site.out_features for site in sites if site.applications and site.out_features <= WIDEST}
-        spill = sum(8 * width**2 for width in wide.values()) > SPILL_ABOVE
-        self._moments = {site: accumulator((width, width), spill) for site, width in wide.items()}
+        self._moments = MomentStore(wide)
+        self.widest = max(wide.values(), default=0)
         self._squares = dict.fromkeys(sites, 0.0)
         self._readers: dict[Value, list[tuple[Site, tuple[RowStep, ...]]]] = {}
         for site in sites:
             for value, leave in _outputs(site):
                 self._readers.setdefault(value, []).append((site, leave))
-        self.samples = 0
 
     @property
     def values(self) -> list[Value]:
         return list(self._readers)
 
-    def add(self, batch: Slopes, weight: float) -> None:
-        for value, (_, gradient) in batch.values.items():
-            if gradient is None:
-                continue
-            for site, leave in self._readers[value]:
-                laid_out = undo(leave, gradient)
-                rows = laid_out.reshape(-1, laid_out.shape[-1])
-                self._squares[site] += weight * float(rows.double().square().sum()) / rows.shape[-1]
-                if site in self._moments and rows.shape[-1] == site.out_features:
-                    self._moments[site] += weight * (rows.T @ rows).double().cpu()
-        self.samples += batch.samples
+    def take(self, value: Value, _: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        for site, leave in self._readers[value]:
+            laid_out = undo(leave, gradient)
+            rows = laid_out.reshape(-1, laid_out.shape[-1])
+            rows = rows if power_of_two(rows) == 1 else rows.double()  # squares of float32 would leave its range
+            self._squares[site] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 / rows.shape[-1]
+            if site in self._moments and rows.shape[-1] == site.out_features:
+                self._moments.add(site, (rows.T @ rows).cpu())
 
-    def means(self) -> Sensitivity:
-        """Per sample. InputError for what is not finite."""
-        count = max(self.samples, 1)
+    def over(self, size: float) -> Sensitivity:
+        """The sums over `size`, zeros where that is 0. InputError for what is not finite."""
+        share = 1 / size if size > 0 else 0.0
         for site, total in self._squares.items():
-            if not isfinite(total):
+            if not isfinite(total) or not isfinite(size):
                 raise InputError(f"the calibration data makes gradients of NaN or infinity at {site.path}")
-        moments = {site: total.div_(count) for site, total in self._moments.items()}
-        return Sensitivity(moments, {site: total / count for site, total in self._squares.items()})
+        self._moments.scale(share)
+        return Sensitivity(self._moments, {site: total * share for site, total in self._squares.items()})
 
 
 def _outputs(site: Site) -> Iterator[tuple[Value, tuple[RowStep, ...]]]:

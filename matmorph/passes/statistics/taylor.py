@@ -56,12 +56,13 @@ def taylor(
     def unlabelled(what: str, hint: str) -> SpecError:
         return SpecError(f"{use.method} with score taylor needs labels, and {what}", at=use.at, details=[hint])
 
-    for batch in loss_gradients(graph, list(owners), batches, samples, train, unlabelled, progress):
-        for value, (x, gradient) in batch.values.items():
-            if gradient is not None:
-                rows = (x.double() * gradient.double()).abs().reshape(-1, x.shape[-1]).sum(0).cpu()
-                for scores in owners[value]:
-                    scores += rows
+    def take(value: Value, x: Tensor, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            rows = (x.double() * gradient.double()).abs().reshape(-1, x.shape[-1]).sum(0).cpu()
+            for scores in owners[value]:
+                scores += rows
+
+    loss_gradients(graph, list(owners), batches, samples, train, unlabelled, take, progress)
     for site, pair in found.items():
         _refuse_nothing(site, *pair)
     return found
