@@ -368,7 +368,7 @@ def test_the_rewritten_graph_answers_like_the_rewritten_matrices(graph: Graph) -
 def test_progress_tells_of_every_pass(graph: Graph) -> None:
     told: list[tuple[str, int, int | None]] = []
     compiled(graph, spec(rule("r", ALL, 2)), calibration=[{"x": X}], progress=lambda *step: told.append(step))
-    assert told == [("calibrating", 3, 3), ("rewriting", 1, 2), ("rewriting", 2, 2)]
+    assert told == [("calibrating", 1, 3), ("calibrating", 3, 3), ("rewriting", 1, 2), ("rewriting", 2, 2)]
 
 
 def test_seed_decides_the_randomised_solver() -> None:

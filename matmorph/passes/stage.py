@@ -18,6 +18,7 @@ from matmorph.ir.verify import verify
 from matmorph.passes.budget.account import Decision, verdict
 from matmorph.passes.budget.decide import OpenStage, closed_part, decision, is_open, planned_notes
 from matmorph.passes.budget.pays import refuse_slow
+from matmorph.passes.in_order import Task, built_in_order
 from matmorph.passes.kernel_costs import kernel_summary
 from matmorph.passes.methods.protocol import Methods, SiteStats, site_method
 from matmorph.passes.reporting import site_rows
@@ -33,19 +34,24 @@ from matmorph.passes.rewriting.block_pass import (
     shots_of,
 )
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
-from matmorph.passes.rewriting.sample import refuse_undetermined, rule_fits, sample_summary
+from matmorph.passes.rewriting.sample import massive_summary, refuse_undetermined, rule_fits, sample_summary
 from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
 from matmorph.passes.selection.select import Selection, select
 from matmorph.passes.selection.survey import Survey
 from matmorph.passes.statistics.calibrate import calibrate
 from matmorph.passes.statistics.sensitivity import Sensitivity, sensitivity, with_moments
-from matmorph.passes.statistics.taylor import refuse_without_loss, with_taylor
-from matmorph.passes.statistics.weight_gradients import refuse_without_train, with_gradients
+from matmorph.passes.statistics.taylor import reads_labels, refuse_without_loss, with_taylor
+from matmorph.passes.statistics.weight_gradients import asks_for_gradients, refuse_without_train, with_gradients
 from matmorph.progress import Progress, StepProgress, silent
 from matmorph.report.model import SiteRow
 from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
 
 SECOND_MOMENT, HELD_OUT = frozenset({Statistic.INPUT_SECOND_MOMENT}), frozenset({Statistic.HELD_OUT_MOMENT})
+_GIVE_DATA = ["pass calibration=... to compile, or --calibration FILE on the command line"]
+_ORDER = (
+    "calibrated in sequence: each matmul was fitted behind what was rewritten before it; output errors are against the outputs of the "
+    "model as this stage found it"
+)
 _EXPORT_FIELDS = ("tokens", "target")
 
 
@@ -138,11 +144,14 @@ def selected(stage: Stage, survey: Survey, run: Run) -> Selected:
 def measured(one: Selected, run: Run) -> Measured:
     """SpecError where a method needs data, a loss or labels and there is none; InputError for data that is none."""
     graph, claims, step = one.survey.graph, one.divided.claims, run.step("differentiating")
+    calibration = one.stage.calibration
+    if calibration.order == "sequential" and run.inputs is None:
+        raise SpecError("sequential needs calibration data and none was given", keypath="calibration.order", details=_GIVE_DATA)
     refuse_without_train(claims, run.methods, run.spec.train)
     stats = _statistics(one, run)
     stats = with_gradients(graph, claims, run.methods, stats, run.batches, run.spec.train, step)
-    calibration = one.stage.calibration
-    sites = list(dict.fromkeys((*stats, *(site for site, rule in claims if rule.is_open))))  # with tables, which have no statistics
+    # with tables, which have no statistics, and with sites that get theirs only when they are built
+    sites = list(dict.fromkeys((*stats, *(site for site, _ in _needs(one, run)), *(site for site, rule in claims if rule.is_open))))
     read = run.batches if calibration.sensitivity == "fisher" else run.inputs
     felt = sensitivity(graph, calibration, run.spec, sites, read, step)
     return Measured(one, with_moments(stats, felt), felt)
@@ -161,16 +170,22 @@ def decided(one: Measured, coded: int, run: Run) -> Decided:
 def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
     """All fragments and patches, and ONE splice. SpecError: rejects under `strict`; CheckError: a tolerance; VerifyError: our bug."""
     stage, graph, stats, export = one.measured.selected.stage, one.measured.selected.survey.graph, one.measured.stats, run.spec.export
-    outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
-    outcomes = (*refuse_slow(outcomes, export, run.methods), *(one.decision.refused if one.decision is not None else ()))
-    blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
-    outcomes = (*outcomes, *blocks)
+    refused = one.decision.refused if one.decision is not None else ()
+    if stage.calibration.order == "sequential" and run.inputs is not None:
+        in_order = built_in_order(_task(one, run), pruning)
+        outcomes, pruning, stats = (*in_order.outcomes, *refused), in_order.pruning, in_order.stats
+        before: tuple[str, ...] = (*in_order.notes, _ORDER)
+    else:
+        outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
+        outcomes = (*refuse_slow(outcomes, export, run.methods), *refused)
+        blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
+        outcomes, before = (*outcomes, *blocks), ()
     refuse_rejects(outcomes, run.spec.strict)
     outcomes, rolled_back = hold(outcomes, stage.tolerance)
     after = _checked(narrowed(splice(graph, outcomes), outcomes))
     rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
-    notes = (*one.selection.notes, *(one.decision.notes if one.decision is not None else ()), *rolled_back)
-    notes = (*notes, *sample_summary(outcomes), *kernel_summary(outcomes, export))
+    notes = (*one.selection.notes, *(one.decision.notes if one.decision is not None else ()), *before, *rolled_back)
+    notes = (*notes, *sample_summary(outcomes), *massive_summary(stats), *kernel_summary(outcomes, export))
     notes = (*notes, *(verdict(one.decision, rows) if one.decision is not None else ()))
     return Built(after, outcomes, rows, notes, pruning.keeping(outcomes, run.methods), one.decision)
 
@@ -217,20 +232,57 @@ def _divided(survey: Survey, selection: Selection, methods: Methods) -> Divided:
 
 
 def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
-    """Second moments of all sites that will be rewritten, and gradients where a block's method asks for them."""
-    graph, divided, methods, samples = one.survey.graph, one.divided, run.methods, one.stage.calibration.samples
+    """Second moments of all sites that will be rewritten, and gradients where a block's method asks for them. In sequential order only of
+    those that something is decided or differentiated for before; the others are measured when they are built."""
+    graph, divided, methods, calibration = one.survey.graph, one.divided, run.methods, one.stage.calibration
     refuse_without_loss(divided.jobs, methods, run.spec.train)
     working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
     if run.inputs is None:
         _refuse_without_data(working, methods)
         return {}
-    fitted = {site for site, rule in working if rule_fits(rule, methods)} | fitted_by_blocks(divided.jobs, methods)
-    sites = (*(site for site, _ in working), *block_needs(divided.jobs, methods))
-    needs = [(site, SECOND_MOMENT | HELD_OUT if site in fitted else SECOND_MOMENT) for site in sites if site.applications]
-    stats = calibrate(graph, needs, run.inputs, samples, run.step("calibrating"))
+    needs, samples, weights = _needs(one, run), calibration.samples, calibration.token_weights
+    if calibration.order == "sequential":
+        before = _before(one, run)
+        needs = [(site, wanted) for site, wanted in needs if site in before]
+    stats = calibrate(graph, needs, run.inputs, samples, run.step("calibrating"), token_weights=weights)
     judged = (*working, *((job.block.consumer, job.rule) for job in divided.jobs if job.block.consumer in stats))
     refuse_undetermined(one.stage.tolerance, judged, methods, stats)
     return with_taylor(graph, divided.jobs, methods, stats, run.batches, samples, run.spec.train, run.step("differentiating"))
+
+
+def _needs(one: Selected, run: Run) -> list[tuple[Site, frozenset[Statistic]]]:
+    """What is gathered of each site; nothing without data."""
+    divided, methods = one.divided, run.methods
+    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)] if run.inputs is not None else []
+    jobs = divided.jobs if run.inputs is not None else ()
+    fitted = {site for site, rule in working if rule_fits(rule, methods)} | fitted_by_blocks(jobs, methods)
+    sites = (*(site for site, _ in working), *block_needs(jobs, methods))
+    return [(site, SECOND_MOMENT | HELD_OUT if site in fitted else SECOND_MOMENT) for site in sites if site.applications]
+
+
+def _before(one: Selected, run: Run) -> set[Site]:
+    """Sites whose statistics something reads before anything is built."""
+    claims, jobs, methods = one.divided.claims, one.divided.jobs, run.methods
+    reading = [job for job in jobs if job.rule.is_open or reads_labels([job.use], methods)]
+    graded = {site for site, rule in claims if asks_for_gradients([use for uses in rule.alternatives for use in uses], methods)}
+    return {site for site, rule in claims if rule.is_open} | graded | set(block_needs(reading, methods))
+
+
+def _task(one: Decided, run: Run) -> Task:
+    before = one.measured.selected
+    return Task(
+        graph=before.survey.graph,
+        divided=one.divided,
+        methods=run.methods,
+        batches=run.inputs or (),
+        calibration=before.stage.calibration,
+        tolerance=before.stage.tolerance,
+        export=run.spec.export,
+        seed=run.seed,
+        stats=one.measured.stats,
+        felt=one.measured.felt,
+        progress=run.step("rewriting"),
+    )
 
 
 def _works(site: Site, rule: Rule, methods: Methods) -> bool:
@@ -251,7 +303,7 @@ def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) 
                 raise SpecError(
                     f"rule {rule.name}: {use.method} needs calibration data ({statistics}) and none was given",
                     at=use.at,
-                    details=["pass calibration=... to compile, or --calibration FILE on the command line"],
+                    details=_GIVE_DATA,
                 )
 
 

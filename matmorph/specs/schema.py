@@ -79,6 +79,17 @@ class Calibration:
     output: str | None = field(
         default=None, metadata={"doc": "the output of the model that sensitivity: output or kl is about; the first by default"}
     )
+    order: Literal["parallel", "sequential"] = field(
+        default="parallel",
+        metadata={
+            "doc": "parallel: matmuls are fitted to the inputs of the model as it was; sequential: each to those behind what was rewritten "
+            "before it, so that its outputs come near to the original's"
+        },
+    )
+    token_weights: Literal["none", "norm"] = field(
+        default="none",
+        metadata={"doc": "norm: each row of an input counts by the inverse of its squared norm; none: by its size"},
+    )
 
     def __post_init__(self) -> None:
         if self.output is not None and self.sensitivity not in ("output", "kl"):

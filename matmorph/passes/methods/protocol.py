@@ -20,6 +20,9 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, ConstKind, Graph, Value
 from matmorph.ir.site import Choice, Cost, Fragment, Reject, Site, Statistic
 from matmorph.passes.linalg.hosvd import GradientStats
+from matmorph.passes.linalg.massive import Massive
+from matmorph.passes.linalg.target import CrossMoments
+from matmorph.passes.linalg.whiten import relative_output_error
 from matmorph.passes.methods.language import MethodKind, MethodLanguage
 from matmorph.passes.pruning.axes import Counts
 from matmorph.passes.pruning.find_blocks import Block
@@ -63,7 +66,12 @@ class SiteStats:
     and the number of rows of each expert, [E]. `held_out`, `held_rows`: the same of rows that no method is fitted to, where that was asked
     for. `gradients`: by its weight, of `passes.statistics.weight_gradients`. `input_taylor` [in] and `output_taylor` [out], float64:
     `passes.statistics.taylor`, where asked for. `output_moment` [out, out], float64: of the gradients at its output, summed over the rows
-    of a sample, where they were gathered (`passes.statistics.sensitivity`)."""
+    of a sample, where they were gathered (`passes.statistics.sensitivity`). `massive`: of its rows, None where none is. `weighted`: whether
+    rows count by the inverse of their squared norm.
+
+    Of a site whose model is rewritten in front of it, the moments are those of the inputs that it has now. `target` [out, in] is then the
+    weight that a method which replaces it works on, whose outputs on these inputs are nearest to what the original gave on its own;
+    `across` and `held_across` hold both inputs together, of the rows fitted to and of those held out. `notes`: for the report."""
 
     second_moment: Tensor
     rows: int | Tensor
@@ -73,11 +81,36 @@ class SiteStats:
     output_moment: Tensor | None = None
     held_out: Tensor | None = None
     held_rows: int | Tensor = 0
+    massive: Massive | None = None
+    weighted: bool = False
+    target: Tensor | None = None
+    across: CrossMoments | None = None
+    held_across: CrossMoments | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a site's row says of its data."""
+        dominated = self.massive is not None and self.massive.dominates
+        return (*self.notes, *((self.massive.note(),) if dominated and self.massive is not None else ()))
 
     @property
     def judged(self) -> Tensor:
         """The moment that errors are measured in: of the rows that were held out, of all where none were."""
         return self.second_moment if self.held_out is None else self.held_out
+
+    def output_error(self, w: Tensor, approximation: Tensor) -> float:
+        """Relative, against the outputs of the original weight `w` on the original's inputs, on the rows of `judged`."""
+        across = self.across if self.held_out is None else self.held_across
+        return relative_output_error(w, approximation, self.judged) if across is None else across.relative_error(w, approximation)
+
+    def fitted_error(self, w: Tensor, approximation: Tensor) -> float:
+        """The same on the rows that are fitted to."""
+        return (
+            relative_output_error(w, approximation, self.second_moment)
+            if self.across is None
+            else self.across.relative_error(w, approximation)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from matmorph.ir.build import Builder
@@ -21,7 +23,8 @@ from matmorph.passes.pruning.find_blocks import Block
 class Patch:
     """What a block becomes. `consts`: narrower weights and biases for those they replace, under their names. `nodes`: what stands in place
     of nodes of the region. `inputs`: narrower pasts of a cache for those they replace. `added`: index constants. `features`: the consumer's
-    input features that stay, `weight` [out, in] its new matrix. `choice` is what was taken in the end."""
+    input features that stay, `weight` [out, in] its new matrix. `kept`: of each constant of the producers the axis that was cut, and what
+    stays of it. `choice` is what was taken in the end."""
 
     block: Block
     consts: Mapping[Const, Const]
@@ -32,6 +35,27 @@ class Patch:
     weight: Tensor
     choice: Choice
     notes: tuple[str, ...] = ()
+    kept: Mapping[Const, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def in_full_width(self) -> dict[Const, Callable[[], Tensor]]:
+        """The weights that make the block as wide as it was compute what it computes now: zeros in the place of what is gone. The softmax
+        keeps its scale in both."""
+        consumer = self.block.consumer
+        axis = 1 if consumer.layout == "oi" else 0
+        narrow = self.weight if consumer.layout == "oi" else self.weight.T
+        found = {const: partial(_zeroed, const, axis, rows) for const, (axis, rows) in self.kept.items()}
+        return {**found, consumer.const: partial(_spread, consumer.const, axis, self.features, narrow)}
+
+
+def _zeroed(const: Const, axis: int, rows: Tensor) -> Tensor:
+    stored = const.load().detach()
+    own = rows.to(stored.device)
+    return torch.zeros_like(stored).index_copy_(axis, own, stored.index_select(axis, own))
+
+
+def _spread(const: Const, axis: int, features: Tensor, narrow: Tensor) -> Tensor:
+    stored = const.load().detach()
+    return torch.zeros_like(stored).index_copy_(axis, features.to(stored.device), narrow.to(stored))
 
 
 def counts_of(kept: KeptUnits) -> Counts:
@@ -50,7 +74,8 @@ def make_patch(block: Block, kept: KeptUnits, weight: Tensor, label: str, b: Bui
     shop.edit_region()
     features = positions(block.axis, kept)
     added = tuple(b.consts[marker:])
-    return Patch(block, shop.consts, shop.written(), _pasts(block, counts_of(kept)), added, features, weight, choice, notes)
+    pasts = _pasts(block, counts_of(kept))
+    return Patch(block, shop.consts, shop.written(), pasts, added, features, weight, choice, notes, shop.kept_rows)
 
 
 def _pasts(block: Block, counts: Counts) -> Mapping[Value, Value]:
@@ -69,6 +94,7 @@ class _Shop:
 
     def __init__(self, block: Block, kept: KeptUnits, label: str, b: Builder) -> None:
         self.consts: dict[Const, Const] = {}
+        self.kept_rows: dict[Const, tuple[int, Tensor]] = {}
         self._block = block
         self._kept = kept
         self._label = label
@@ -80,15 +106,19 @@ class _Shop:
         self._indices: dict[str, Const] = {}
 
     def cut_producer(self, site: Site, rows: Tensor) -> None:
-        self.consts[site.const] = cut(site.const, 0 if site.layout == "oi" else 1, rows, self._label)
+        self._cut(site.const, 0 if site.layout == "oi" else 1, rows)
         for application in site.applications:
             bias = application.bias
             if isinstance(bias, Const):
                 if bias not in self.consts:
-                    self.consts[bias] = cut(bias, len(bias.tensor.shape) - 1, rows, self._label)
+                    self._cut(bias, len(bias.tensor.shape) - 1, rows)
             elif bias is not None:
                 place = next((k,) for k, arg in enumerate(application.node.args) if arg is bias)
                 self._gather(application.node, place, bias, len(bias.tensor.shape) - 1, rows)
+
+    def _cut(self, const: Const, axis: int, rows: Tensor) -> None:
+        self.consts[const] = cut(const, axis, rows, self._label)
+        self.kept_rows[const] = axis, rows
 
     def edit_region(self) -> None:
         counts = counts_of(self._kept)

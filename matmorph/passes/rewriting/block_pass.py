@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from matmorph.passes.methods.protocol import BlockMethod, Methods, SiteStats, bl
 from matmorph.passes.pruning.axes import HEADS, QK, Counts, V, resized, size_of
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
-from matmorph.passes.rewriting.rewrite import Outcome, Part
+from matmorph.passes.rewriting.rewrite import Outcome, Part, aimed
 from matmorph.passes.rewriting.sample import sample_of, unseen
 from matmorph.passes.selection.survey import Survey
 from matmorph.passes.sizes import exported_sizes
@@ -229,21 +230,33 @@ def build_blocks(
     """Outcomes with patches for one shot, of which `keeping` then hears which stay. SpecError: a method that needs calibration data where
     there is none."""
     pruned = so_far.seeing(divided.blocks)
-    builder = Builder(graph, inference=Inference(graph.ranges, graph.device))
+    builder = block_builder(graph)
     found = [*divided.refused]
     for job in divided.jobs:
-        path = job.block.consumer.path
-        method, key = block_method(methods, job.use.method), (job.rule.name, path)
-        schedule = _schedule(job, method, pruned.left.get(key))
-        if isinstance(schedule, Reject):
-            found += rejected(job, schedule)
-            continue
-        choice, *later = schedule
-        refuse_without_data(job, methods, stats)
-        source = pruned.sources.get(path) or _Source.of(job.block, stats)
-        found += _built(job, method, choice, source, stats, builder)
-        pruned = replace(pruned, left={**pruned.left, key: tuple(later)}, sources={**pruned.sources, path: source})
+        outcomes, pruned = build_block(builder, job, stats, pruned, methods)
+        found += outcomes
     return tuple(found), pruned
+
+
+def block_builder(graph: Graph) -> Builder:
+    """What all patches over one graph are written with."""
+    return Builder(graph, inference=Inference(graph.ranges, graph.device))
+
+
+def build_block(
+    builder: Builder, job: BlockJob, stats: Mapping[Site, SiteStats], pruned: PruningSoFar, methods: Methods
+) -> tuple[list[Outcome], PruningSoFar]:
+    """The same of one block."""
+    path = job.block.consumer.path
+    method, key = block_method(methods, job.use.method), (job.rule.name, path)
+    schedule = _schedule(job, method, pruned.left.get(key))
+    if isinstance(schedule, Reject):
+        return rejected(job, schedule), pruned
+    choice, *later = schedule
+    refuse_without_data(job, methods, stats)
+    source = pruned.sources.get(path) or _Source.of(job.block, stats)
+    found = _built(job, method, choice, source, stats, builder)
+    return found, replace(pruned, left={**pruned.left, key: tuple(later)}, sources={**pruned.sources, path: source})
 
 
 def _schedule(job: BlockJob, method: BlockMethod, left: tuple[Choice, ...] | None) -> tuple[Choice, ...] | Reject:
@@ -257,15 +270,28 @@ def _built(
 ) -> list[Outcome]:
     at = job.rule.at
     b.origin = Origin(rule=job.rule.name, location=f"{at.file}:{at.line}" if at is not None else None)
-    patch = method.build(job.block, job.use.spec, choice, stats, b)
-    notes, errors = _measured(job.block, patch, source)
-    sample = sample_of(job.block.consumer, stats.get(job.block.consumer), [(method, job.use)])
-    outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes), patch)
+    own = stats.get(job.block.consumer)
+    patch = _aimed_patch(job, method, choice, stats, b)
+    notes, errors = _measured(job.block, patch, source, own)
+    sample = sample_of(job.block.consumer, own, [(method, job.use)])
+    said = () if own is None else own.remarks
+    outcomes = _outcomes(job, method, patch.choice, (*patch.choice.notes, *patch.notes, *notes, *said), patch)
     measured = {"weight_error": errors[0], "output_error": None if unseen(sample) else errors[1], "sample": sample}
     return [replace(one, **measured) if one.patch is not None else one for one in outcomes]  # type: ignore[arg-type] # fields of Outcome
 
 
-def _measured(block: Block, patch: Patch, source: _Source) -> tuple[tuple[str, ...], tuple[float, float | None]]:
+def _aimed_patch(job: BlockJob, method: BlockMethod, choice: Choice, stats: Mapping[Site, SiteStats], b: Builder) -> Patch:
+    """The patch, its last matmul made of the target where there is one."""
+    consumer = job.block.consumer
+    own = stats.get(consumer)
+    if own is None or own.target is None:
+        return method.build(job.block, job.use.spec, choice, stats, b)
+    seen = aimed(consumer, own)
+    found = method.build(replace(job.block, consumer=seen), job.use.spec, choice, {**stats, seen: own}, b)
+    return replace(found, block=job.block)
+
+
+def _measured(block: Block, patch: Patch, source: _Source, stats: SiteStats | None) -> tuple[tuple[str, ...], tuple[float, float | None]]:
     """Errors of the last matmul against the source's, the removed features as zero columns: sliced, and as it is stored."""
     features = source.features[patch.features]
     w = source.weight if source.weight.dtype == torch.float64 else source.weight.float()
@@ -275,7 +301,9 @@ def _measured(block: Block, patch: Patch, source: _Source) -> tuple[tuple[str, .
     weight_error = relative_weight_error(w, narrow)
     if source.moment is None:
         return (), (weight_error, None)
-    plain, own = (relative_output_error(w, matrix, source.moment) for matrix in (sliced, narrow))
+    whole = len(source.features) == w.shape[1]  # before any other shot
+    errors = stats.output_error if stats is not None and whole else partial(relative_output_error, second_moment=source.moment)
+    plain, own = (errors(w, matrix) for matrix in (sliced, narrow))
     note = f"output error of {block.consumer.path}: {plain:.3g} sliced, {own:.3g} as it is stored"
     return (note,), (weight_error, own)
 

@@ -20,7 +20,7 @@ from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import swept
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Sample, Site, Spectrum
 from matmorph.passes.linalg.parallel import ordered_map
-from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
+from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Methods, SiteMethod, SiteStats, dense_cost, refuse_larger, site_method
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
@@ -140,9 +140,17 @@ def _without_dense(method: SiteMethod, use: MethodUse, before: Sequence[Part], m
     return Reject(f"{use.method} works on the dense weight, and {taken[0]} before it has made that its own")
 
 
-def _treated(site: Site, rule: Rule) -> Site:
-    """The site as its methods see it: under `untie` its gathers keep the table to themselves."""
-    return replace(site, gathers=()) if rule.untie else site
+def _treated(site: Site, rule: Rule, stats: SiteStats | None = None) -> Site:
+    """The site as its methods see it: under `untie` its gathers keep the table to themselves; with a target for what takes its place, that
+    is the weight."""
+    treated = replace(site, gathers=()) if rule.untie else site
+    return treated if stats is None else aimed(treated, stats)
+
+
+def aimed(site: Site, stats: SiteStats) -> Site:
+    """The site with the target as its weight; itself where there is none."""
+    target = stats.target
+    return site if target is None else replace(site, read=lambda stored: target)
 
 
 def total_cost(site: Site, parts: Sequence[Part]) -> Cost:
@@ -170,6 +178,24 @@ def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Methods) -> 
                 raise SpecError(f"rule {rule.name}: {why}", at=use.at)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Workshop:
+    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken. `shared`: weights that
+    several sites read, by what makes them the same."""
+
+    builder: Builder
+    inference: Inference
+    dotted: set[str]
+    methods: Methods
+    seed: int
+    shared: dict[Hashable, Const] = field(default_factory=dict)
+
+    @classmethod
+    def over(cls, graph: Graph, methods: Methods, seed: int) -> Workshop:
+        inference = Inference(graph.ranges, graph.device)
+        return cls(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
+
+
 def build(
     graph: Graph,
     claims: Iterable[tuple[Site, Rule]],
@@ -182,51 +208,46 @@ def build(
     """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
     listed = list(claims)
     refuse_impossible(listed, methods)
-    inference = Inference(graph.ranges, graph.device)
-    shop = _Shop(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
+    return build_with(Workshop.over(graph, methods, seed), listed, stats, progress)
+
+
+def build_with(
+    shop: Workshop,
+    claims: Sequence[tuple[Site, Rule]],
+    stats: Mapping[Site, SiteStats] | None = None,
+    progress: StepProgress | None = None,
+) -> tuple[Outcome, ...]:
+    """The same for some of the claims on a graph, the others of which come later or were before."""
     found: list[Outcome] = []
-    plans = [(site, rule, appraise(site, rule, methods), (stats or {}).get(site)) for site, rule in listed]
+    plans = [(site, rule, appraise(site, rule, shop.methods), (stats or {}).get(site)) for site, rule in claims]
     solutions = ordered_map(lambda plan: _solution(shop, *plan), plans)
     for plan, solution in zip(plans, solutions, strict=True):
         found.append(_outcome(shop, *plan, solution))
         if progress is not None:
-            progress(len(found), len(listed))
+            progress(len(found), len(claims))
     return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shop:
-    """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken. `shared`: weights that
-    several sites read, by what makes them the same."""
-
-    builder: Builder
-    inference: Inference
-    dotted: set[str]
-    methods: Methods
-    seed: int
-    shared: dict[Hashable, Const] = field(default_factory=dict)
 
 
 Appraisal: TypeAlias = Reject | tuple[Part, ...]
 """What `appraise` says of a site."""
 
 
-def _solution(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None) -> Any:
+def _solution(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None) -> Any:
     """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
     if isinstance(planned, Reject):
         return None
-    use, treated = planned[0].use, _treated(site, rule)
+    use, treated = planned[0].use, _treated(site, rule, stats)
     method = site_method(shop.methods, use.method)
     if type(method).solve is SiteMethod.solve or (stats is None and method.needs(use.spec)):  # no weight is read for nothing
         return None
     return method.solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
 
 
-def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solution: Any) -> Outcome:
+def _outcome(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solution: Any) -> Outcome:
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
-    treated = _treated(site, rule)
+    treated = _treated(site, rule, stats)
     scope = SiteScope(treated, shop.builder, shop.inference, rule.name, location, shop.dotted, shop.shared)
     fragments: list[Fragment] = []
     parts: list[Part] = []
@@ -237,7 +258,8 @@ def _outcome(shop: _Shop, site: Site, rule: Rule, planned: Appraisal, stats: Sit
         fragment = method.build(treated, part.use.spec, part.choice, stats, b)
         fragments.append(fragment)
         cost = method.cost(treated, part.use.spec, fragment.choice)
-        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=(*_said(fragment.choice), *fragment.notes)))
+        said = () if stats is None or parts else stats.remarks
+        parts.append(replace(part, choice=fragment.choice, cost=cost, notes=(*_said(fragment.choice), *fragment.notes, *said)))
     if (reject := _too_large(site, rule, parts)) is not None:
         return Outcome(site, rule, reject)
     base = site_method(shop.methods, parts[0].use.method)
@@ -274,7 +296,7 @@ def _measured(
     methods: Methods,
 ) -> Outcome:
     keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
-    w = scope.weight()
+    w = site.weight().detach()
     approximation = _stands_for(w, fragments, keeps_node)
     fitted = [(_standing(site_method(methods, part.use.method), parts[:k]), part.use) for k, part in enumerate(parts)]
     sample = with_fitted_error(sample_of(site, stats, fitted), w, approximation, stats)
@@ -284,9 +306,10 @@ def _measured(
         None,
         tuple(parts),
         weight_error=relative_weight_error(w, approximation),
-        output_error=None if stats is None or unseen(sample) else relative_output_error(w, approximation, stats.judged),
+        output_error=None if stats is None or unseen(sample) else stats.output_error(w, approximation),
         sample=sample,
-        bound=fragments[0].bound if len(fragments) == 1 else None,  # a bound for one form says nothing of a sum
+        # a bound for one form says nothing of a sum, and one for the target nothing of the weight
+        bound=fragments[0].bound if len(fragments) == 1 and (stats is None or stats.target is None) else None,
         cost=total_cost(site, parts),
         nodes=scope.close(fragments, keeps_node),
         consts=tuple(const for fragment in fragments for const in fragment.consts),

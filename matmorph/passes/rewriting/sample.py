@@ -16,7 +16,6 @@ from torch import Tensor
 from matmorph.errors import SpecError
 from matmorph.ir.site import Sample, Site
 from matmorph.passes.linalg.shrinkage import ENOUGH, effective_rank
-from matmorph.passes.linalg.whiten import relative_output_error
 from matmorph.passes.methods.protocol import Method, Methods, SiteStats
 from matmorph.specs.schema import MethodUse, Rule, Tolerance
 
@@ -33,7 +32,7 @@ def sample_of(site: Site, stats: SiteStats | None, uses: Iterable[tuple[Method, 
     """The rows behind a rewrite of the site by these methods; None without data."""
     if stats is None:
         return None
-    fitted = _least(stats.rows) if any(method.fitted(use.spec) for method, use in uses) else 0
+    fitted = _least(stats.rows) if stats.target is not None or any(method.fitted(use.spec) for method, use in uses) else 0
     judged = _all(stats.held_rows) if stats.held_out is not None else 0 if fitted else _all(stats.rows)
     return Sample(fitted, judged, round(_effective(stats.second_moment if fitted else stats.judged), 2))
 
@@ -42,7 +41,7 @@ def with_fitted_error(sample: Sample | None, w: Tensor, approximation: Tensor, s
     """With the error on the rows of the fit, where there was one."""
     if sample is None or stats is None or not sample.fitted:
         return sample
-    return replace(sample, fitted_error=relative_output_error(w, approximation, stats.second_moment))
+    return replace(sample, fitted_error=stats.fitted_error(w, approximation))
 
 
 def unseen(sample: Sample | None) -> bool:
@@ -69,6 +68,18 @@ def sample_summary(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     return (
         f"too little calibration data: {len(thin)} of {len(fitted)} fitted matmuls have fewer rows than {ENOUGH} x their features, "
         f"{site.path} {sample.fitted:,} for {site.in_features:,}; more samples would make better factors",
+    )
+
+
+def massive_summary(stats: Mapping[Site, SiteStats]) -> tuple[str, ...]:
+    """One line for all sites whose second moment such tokens dominate."""
+    there = {site: one.massive for site, one in stats.items() if one.massive is not None and one.massive.dominates}
+    if not there:
+        return ()
+    site, worst = max(there.items(), key=lambda pair: pair[1].share)
+    return (
+        f"massive activations dominate the second moments of {len(there)} of {len(stats)} matmuls: at {site.path} {worst.tokens:,} of "
+        f"{worst.rows:,} rows make {worst.share:.1%} (token_weights: norm lets every row count alike)",
     )
 
 

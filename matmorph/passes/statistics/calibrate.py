@@ -1,11 +1,15 @@
-"""Calibration: the second moment of what each matmul reads, streamed over the user's batches.
+"""Calibration: the second moment of what each matmul reads, over the user's batches, block by block.
 
 One accumulator per distinct input (query, key and value read the same rows), summed over all applications of a site. Rows that the model's
 `attention_mask` input marks as padding are left out. Products run in float32 per batch (float64 for float64 inputs) and are summed up in
-float64: the rounding of one batch does not grow with their number.
+float64: the rounding of one batch does not grow with their number. All batches go through one block of the graph before the next
+(`stream`), and what no statistic needs, as the head of a language model, is not computed.
 
 What is fitted to rows has too small an error on them. Where a method fits, every fifth batch goes into a second moment of its own, which
 errors are measured in; of fewer than five batches every fifth sample does (every fifth row where a batch has fewer than five samples).
+
+A token whose norm is many times that of others (a massive activation) decides a second moment alone. Such tokens are counted (`massive`);
+with `token_weights: norm` each row counts by the inverse of its squared norm.
 """
 
 from __future__ import annotations
@@ -13,66 +17,54 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
 from math import prod
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from matmorph.errors import InputError
-from matmorph.ir.core import Const, Graph, Value
-from matmorph.ir.evaluate import bind, evaluate
-from matmorph.ir.site import Application, Site, Statistic
-from matmorph.ir.types import as_dim
-from matmorph.passes.linalg.svd import power_of_two
+from matmorph.ir.core import Graph, Node, Value
+from matmorph.ir.evaluate import bind
+from matmorph.ir.site import Site, Statistic
+from matmorph.passes.linalg.massive import Norms
 from matmorph.passes.methods.protocol import SiteStats
-from matmorph.passes.rewriting.row_view import RowStep, apply, row_view
 from matmorph.passes.statistics.empty_cache import with_empty_cache
-from matmorph.passes.statistics.token_mask import of_rows, token_mask
+from matmorph.passes.statistics.kept import LIMIT
+from matmorph.passes.statistics.rows import HELD_OUT_EVERY, PARTS, Held, Source, groups, held_of, sources
+from matmorph.passes.statistics.stream import Read, Stream, cuts
+from matmorph.passes.statistics.stream import of_batch as of_batch
 from matmorph.progress import StepProgress
 
-HELD_OUT_EVERY = 5
-"""One in so many batches, or rows, is kept from what is fitted."""
 SPILL_ABOVE = 1 << 28
 """Bytes of accumulators that are held in memory; above it, each lives in a temporary file that is mapped into memory."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Rows of one application: a value, how it is read as rows, which matrix each row goes to, and which rows count."""
-
-    x: Value
-    enter: tuple[RowStep, ...]
-    select: Value | None
-    experts: int | None
-    mask: Value | None
+TokenWeights: TypeAlias = Literal["none", "norm"]
+"""What a row counts in what is fitted and judged: as much as any other, or by the inverse of its squared norm."""
 
 
 @dataclass(slots=True, eq=False)
-class _Sum:
-    """Running sums: `moment` [in, in] or [E, in, in] float64, `rows` [] or [E]. `held`: of what is held out, None where nothing is."""
+class Sums:
+    """Running sums: `moment` [in, in] or [E, in, in] float64, `rows` [] or [E], `weights` [] or [E] those of the rows' weights. `held`: of
+    what is held out, None where nothing is."""
 
     moment: Tensor
     rows: Tensor
-    held: _Sum | None = None
+    weights: Tensor
+    held: Sums | None = None
+    norms: Norms = field(default_factory=Norms)
 
-    def add(self, moment: Tensor, rows: Tensor) -> None:
-        self.moment += moment.to(self.moment)
-        self.rows += rows
+    def add(self, matrix: int | None, moment: Tensor, rows: int, weights: float) -> None:
+        """Of one matrix of a stack, or of all that there are."""
+        at: Any = ... if matrix is None else matrix
+        self.moment[at] += moment.to(self.moment)
+        self.rows[at] += rows
+        self.weights[at] += weights
         release(self.moment)
-
-
-_Held: TypeAlias = Literal["none", "all", "some"]
-"""What of a batch is held out: every fifth of its samples where there are too few batches."""
-_Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""Picks along the first axis."""
 
 
 def calibrate(
@@ -83,6 +75,8 @@ def calibrate(
     progress: StepProgress | None = None,
     *,
     spill_above: int = SPILL_ABOVE,
+    hold_above: int = LIMIT,
+    token_weights: TokenWeights = "none",
 ) -> Mapping[Site, SiteStats]:
     """The statistics of every site that needs one, from at most `samples` samples (first axis of the model's first input).
 
@@ -90,28 +84,32 @@ def calibrate(
     of args and kwargs; tensors or numpy arrays like the example inputs.
     Rows are held out for the inputs of sites that need `HELD_OUT_MOMENT`, at the price of a second accumulator for each.
     No batch is read where nothing is needed, and none after the last sample. Accumulators of more than `spill_above` bytes in all lie on
-    disk; the files are gone as soon as the statistics are. `progress`: of the samples.
+    disk, as do activations between two blocks beyond `hold_above` bytes; the files are gone as soon as the statistics are. `progress`: of
+    the samples; what a block of the graph has behind it counts by its share of the blocks.
 
     Raises InputError where the batches yield nothing, where one does not fit the model's inputs, or where an input of a matmul is NaN or
     infinite on them.
     """
-    keys = {site: _sources(graph, site) for site, wanted in needs if Statistic.INPUT_SECOND_MOMENT in wanted}
+    keys = {site: sources(graph, site) for site, wanted in needs if Statistic.INPUT_SECOND_MOMENT in wanted}
     if not keys:
         return {}
-    shapes = {keys[site]: _shape(site) for site in keys}
     held = {keys[site] for site, wanted in needs if site in keys and Statistic.HELD_OUT_MOMENT in wanted}
-    spill = sum(8 * prod(shape) * (2 if key in held else 1) for key, shape in shapes.items()) > spill_above
-    sums = {key: _sum(shape, spill, _sum(shape, spill) if key in held else None) for key, shape in shapes.items()}
-    _stream(graph, sums, batches, samples, progress)
-    return one_at_a_time({site: _stats(site, sums[key]) for site, key in keys.items()})
+    readers = {key: site for site, key in keys.items()}
+    size = sum(8 * (site.batch or 1) * site.in_features**2 * (2 if key in held else 1) for key, site in readers.items())
+    sums = {key: new_sums(site, size > spill_above, key in held) for key, site in readers.items()}
+    _through(graph, keys, sums, batches, samples, progress, hold_above, token_weights == "norm")
+    return one_at_a_time({site: stats_of(site, sums[key], token_weights == "norm") for site, key in keys.items()})
 
 
-def _sum(shape: tuple[int, ...], spill: bool, held: _Sum | None = None) -> _Sum:
-    return _Sum(accumulator(shape, spill), torch.zeros(shape[:-2], dtype=torch.int64), held)
+def new_sums(site: Site, spill: bool, holds: bool) -> Sums:
+    """Of what a site reads; `holds`: whether rows are held out."""
+    shape = (*(() if site.batch is None else (site.batch,)), site.in_features, site.in_features)
+    return _sums(shape, spill, _sums(shape, spill) if holds else None)
 
 
-def _shape(site: Site) -> tuple[int, ...]:
-    return (*(() if site.batch is None else (site.batch,)), site.in_features, site.in_features)
+def _sums(shape: tuple[int, ...], spill: bool, held: Sums | None = None) -> Sums:
+    rows, weights = (torch.zeros(shape[:-2], dtype=dtype) for dtype in (torch.int64, torch.float64))
+    return Sums(accumulator(shape, spill), rows, weights, held)
 
 
 def accumulator(shape: tuple[int, ...], spill: bool) -> Tensor:
@@ -164,72 +162,93 @@ class _OneAtATime(Mapping[Site, SiteStats]):
         return len(self._stats)
 
 
-def _stats(site: Site, found: _Sum) -> SiteStats:
+def stats_of(site: Site, found: Sums, weighted: bool, note: str | None = None) -> SiteStats:
+    """For each site its own object: sites that read the same rows share the moments. InputError where they are not finite."""
     held = found.held if found.held is not None and bool(found.held.rows.any()) else None
     for one in (found, held):
         if one is not None and not bool(torch.isfinite(one.moment.diagonal(dim1=-2, dim2=-1)).all()):
             raise InputError(f"the calibration data makes NaN or infinity at the input of {site.path}")
+        if one is not None and weighted:
+            _level(one)
         if one is not None:
             release(one.moment)
-    stats = SiteStats(found.moment, _count(found))
+    stats = SiteStats(found.moment, _count(found), massive=found.norms.massive(), weighted=weighted, notes=(note,) if note else ())
     return stats if held is None else replace(stats, held_out=held.moment, held_rows=_count(held))
 
 
-def _count(found: _Sum) -> int | Tensor:
+def _level(found: Sums) -> None:
+    """Weights of the rows with a mean of 1."""
+    scale = torch.where(found.weights > 0, found.rows / found.weights.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    found.moment *= scale[..., None, None]
+    found.weights.copy_(found.rows)  # once: sites that read the same rows share the sum
+
+
+def _count(found: Sums) -> int | Tensor:
     return int(found.rows) if found.rows.dim() == 0 else found.rows
-
-
-# What is read
-
-
-def _sources(graph: Graph, site: Site) -> tuple[_Source, ...]:
-    return tuple(_source(graph, site, application) for application in site.applications)
-
-
-def _source(graph: Graph, site: Site, application: Application) -> _Source:
-    view = row_view(site, application)
-    return _Source(application.x, view.enter, application.select, site.batch, _mask(graph, site, application))
-
-
-def _mask(graph: Graph, site: Site, application: Application) -> Value | None:
-    """The attention mask, where its axes are those in front of the features of x, apart or flattened into one."""
-    mask = token_mask(graph)
-    if mask is None or site.form == "conv1x1" or site.batch is not None:
-        return None
-    leading = application.x.tensor.shape[:-1]
-    return mask.value if leading in (mask.axes, (as_dim(prod(mask.axes)),)) else None
 
 
 # Streaming
 
 
-def _stream(
-    graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], batches: Iterable[Any], samples: int, progress: StepProgress | None
-) -> None:
-    total = _total(batches, samples)
-    reading = _cut(graph, batches, samples)
-    first = list(islice(reading, HELD_OUT_EVERY)) if any(found.held is not None for found in sums.values()) else []
-    enough, done = len(first) == HELD_OUT_EVERY, 0
-    for number, (inputs, count) in enumerate(chain(first, reading)):
-        last = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        with of_batch(number):
-            _observe(graph, sums, inputs, "some" if not enough else "all" if last else "none")
-        done += count
-        if progress is not None:
-            progress(done, total)
-    if done == 0:
+@dataclass(slots=True, eq=False)
+class Batches:
+    """The calibration batches in a stream, all at the beginning of the graph; `counts`: samples of each."""
+
+    stream: Stream
+    counts: list[int]
+
+    def held(self, number: int) -> Held:
+        """What of a batch is held out, where anything is."""
+        return held_of(number, len(self.counts) >= HELD_OUT_EVERY)
+
+
+def entered(graph: Graph, watched: Mapping[Node, Collection[Value]], batches: Iterable[Any], samples: int, limit: int) -> Batches:
+    """All batches read. `watched`, `limit`: see `Stream`. InputError where there is no sample, or a batch that does not fit."""
+    found = Batches(Stream(graph, watched, limit), [])
+    for inputs, count in _cut(graph, batches, samples):
+        found.stream.enter(inputs)
+        found.counts.append(count)
+    if not found.counts:
         raise InputError("the calibration data yields nothing: it has no batch with a sample in it")
+    return found
 
 
-@contextmanager
-def of_batch(number: int) -> Iterator[None]:
-    """What torch raises while the model runs on batch `number`, from 0, as an InputError: a token outside of the vocabulary, a class that
-    there is not."""
-    try:
-        yield
-    except (RuntimeError, IndexError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"calibration batch {number + 1}: the model fails on it: {reason}") from error
+def _through(
+    graph: Graph,
+    keys: Mapping[Site, tuple[Source, ...]],
+    sums: Mapping[tuple[Source, ...], Sums],
+    batches: Iterable[Any],
+    samples: int,
+    progress: StepProgress | None,
+    limit: int,
+    weighted: bool,
+) -> None:
+    """All batches through one block after the other; a source is added where the first of its matmuls would run."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    first: dict[Source, Node] = {}
+    for site, key in keys.items():
+        for one, application in zip(key, site.applications, strict=True):
+            at = first.get(one, application.node)
+            first[one] = min(at, application.node, key=lambda node: order[node])
+    watched: dict[Node, list[tuple[Source, list[Sums]]]] = {}
+    for one, node in first.items():
+        watched.setdefault(node, []).append((one, [own for key, own in sums.items() if one in key]))
+
+    values = {node: {value for one, _ in pairs for value in one.values} for node, pairs in watched.items()}
+    found = entered(graph, values, batches, samples, limit)
+
+    def seen(node: Node, number: int, read: Read) -> None:
+        for one, targets in watched[node]:
+            add_rows(targets, one, read, found.held(number), weighted)
+
+    watch = {node: partial(seen, node) for node in watched}
+    ends, total = cuts(graph, keys), sum(found.counts)
+    for block, end in enumerate(ends):
+        passed = 0
+        for number in found.stream.advancing(end, watch):
+            passed += found.counts[number]
+            if progress is not None:
+                progress((block * total + passed) // len(ends), total)
 
 
 def _cut(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[tuple[list[Tensor], int]]:
@@ -242,14 +261,6 @@ def _cut(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[tuple[l
             yield inputs, count
         if done >= samples:
             return
-
-
-def _total(batches: Iterable[Any], samples: int) -> int | None:
-    """How many samples there will be, where the batches are a list."""
-    if not isinstance(batches, list | tuple):
-        return None
-    shapes = [tuple(getattr(next(iter(tree_leaves(batch)), None), "shape", ())) for batch in batches]
-    return min(samples, sum(int(shape[0]) if shape else 1 for shape in shapes))
 
 
 def bound_batch(graph: Graph, batch: Any, number: int) -> list[Tensor]:
@@ -303,95 +314,21 @@ def cut_batch(graph: Graph, inputs: list[Tensor], left: int) -> tuple[list[Tenso
     return [tensor[:left] if cut else tensor for tensor, cut in zip(inputs, along, strict=True)], left
 
 
-def _observe(graph: Graph, sums: Mapping[tuple[_Source, ...], _Sum], inputs: Sequence[Tensor], held: _Held) -> None:
-    """One forward pass; a source is added as soon as its rows and what picks their experts are both there."""
-    given = dict(zip(graph.inputs, inputs, strict=True))
-    targets: dict[_Source, list[_Sum]] = {}
-    for key, found in sums.items():
-        for source in key:
-            targets.setdefault(source, []).append(found)
-    readers: dict[Value, list[_Source]] = {}
-    for source in targets:
-        for value in {source.x, source.select} - {None}:
-            readers.setdefault(value, []).append(source)  # type: ignore[arg-type]
-    seen: dict[Value, Tensor] = {}
-
-    def arrive(value: Value, tensor: Tensor) -> None:
-        if any(source.select is not None for source in readers[value]):
-            seen[value] = tensor
-        for source in readers[value]:
-            picked = None if source.select is None else (tensor if value is source.select else seen.get(source.select))
-            rows = tensor if value is source.x else seen.get(source.x)
-            if rows is not None and (source.select is None or picked is not None):
-                _add(targets[source], source, rows, picked, None if source.mask is None else given[source.mask], held)
-
-    with torch.no_grad():
-        for value in readers:
-            if isinstance(value, Const):
-                arrive(value, value.load())
-        evaluate(graph, inputs, {value: partial(arrive, value) for value in readers})
-
-
-def _add(targets: Sequence[_Sum], source: _Source, x: Tensor, picked: Tensor | None, mask: Tensor | None, held: _Held) -> None:
-    rows = apply(source.enter, x.detach())
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    rows = rows if power_of_two(rows) == 1 else rows.double()  # squares of float32 would leave its range
+def add_rows(targets: Sequence[Sums], one: Source, read: Read, held: Held, weighted: bool) -> None:
+    """The rows of one batch to all sums that they are part of."""
     part = held if any(target.held is not None for target in targets) else "none"
-    for out, pick in _PARTS[part]:
-        if source.experts is None:
-            moment, count = _plain(rows, None if mask is None else of_rows(mask, prod(rows.shape[:-1])), pick)
-        elif picked is None:
-            moment, count = _all_experts(rows, pick)
-        else:
-            moment, count = _picked_experts(rows, picked, source.experts, pick)
-        for target in targets:
-            (target.held if out and target.held is not None else target).add(moment, count)
+    for out, pick in PARTS[part]:
+        for matrix, rows in groups(one, read, pick):
+            squares = rows.square().sum(1)
+            for target in targets:
+                target.norms.add(squares)
+            weights = inverse(squares) if weighted else None
+            rows = rows if weights is None else rows * weights.sqrt().unsqueeze(1)
+            moment, total = rows.T @ rows, len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
+            for target in targets:
+                (target.held if out and target.held is not None else target).add(matrix, moment, len(rows), total)
 
 
-def _every(rows: Tensor) -> Tensor:
-    return rows
-
-
-def _fifth(rows: Tensor) -> Tensor:
-    return rows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-
-
-def _others(rows: Tensor) -> Tensor:
-    return rows[torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-
-
-_PARTS: Mapping[_Held, Sequence[tuple[bool, _Rows]]] = {
-    "none": [(False, _every)],
-    "all": [(True, _every)],
-    "some": [(False, _others), (True, _fifth)],
-}
-"""(whether it is held out, which rows) of the parts that a batch goes into."""
-
-
-def _plain(rows: Tensor, mask: Tensor | None, pick: _Rows) -> tuple[Tensor, Tensor]:
-    """Picked along the first axis, the samples, where it is long enough; else row by row."""
-    total = prod(rows.shape[:-1])
-    samples = len(rows) if rows.dim() > 1 and len(rows) >= HELD_OUT_EVERY else total
-    sides = samples, total // max(samples, 1)
-    flat = pick(rows.reshape(*sides, rows.shape[-1]))
-    flat = flat.flatten(0, 1) if mask is None else flat[pick(mask.reshape(sides)) != 0]
-    return flat.T @ flat, torch.tensor(len(flat))
-
-
-def _all_experts(rows: Tensor, pick: _Rows) -> tuple[Tensor, Tensor]:
-    """Every expert has rows of its own [.., E, rows, in], or all read the same (no such axis, or one of size 1)."""
-    stacked = rows.unsqueeze(0) if rows.dim() == 2 else rows.movedim(-3, 0)
-    flat = pick(stacked.reshape(len(stacked), -1, rows.shape[-1]).transpose(0, 1)).transpose(0, 1)
-    return flat.transpose(1, 2) @ flat, torch.tensor(flat.shape[1])
-
-
-def _picked_experts(rows: Tensor, picked: Tensor, experts: int, pick: _Rows) -> tuple[Tensor, Tensor]:
-    """Row group k [n, in] goes to expert `picked[k]`."""
-    groups = rows.reshape(len(picked), -1, rows.shape[-1])
-    moment = rows.new_zeros(experts, rows.shape[-1], rows.shape[-1])
-    count = torch.zeros(experts, dtype=torch.int64)
-    for expert in sorted(set(picked.tolist())):
-        flat = pick(groups[picked == expert].reshape(-1, rows.shape[-1]))
-        moment[expert] = flat.T @ flat
-        count[expert] = len(flat)
-    return moment, count
+def inverse(squares: Tensor) -> Tensor:
+    """1 / |x|^2 of each row; 0 for a row of zeros, which counts nothing."""
+    return torch.where(squares > 0, 1 / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0.0)
