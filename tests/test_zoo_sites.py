@@ -26,7 +26,13 @@ OPERANDS = dict.fromkeys(("deberta", "deberta-apart"), ("encoder.rel_embeddings"
 """Parameters that no module multiplies with, which are multiplied by a weight: positions that keys and queries are made of."""
 
 
-@pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
+FORMS_OF_OTHERS = ("-eager", "-gated", "-apart")
+"""How names of entries end whose model is in the zoo in another form too."""
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(entry, id=name, marks=pytest.mark.full if name.endswith(FORMS_OF_OTHERS) else ()) for name, entry in ZOO.items()]
+)
 def test_zoo(entry: Entry) -> None:
     """One test per model, because the trace takes longer than all that is checked of it."""
     module, inputs, dynamic_shapes = entry.build()
