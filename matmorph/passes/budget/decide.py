@@ -77,7 +77,7 @@ def decision(
     refuse_unreachable(held, offers)
     found = appraised(job, offers, methods, stats, progress)
     slopes = None if felt is None else felt.slopes
-    return decide(found, held, job.selection, stats, [scale_of(one.site, stats.get(one.site), slopes) for one in found])
+    return decide(found, held, job.selection, stats, [scale_of(one, stats.get(one.site), slopes) for one in found])
 
 
 def appraised(

@@ -53,16 +53,25 @@ class Option:
     error: Error = NO_ERROR
 
 
+@dataclass(frozen=True, slots=True)
+class Energies:
+    """Mean squared norms of a site's output for one row: as it is, and as it is felt (None without the gradients' moment)."""
+
+    output: float
+    felt: float | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
     """The options of a site under an open rule; `refused`: why other ones are none. `block`: all sites that take an option together, and
-    `site` is the one whose output is judged; () for a site by itself."""
+    `site` is the one whose output is judged; () for a site by itself. `energies`: of that site, where they were found with the errors."""
 
     site: Site
     rule: Rule
     options: tuple[Option, ...]
     refused: tuple[str, ...] = ()
     block: tuple[Site, ...] = ()
+    energies: Energies | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -178,7 +187,8 @@ def measured(
 
 
 def _measured(one: Offer, methods: Methods, stats: SiteStats | None) -> Offer:
-    """One call of `errors`, so one decomposition, per alternative."""
+    """One call of `errors`, so one decomposition, per alternative; what alternatives have in common is found once."""
+    stats = None if stats is None else replace(stats, shared={})
     errors: dict[tuple[int, Choice], Error] = {}
     for number, uses in enumerate(one.rule.alternatives):
         choices = [option.source[1] for option in one.options if option.source is not None and option.source[0] == number]
@@ -189,7 +199,8 @@ def _measured(one: Offer, methods: Methods, stats: SiteStats | None) -> Offer:
         found = method.errors(site, uses[0].spec, choices, stats)
         errors.update(((number, choice), error) for choice, error in zip(choices, found, strict=True))
     options = tuple(replace(option, error=errors.get(option.source, NO_ERROR) if option.source else NO_ERROR) for option in one.options)
-    return replace(one, options=options)
+    felt = stats is not None and stats.output_moment is not None
+    return replace(one, options=options, energies=energies_of(one.site, stats) if felt else None)
 
 
 def within(one: Offer, tolerance: Tolerance | None) -> Offer:
@@ -240,10 +251,14 @@ class ErrorScale:
         return self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2
 
 
-def scale_of(site: Site, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> ErrorScale:
-    """`slopes`: of `passes.statistics.sensitivity`, None where none were gathered."""
+def energies_of(site: Site, stats: SiteStats | None) -> Energies:
+    weighting = weighting_of(site, stats)
+    return Energies(energy(site, stats), None if weighting is None else energy(site, stats, weighting))
+
+
+def scale_of(one: Offer, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> ErrorScale:
+    """`slopes`: of `passes.statistics.sensitivity`, None where none were gathered. `stats` are those of the offer's site."""
     if slopes is None:
         return ErrorScale(None, 1.0)
-    weighting = weighting_of(site, stats)
-    felt = None if weighting is None else energy(site, stats, weighting)
-    return ErrorScale(felt, slopes[site] * energy(site, stats))
+    found = one.energies or energies_of(one.site, stats)
+    return ErrorScale(found.felt, slopes[one.site] * found.output)

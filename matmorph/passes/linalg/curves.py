@@ -16,6 +16,7 @@ only as C^T a_i. In any other metric
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,59 +28,82 @@ _RESOLVED = 1e-7
 """Singular values below this share of the largest are lost in a float64 Gram matrix (the root of its rounding, with a margin)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Directions:
-    """All left singular vectors `u` [.., m, k] of W L for `w` [.., m, n], k = min(m, n), in descending order; float64. With a `weighting` C
-    those of C^T W L."""
+    """The left singular vectors `u` [.., m, k] of W L for `w` [.., m, n], k = min(m, n) or fewer, in descending order; float64. With a
+    `weighting` C those of C^T W L. `seen`: C^T W, W itself without a weighting."""
 
     w: Tensor
     u: Tensor
+    seen: Tensor
     weighting: Tensor | None = None
 
-    def relative_errors(self, second_moment: Tensor | None, weighting: Tensor | None = None) -> Tensor:
+    def relative_errors(self, second_moment: Tensor | None, weighting: Tensor | None = None, size: float | None = None) -> Tensor:
         """[k + 1]: the relative error at each rank 0 .. k, over a whole stack; of outputs, or of weights where there is no moment; as it is
-        felt behind the outputs where there is a `weighting`. Zeros for a weight that is zero in that metric."""
-        seen, inner = weighted(self.w, weighting), self.u.transpose(-2, -1) @ weighted(self.w, self.weighting)
-        if weighting is self.weighting:
-            gains = _energy(inner, second_moment)
-        else:
-            gains = _gains(weighted(unweighted(self.u, self.weighting), weighting), inner, seen, second_moment)
-        found, total = gains.reshape(-1, inner.shape[-2]).sum(0), float(_energy(seen, second_moment).sum())
+        felt behind the outputs where there is a `weighting`. `size`: that of W in the metric, where it is known. Zeros for a weight that is
+        zero in it."""
+        own = weighting is self.weighting
+        seen = self.seen if own else weighted(self.w, weighting)
+        gains = _energy(self.inner, second_moment) if own else self._gains(seen, second_moment, weighting)
+        found = gains.reshape(-1, self.inner.shape[-2]).sum(0)
+        total = float(_energy(seen, second_moment).sum()) if size is None else size**2
         if total <= 0:
             return found.new_zeros(len(found) + 1)
         left = (total - torch.cat([found.new_zeros(1), found.cumsum(0)])).clamp_min(0)
-        left[-1] = 0.0  # all directions together are W
+        if self.u.shape[-1] == min(self.w.shape[-2:]):
+            left[-1] = 0.0  # all directions together are W
         return (left / total).sqrt()
 
+    @cached_property
+    def inner(self) -> Tensor:
+        """b_i of the formulas above as rows [.., k, n]."""
+        return self.u.transpose(-2, -1) @ self.seen
 
-def directions(w: Tensor, factor: Tensor | None = None, weighting: Tensor | None = None) -> Directions:
-    """Of `w` [m, n] or a stack [E, m, n], with the whitening `factor` [.., n, n] and the `weighting` [m, m] where given. One eigenvalue
-    problem of the shorter side per matrix."""
+    @cached_property
+    def outer(self) -> Tensor:
+        """a_i as columns [.., m, k]."""
+        return unweighted(self.u, self.weighting)
+
+    @cached_property
+    def _across(self) -> tuple[Tensor, Tensor]:
+        """a_i^T a_j, and a_i^T W: what all metrics without a weighting share."""
+        turned = self.outer.transpose(-2, -1)
+        return turned @ self.outer, turned @ self.w
+
+    def _gains(self, seen: Tensor, second_moment: Tensor | None, weighting: Tensor | None) -> Tensor:
+        """By how much the squared error falls with each rank-one term."""
+        if weighting is None:
+            between, met = self._across
+        else:
+            turned = weighted(self.outer, weighting).transpose(-2, -1)
+            between, met = turned @ turned.transpose(-2, -1), turned @ seen
+        image = self.inner if second_moment is None else self.inner @ second_moment.double()
+        across = between * (image @ self.inner.transpose(-2, -1))
+        return 2 * ((image * met).sum(-1) - across.tril(-1).sum(-1)) - across.diagonal(dim1=-2, dim2=-1)
+
+
+def directions(
+    w: Tensor, factor: Tensor | None = None, weighting: Tensor | None = None, *, most: int | None = None, seen: Tensor | None = None
+) -> Directions:
+    """Of `w` [m, n] or a stack [E, m, n], with the whitening `factor` [.., n, n] and the `weighting` [m, m] where given. `most`: how many
+    directions are wanted; `seen`: C^T w, where it is known. One eigenvalue problem of the shorter side per matrix."""
     whole = w.double()
-    seen = weighted(whole, weighting)
+    known = weighted(whole, weighting) if seen is None else seen
     if whole.dim() == 2:
-        return Directions(whole, _left(seen if factor is None else seen @ factor.double()), weighting)
-    parts = [_left(one if factor is None else one @ factor[index].double()) for index, one in enumerate(seen)]
-    return Directions(whole, torch.stack(parts), weighting)
+        return Directions(whole, _left(known if factor is None else known @ factor.double(), most), known, weighting)
+    parts = [_left(one if factor is None else one @ factor[index].double(), most) for index, one in enumerate(known)]
+    return Directions(whole, torch.stack(parts), known, weighting)
 
 
-def _left(a: Tensor) -> Tensor:
+def _left(a: Tensor, most: int | None) -> Tensor:
     with one_thread():
         if a.shape[0] <= a.shape[1]:
-            u: Tensor = torch.linalg.eigh(a @ a.T).eigenvectors.flip(1)
+            u: Tensor = torch.linalg.eigh(a @ a.T).eigenvectors.flip(1)[:, :most]
             return u
-        vectors = torch.linalg.eigh(a.T @ a).eigenvectors.flip(1)
+        vectors = torch.linalg.eigh(a.T @ a).eigenvectors.flip(1)[:, :most]
     image = a @ vectors
     norms = torch.linalg.vector_norm(image, dim=0)
     return torch.where(norms > _RESOLVED * norms.max(), image / norms.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
-
-
-def _gains(left: Tensor, inner: Tensor, w: Tensor, second_moment: Tensor | None) -> Tensor:
-    """By how much the squared error falls with each rank-one term `left` [.., m, k] times `inner` [.., k, n]."""
-    image = inner if second_moment is None else inner @ second_moment.double()
-    across = (left.transpose(-2, -1) @ left) * (image @ inner.transpose(-2, -1))
-    met = (image * (left.transpose(-2, -1) @ w)).sum(-1)
-    return 2 * (met - across.tril(-1).sum(-1)) - across.diagonal(dim1=-2, dim2=-1)
 
 
 def _energy(rows: Tensor, second_moment: Tensor | None) -> Tensor:

@@ -96,6 +96,11 @@ def unweighted(u: Tensor, weighting: Tensor | None) -> Tensor:
 def relative_weight_error(w: Tensor, approximation: Tensor) -> float:
     """|W - W'|_F / |W|_F over all axes, summed in float64; 0 where both are zero."""
     error, size = (float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix in (w - approximation, w))
+    return share(error, size)
+
+
+def share(error: float, size: float) -> float:
+    """error / size; 0 where both are 0."""
     return error / size if size > 0 else 0.0 if error == 0 else float("inf")
 
 
@@ -104,4 +109,4 @@ def relative_output_error(w: Tensor, approximation: Tensor, second_moment: Tenso
     damping. A weight whose outputs are all zero on the data counts as exact where the approximation's are too."""
     difference = w.double() - approximation.double()
     error, size = (float(((matrix @ second_moment.double()) * matrix).sum().clamp_min(0).sqrt()) for matrix in (difference, w.double()))
-    return error / size if size > 0 else 0.0 if error == 0 else float("inf")
+    return share(error, size)

@@ -67,7 +67,7 @@ class SiteStats:
     for. `gradients`: by its weight, of `passes.statistics.weight_gradients`. `input_taylor` [in] and `output_taylor` [out], float64:
     `passes.statistics.taylor`, where asked for. `output_moment` [out, out], float64: of the gradients at its output, summed over the rows
     of a sample, where they were gathered (`passes.statistics.sensitivity`). `massive`: of its rows, None where none is. `weighted`: whether
-    rows count by the inverse of their squared norm.
+    rows count by the inverse of their squared norm. `shared`: what has been computed of a site, while its options are priced (`once`).
 
     Of a site whose model is rewritten in front of it, the moments are those of the inputs that it has now. `target` [out, in] is then the
     weight that a method which replaces it works on, whose outputs on these inputs are nearest to what the original gave on its own;
@@ -87,12 +87,21 @@ class SiteStats:
     across: CrossMoments | None = None
     held_across: CrossMoments | None = None
     notes: tuple[str, ...] = ()
+    shared: dict[Hashable, Any] | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a site's row says of its data."""
         dominated = self.massive is not None and self.massive.dominates
         return (*self.notes, *((self.massive.note(),) if dominated and self.massive is not None else ()))
+
+    def once(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """What `find` gives; while a site is priced it is asked once for each key, whatever method asks."""
+        if self.shared is None:
+            return find()
+        if key not in self.shared:
+            self.shared[key] = find()
+        return self.shared[key]
 
     @property
     def judged(self) -> Tensor:

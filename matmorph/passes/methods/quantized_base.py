@@ -9,7 +9,7 @@ plus c * (sum of the features of x).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from matmorph.passes.linalg.second_order import Curvature, compensated, curvatur
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched, zero_points
-from matmorph.passes.methods.weights import FLOATS
+from matmorph.passes.methods.weights import FLOATS, Difference, difference
 from matmorph.specs.schema import Rank
 
 Array = tuple[str, str, tuple[int, ...]]
@@ -253,8 +253,10 @@ def curvature_of(site: Site, spec: QuantizedSpec, w: Tensor, stats: SiteStats | 
         return None
     if stats is None:
         raise RewriteError(f"{site.path}: rounding: {spec.rounding} with scale: {spec.scale} needs calibration data")
+    moment, rows = stats.second_moment, int(stats.rows)
     try:
-        return curvature(_of_both_uses(w, stats.second_moment) if site.gathers else stats.second_moment, int(stats.rows))
+        found: Curvature = stats.once("curvature", lambda: curvature(_of_both_uses(w, moment) if site.gathers else moment, rows))
+        return found
     except ValueError as error:
         raise RewriteError(f"{site.path}: {error}") from error
 
@@ -272,6 +274,20 @@ def _of_both_uses(w: Tensor, moment: Tensor) -> Tensor:
 def rounding_for(site: Site, spec: QuantizedSpec, curved: Curvature | None) -> Rounding:
     """As the settings say it."""
     return Rounding(quantizer_for(site, spec), curved, spec.rounding == "gptq", spec.scale == "weighted")
+
+
+def rounded(
+    site: Site, spec: QuantizedSpec, w: Tensor, curved: Curvature | None, stats: SiteStats | None, weighting: Tensor | None
+) -> Difference:
+    """What the codes leave over. Methods that round alike share it while a site is priced."""
+
+    def find() -> Difference:
+        dense = quantized_or_refused(site, lambda: rounding_for(site, spec, curved)(w)).dequantize()
+        return difference(w, dense, stats, weighting)
+
+    key = ("rounded", *(getattr(spec, entry.name) for entry in fields(QuantizedSpec)))
+    found: Difference = find() if stats is None else stats.once(key, find)
+    return found
 
 
 def quantized_or_refused(site: Site, find: Callable[[], Quantized]) -> Quantized:

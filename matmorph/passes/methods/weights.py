@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from matmorph.passes.linalg.curves import Directions
 from matmorph.passes.linalg.svd import largest
 from matmorph.passes.linalg.whiten import (
     Whitening,
-    relative_output_error,
     relative_weight_error,
+    share,
     weighted,
     whitening_factor,
 )
@@ -58,7 +60,8 @@ def whitening_of(site: Site, method: str, stats: SiteStats | None, damping: floa
     if stats is None:
         raise RewriteError(f"{site.path}: {method} with whiten: true needs calibration data")
     try:
-        return whitening_factor(stats.second_moment, stats.rows, damping)
+        found: Whitening = stats.once(("whitening", damping), lambda: whitening_factor(stats.second_moment, stats.rows, damping))
+        return found
     except ValueError as error:
         raise RewriteError(f"{site.path}: {error}") from error
 
@@ -66,32 +69,75 @@ def whitening_of(site: Site, method: str, stats: SiteStats | None, damping: floa
 def weighting_of(site: Site, stats: SiteStats | None) -> Tensor | None:
     """C [out, out], lower triangular, with C C^T = the damped second moment of the gradients at the site's output; None where none was
     gathered, or where no gradient reaches the site. RewriteError where it is no second moment."""
-    if stats is None or stats.output_moment is None or not bool(stats.output_moment.any()):
+    moment = None if stats is None else stats.output_moment
+    if stats is None or moment is None:
         return None
     try:
-        return whitening_factor(stats.output_moment, 1, GRADIENT_DAMPING).factor
+        found: Tensor | None = stats.once(
+            "weighting", lambda: whitening_factor(moment, 1, GRADIENT_DAMPING).factor if bool(moment.any()) else None
+        )
+        return found
     except ValueError as error:
         raise RewriteError(f"{site.path}: {error}") from error
 
 
-def error_between(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Error:
-    """All errors of a dense approximation that the statistics allow."""
+Sizes: TypeAlias = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Difference:
+    """What a dense approximation leaves over: `matrix` W - W' [out, in] float64, `seen` C^T times it (itself without a weighting C), its
+    relative `error`, and its `sizes` on the outputs and as they are felt, where they are known."""
+
+    matrix: Tensor
+    seen: Tensor
+    error: Error
+    sizes: Sizes = (None, None)
+
+
+def difference(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Difference:
+    """With all errors that the statistics allow."""
+    matrix = w.double() - approximation.double()
     weight = relative_weight_error(w, approximation)
     if stats is None:
-        return Error(weight)
-    output = relative_output_error(w, approximation, stats.judged)
+        return Difference(matrix, matrix, Error(weight))
+    moment = stats.judged.double()
+    whole = w.double()
+    of_output, of_felt = _sizes(whole, stats, weighting)
+    output = _size(matrix, moment)
     if weighting is None:
-        return Error(weight, output)
-    felt = relative_output_error(weighted(w, weighting), weighted(approximation, weighting), stats.judged)
-    return Error(weight, output, felt)
+        return Difference(matrix, matrix, Error(weight, share(output, of_output)), (output, None))
+    seen = weighted(matrix, weighting)
+    felt = _size(seen, moment)
+    return Difference(matrix, seen, Error(weight, share(output, of_output), share(felt, of_felt)), (output, felt))
 
 
-def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor | None) -> list[Error]:
-    """The same at every rank 0 .. min(out, in) of a decomposition."""
+def _sizes(w: Tensor, stats: SiteStats, weighting: Tensor | None) -> tuple[float, float]:
+    """Of the weight itself; the second is 0 without a weighting."""
+    moment = stats.judged.double()
+    output: float = stats.once("size", lambda: _size(w, moment))
+    felt: float = 0.0 if weighting is None else stats.once("felt size", lambda: _size(weighted(w, weighting), moment))
+    return output, felt
+
+
+def _size(matrix: Tensor, moment: Tensor) -> float:
+    """|M L|_F with L L^T = the moment."""
+    return float(((matrix @ moment) * matrix).sum().clamp_min(0).sqrt())
+
+
+def error_between(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Error:
+    """All errors of a dense approximation that the statistics allow."""
+    return difference(w, approximation, stats, weighting).error
+
+
+def curve_errors(found: Directions, stats: SiteStats | None, weighting: Tensor | None, left: Difference | None = None) -> list[Error]:
+    """The same at every rank of a decomposition, of a weight or of what is `left` of it."""
     weight = found.relative_errors(None).tolist()
-    output = [None] * len(weight) if stats is None else found.relative_errors(stats.judged).tolist()
-    judged = stats is not None and weighting is not None
-    felt = found.relative_errors(stats.judged, weighting).tolist() if judged and stats is not None else [None] * len(weight)
+    if stats is None:
+        return [Error(one) for one in weight]
+    sizes: Sizes = left.sizes if left is not None else _sizes(found.w, stats, weighting) if found.w.dim() == 2 else (None, None)
+    output = found.relative_errors(stats.judged, size=sizes[0]).tolist()
+    felt = [None] * len(weight) if weighting is None else found.relative_errors(stats.judged, weighting, sizes[1]).tolist()
     return [Error(*three) for three in zip(weight, output, felt, strict=True)]
 
 

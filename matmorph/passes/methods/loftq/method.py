@@ -17,6 +17,7 @@ from matmorph.ir.core import Const, Value
 from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site, Statistic
 from matmorph.passes.linalg.curves import directions
 from matmorph.passes.linalg.loftq import LoftQResult, loftq
+from matmorph.passes.linalg.second_order import Curvature
 from matmorph.passes.linalg.whiten import Whitening
 from matmorph.passes.methods.loftq.settings import LoftQLanguage, LoftQSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
@@ -26,7 +27,7 @@ from matmorph.passes.methods.quantized_base import (
     curvature_of,
     quantized_cost,
     quantized_needs,
-    quantized_or_refused,
+    rounded,
     rounding_for,
     size_notes,
     with_bits,
@@ -35,7 +36,6 @@ from matmorph.passes.methods.quantized_pair import QuantizedPair
 from matmorph.passes.methods.quantized_settings import bit_choices
 from matmorph.passes.methods.weights import (
     curve_errors,
-    error_between,
     readable,
     stored,
     weighting_of,
@@ -68,14 +68,9 @@ class LoftQ(LoftQLanguage, QuantizedPair):
         """Of the first iterate, which later ones only improve on: one quantisation and one decomposition of what it leaves over for all
         ranks of a number of bits. Weight errors and, with statistics, output errors."""
         w = readable(site, site.weight())
-        whitening = _whitening(site, spec, stats)
-        factor = None if whitening is None else whitening.factor
-        curved = curvature_of(site, spec, w, stats)
-
-        def curve(chosen: LoftQSpec) -> list[Error]:
-            return _curve(site, chosen, w, rounding_for(site, chosen, curved), factor, stats)
-
-        curves = {bits: curve(with_bits(spec, Choice(bits=bits))) for bits in {choice.bits for choice in choices}}
+        curved, most = curvature_of(site, spec, w, stats), max((choice.rank or 0 for choice in choices), default=0)
+        whitening, every = _whitening(site, spec, stats), dict.fromkeys(choice.bits for choice in choices)
+        curves = {bits: _curve(site, with_bits(spec, Choice(bits=bits)), w, curved, whitening, stats, most) for bits in every}
         return [curves[choice.bits][choice.rank or 0] for choice in choices]
 
     def solve(
@@ -145,13 +140,18 @@ def _ranks(site: Site, rank: Rank) -> list[int]:
     return sorted(set(fitting)) or [min(max(rank.min, rank.multiple_of), full)]
 
 
-def _curve(site: Site, spec: LoftQSpec, w: Tensor, rounding: Rounding, factor: Tensor | None, stats: SiteStats | None) -> list[Error]:
-    """The errors at every rank, relative to W."""
-    dense = quantized_or_refused(site, lambda: rounding(w)).dequantize()
+def _curve(
+    site: Site, spec: LoftQSpec, w: Tensor, curved: Curvature | None, whitening: Whitening | None, stats: SiteStats | None, most: int
+) -> list[Error]:
+    """The errors at every rank up to `most`, relative to W."""
     weighting = weighting_of(site, stats)
-    found = directions(w.double() - dense.double(), factor, weighting if spec.whiten else None)
-    alone = error_between(w, dense, stats, weighting)
-    return [alone.times(left) for left in curve_errors(found, stats, weighting)]
+    left = rounded(site, spec, w, curved, stats, weighting)
+    factor = None if whitening is None else whitening.factor
+    if spec.whiten:
+        found = directions(left.matrix, factor, weighting, most=most, seen=left.seen)
+    else:
+        found = directions(left.matrix, factor, most=most)
+    return [left.error.times(rest) for rest in curve_errors(found, stats, weighting, left)]
 
 
 def _whitening(site: Site, spec: LoftQSpec, stats: SiteStats | None) -> Whitening | None:

@@ -21,13 +21,14 @@ from matmorph.passes.methods.quantized_base import (
     quantized_needs,
     quantized_or_refused,
     refuse_site,
+    rounded,
     rounding_for,
     size_notes,
     table_notes,
     with_bits,
 )
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, bit_choices, quantizer_settings
-from matmorph.passes.methods.weights import error_between, readable, weighting_of, widened
+from matmorph.passes.methods.weights import readable, weighting_of, widened
 
 
 class Quantize(QuantizeLanguage, ReplaceMethod):
@@ -53,12 +54,7 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
     def errors(self, site: Site, spec: QuantizeSpec, choices: Sequence[Choice], stats: SiteStats | None) -> Sequence[Error]:
         w = readable(site, site.weight())
         weighting, curved = weighting_of(site, stats), curvature_of(site, spec, w, stats)
-
-        def error(chosen: QuantizeSpec) -> Error:
-            dense = quantized_or_refused(site, lambda: rounding_for(site, chosen, curved)(w)).dequantize()
-            return error_between(w, dense, stats, weighting)
-
-        return [error(with_bits(spec, choice)) for choice in choices]
+        return [rounded(site, with_bits(spec, choice), w, curved, stats, weighting).error for choice in choices]
 
     def solve(
         self, site: Site, spec: QuantizeSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
