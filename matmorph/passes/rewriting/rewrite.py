@@ -296,7 +296,7 @@ def _measured(
     methods: Methods,
 ) -> Outcome:
     keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
-    w = site.weight().detach()
+    w = scope.weight() if stats is None or stats.target is None else site.weight().detach()
     approximation = _stands_for(w, fragments, keeps_node)
     fitted = [(_standing(site_method(methods, part.use.method), parts[:k]), part.use) for k, part in enumerate(parts)]
     sample = with_fitted_error(sample_of(site, stats, fitted), w, approximation, stats)
