@@ -16,6 +16,8 @@ from matmorph.errors import SpecError
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.trace import trace
+from matmorph.passes.budget.offers import Offer, scale_of
+from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.statistics import probes
 from matmorph.passes.statistics.backward import Backward, division, independent
 from matmorph.passes.statistics.moment_store import MomentStore
@@ -80,7 +82,8 @@ def test_parts_and_segments_give_what_one_pass_gives(speaker: Graph, draw: Any) 
     probe = Probe(output_of(speaker, None)[1], draw)
     whole, bounded = (of_output(speaker, sites, data, 12, probe, 3, limit=limit) for limit in (HUGE, 20_000))
     for site in sites:
-        assert bounded.slopes[site] == pytest.approx(whole.slopes[site], rel=1e-6)  # sums of float32 products in another order
+        for sums in ("slopes", "lookups"):  # sums of float32 products in another order
+            assert getattr(bounded, sums)[site] == pytest.approx(getattr(whole, sums)[site], rel=1e-6)
         error = float((bounded.moments[site] - whole.moments[site]).norm() / whole.moments[site].norm())
         assert error <= 1e-6
 
@@ -270,3 +273,47 @@ def test_the_same_seed_draws_the_same_numbers(speaker: Graph) -> None:
     first, again, other = (of_output(speaker, sites, [batch(1)], 6, probe, seed, limit=20_000) for seed in (1, 1, 2))
     assert all(torch.equal(first.moments[site], again.moments[site]) for site in sites)
     assert not any(torch.equal(first.moments[site], other.moments[site]) for site in sites)
+
+
+class Tied(nn.Module):
+    """No more than a table and what it is read by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.turn = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.tanh(self.turn(self.table(input_ids))) @ self.table.weight.T
+
+
+def test_a_tied_table_counts_both_of_its_uses() -> None:
+    """What is predicted of random errors of the whole table, of its rows as they go in and of the head alone, against KL in float64."""
+    net = seeded(Tied).double()
+    ids = batch(3, 24, 8)["input_ids"]
+    graph = trace(net, {"input_ids": ids}, {"input_ids": AXES})
+    site = next(site for site in find_sites(graph) if site.gathers)
+    probe = probe_of(graph, Calibration(sensitivity="output"))
+    draws = [of_output(graph, [site], [{"input_ids": ids}], 24, probe, seed) for seed in range(20)]
+    w = net.table.weight.detach().clone()
+    hidden = torch.tanh(net.turn(w[ids])).detach().flatten(0, 1)
+    stats = SiteStats(hidden.T @ hidden, len(hidden))
+    scales = [scale_of(Offer(site, None, ()), stats, found) for found in draws]  # type: ignore[arg-type]
+    head, rows = (sum(getattr(one, name) for one in scales) / 20 for name in ("other", "looked_up"))
+
+    def happened(into: float, out: float) -> float:
+        total = 0.0
+        for seed in range(40):
+            error = 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            with torch.no_grad():
+                before = torch.log_softmax(hidden @ w.T, -1)
+                changed = torch.tanh(net.turn((w + into * error)[ids])).flatten(0, 1)
+                after = torch.log_softmax(changed @ (w + out * error).T, -1)
+            total += float((before.exp() * (before - after)).sum()) / len(hidden)
+        return total / 40
+
+    # the relative squares of such errors, on outputs and on the weight
+    outputs = 1e-6 * float(stats.second_moment.trace()) * WORDS / float(((w @ stats.second_moment) * w).sum())
+    weight = 1e-6 * w.numel() / float(w.square().sum())
+    assert rows * weight == pytest.approx(happened(1, 0), rel=0.2)  # 20 draws of 192 rows, 40 errors
+    assert head * outputs == pytest.approx(happened(0, 1), rel=0.4)  # inputs and gradients of the head are not independent
+    assert head * outputs + rows * weight == pytest.approx(happened(1, 1), rel=0.4)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.trace import trace
+from matmorph.passes.methods.protocol import Error, SiteStats
 from matmorph.specs.schema import Train
 
 MUTANTS = {
@@ -35,6 +36,14 @@ MUTANTS = {
     "words are never found": Mutant("is_vocabulary", "output.tensor.shape[-1] in {site.out_features for site in tables}", "False"),
     "the size of padding counts": Mutant("relative_change", "torch.where(kept, sizes, 0.0)", "sizes"),
     "numbers of the part, not of the sample": Mutant("_normal", "v if v.dim() else (v,)", "(v,)"),
+    "lookups are outputs": Mutant("_Sums.take", "self._lookups if leave is None else self._squares", "self._squares"),
+    "lookups are a part of G": Mutant("_Sums.take", "site in self._moments and leave is not None", "site in self._moments"),
+    "of all rows together": Mutant(
+        "scale_of",
+        "felt.lookups[site] * _square(readable(site, site.weight())) / site.out_features",
+        "felt.lookups[site] * _square(readable(site, site.weight()))",
+    ),
+    "rows are not counted": Mutant("ErrorScale.of", "self.looked_up * (option.error.weight_error or 0.0) ** 2", "0.0"),
     "sums of the last matrix": Mutant("MomentStore.__getitem__", "self._starts[key]", "0"),
     "not divided": Mutant("_Sums.over", "self._moments.scale(share)", "self._moments.scale(1.0)"),
 }
@@ -97,6 +106,22 @@ def check_store(m: Any) -> None:
     assert float(store["a"].sum()) == 0
 
 
+def check_table(m: Any) -> None:
+    """By the definitions, of a table that is the head too."""
+    graph = trace(seeded(Speaker), batch(0), {"input_ids": AXES, "attention_mask": AXES})
+    sites = find_sites(graph)
+    (table,) = (site for site in sites if site.gathers)
+    found = m.of_output(graph, sites, [batch(1)], 6, m.Probe(m.output_of(graph, None)[1], m.divergence), 0)
+    assert {site for site in sites if found.lookups[site] > 0} == {table}
+    assert found.slopes[table] == pytest.approx(float(found.moments[table].trace()) / table.out_features, rel=1e-6)  # float32 squares
+    w = table.weight().detach().double()
+    stats = SiteStats(torch.eye(table.in_features, dtype=torch.float64), 1, output_moment=found.moments[table])
+    scale = m.scale_of(m.Offer(table, None, ()), stats, found)
+    assert scale.looked_up == pytest.approx(found.lookups[table] * float(w.square().sum(1).mean()), rel=1e-6)  # float32 weights
+    option = m.Option("", (), None, None, Error(0.5, 0.5, 0.0))
+    assert scale.of(option, True) == pytest.approx(0.25 * scale.looked_up)
+
+
 def check_rows(m: Any) -> None:
     """Twice the rows is the same mean."""
     graph = trace(seeded(Classifier), {"x": randn(3, 5)}, {"x": {0: "batch"}})
@@ -108,7 +133,7 @@ def check_rows(m: Any) -> None:
         assert float(two.moments[site].trace()) == pytest.approx(two.slopes[site] * site.out_features, rel=1e-6)  # float32 squares
 
 
-CHECKS = (check_store, check_mixing, check_products, check_divergence, check_rows, check_parts)
+CHECKS = (check_store, check_table, check_mixing, check_products, check_divergence, check_rows, check_parts)
 
 
 @pytest.mark.full

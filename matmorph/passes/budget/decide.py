@@ -76,8 +76,7 @@ def decision(
     held, offers = job.account(methods, spec.export), job.offers(methods, spec.export)
     refuse_unreachable(held, offers)
     found = appraised(job, offers, methods, stats, progress)
-    slopes = None if felt is None else felt.slopes
-    return decide(found, held, job.selection, stats, [scale_of(one, stats.get(one.site), slopes) for one in found])
+    return decide(found, held, job.selection, stats, [scale_of(one, stats.get(one.site), felt) for one in found])
 
 
 def appraised(

@@ -17,11 +17,12 @@ from matmorph.ir.core import Const
 from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.passes.budget.pays import much_slower, refuse_slow
 from matmorph.passes.linalg.parallel import ordered_map
-from matmorph.passes.linalg.whiten import weighted
+from matmorph.passes.linalg.whiten import size_on_outputs, weighted
 from matmorph.passes.methods.protocol import Error, Methods, SiteStats, dense_cost, site_method
 from matmorph.passes.methods.weights import readable, weighting_of
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, total_cost
 from matmorph.passes.sizes import item_size, site_bytes
+from matmorph.passes.statistics.sensitivity import Sensitivity
 from matmorph.specs.notations import Width
 from matmorph.specs.schema import Export, MethodUse, Rank, Rule
 
@@ -226,29 +227,35 @@ def error_of(option: Option, measured_on_outputs: bool) -> float:
 def energy(site: Site, stats: SiteStats | None, weighting: Tensor | None = None) -> float:
     """Mean squared norm of the site's output for one row, its bias left out; without statistics |W|^2, and for a table that of one row.
     With a `weighting` C that of C^T times the output."""
-    w = readable(site, site.weight()).double()
+    w = readable(site, site.weight())
     if stats is None:
-        return float(w.square().sum()) / (site.out_features if site.form == "embedding" else 1)
-    rows, seen = max(float(torch.as_tensor(stats.rows).sum()), 1.0), weighted(w, weighting)
-    return float(((seen @ stats.second_moment.double()) * seen).sum().clamp_min(0)) / rows
+        return _square(w) / (site.out_features if site.form == "embedding" else 1)
+    rows = max(float(torch.as_tensor(stats.rows).sum()), 1.0)
+    return size_on_outputs(weighted(w, weighting), stats.second_moment) ** 2 / rows
+
+
+def _square(w: Tensor) -> float:
+    return float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorScale:
     """What relative errors of one site count. `felt`: of a squared `felt_error`, None where there are none; `other`: of a squared output or
-    weight error. 1 without sensitivities: then errors of all sites count alike."""
+    weight error; `looked_up`: of a squared weight error, on top, where the weight is a table that rows are looked up in. 1 without
+    sensitivities: then errors of all sites count alike."""
 
     felt: float | None
     other: float
+    looked_up: float = 0.0
 
     @property
     def whole(self) -> float:
         """Of an error of 1."""
-        return self.other if self.felt is None else self.felt
+        return self.looked_up + (self.other if self.felt is None else self.felt)
 
     def of(self, option: Option, on_outputs: bool) -> float:
-        felt = option.error.felt_error
-        return self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2
+        felt, rows = option.error.felt_error, self.looked_up * (option.error.weight_error or 0.0) ** 2
+        return rows + (self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2)
 
 
 def energies_of(site: Site, stats: SiteStats | None) -> Energies:
@@ -256,9 +263,13 @@ def energies_of(site: Site, stats: SiteStats | None) -> Energies:
     return Energies(energy(site, stats), None if weighting is None else energy(site, stats, weighting))
 
 
-def scale_of(one: Offer, stats: SiteStats | None, slopes: Mapping[Site, float] | None) -> ErrorScale:
-    """`slopes`: of `passes.statistics.sensitivity`, None where none were gathered. `stats` are those of the offer's site."""
-    if slopes is None:
+def scale_of(one: Offer, stats: SiteStats | None, felt: Sensitivity | None) -> ErrorScale:
+    """`felt`: None where nothing was gathered. `stats` are those of the offer's site."""
+    if felt is None:
         return ErrorScale(None, 1.0)
-    found = one.energies or energies_of(one.site, stats)
-    return ErrorScale(found.felt, slopes[one.site] * found.output)
+    site = one.site
+    looked_up = felt.lookups[site] * _square(readable(site, site.weight())) / site.out_features if site.gathers else 0.0
+    if not site.applications:
+        return ErrorScale(None, 0.0, looked_up)
+    found = one.energies or energies_of(site, stats)
+    return ErrorScale(found.felt, felt.slopes[site] * found.output, looked_up)

@@ -19,6 +19,7 @@ from matmorph.passes.linalg.whiten import (
     Whitening,
     relative_weight_error,
     share,
+    size_on_outputs,
     weighted,
     whitening_factor,
 )
@@ -86,8 +87,8 @@ Sizes: TypeAlias = tuple[float | None, float | None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference:
-    """What a dense approximation leaves over: `matrix` W - W' [out, in] float64, `seen` C^T times it (itself without a weighting C), its
-    relative `error`, and its `sizes` on the outputs and as they are felt, where they are known."""
+    """What a dense approximation leaves over: `matrix` W - W' [out, in], `seen` C^T times it (itself without a weighting C), its relative
+    `error`, and its `sizes` on the outputs and as they are felt, where they are known."""
 
     matrix: Tensor
     seen: Tensor
@@ -97,32 +98,24 @@ class Difference:
 
 def difference(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Difference:
     """With all errors that the statistics allow."""
-    matrix = w.double() - approximation.double()
+    matrix = w - approximation.to(w.dtype)
     weight = relative_weight_error(w, approximation)
     if stats is None:
         return Difference(matrix, matrix, Error(weight))
-    moment = stats.judged.double()
-    whole = w.double()
-    of_output, of_felt = _sizes(whole, stats, weighting)
-    output = _size(matrix, moment)
+    of_output, of_felt = _sizes(w, stats, weighting)
+    output = size_on_outputs(matrix, stats.judged)
     if weighting is None:
         return Difference(matrix, matrix, Error(weight, share(output, of_output)), (output, None))
     seen = weighted(matrix, weighting)
-    felt = _size(seen, moment)
+    felt = size_on_outputs(seen, stats.judged)
     return Difference(matrix, seen, Error(weight, share(output, of_output), share(felt, of_felt)), (output, felt))
 
 
 def _sizes(w: Tensor, stats: SiteStats, weighting: Tensor | None) -> tuple[float, float]:
     """Of the weight itself; the second is 0 without a weighting."""
-    moment = stats.judged.double()
-    output: float = stats.once("size", lambda: _size(w, moment))
-    felt: float = 0.0 if weighting is None else stats.once("felt size", lambda: _size(weighted(w, weighting), moment))
+    output: float = stats.once("size", lambda: size_on_outputs(w, stats.judged))
+    felt: float = 0.0 if weighting is None else stats.once("felt size", lambda: size_on_outputs(weighted(w, weighting), stats.judged))
     return output, felt
-
-
-def _size(matrix: Tensor, moment: Tensor) -> float:
-    """|M L|_F with L L^T = the moment."""
-    return float(((matrix @ moment) * matrix).sum().clamp_min(0).sqrt())
 
 
 def error_between(w: Tensor, approximation: Tensor, stats: SiteStats | None, weighting: Tensor | None) -> Error:

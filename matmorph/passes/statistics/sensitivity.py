@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isfinite, prod
 from typing import Any
 
@@ -48,11 +49,12 @@ _ROWS = 1 << 13
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """`moments`: G [out, out] of sites with matmuls. `slopes`: tr(G) / (features of the output) of all sites, lookups included: what a
-    squared error of one entry counts where its direction is not known."""
+    """`moments`: G [out, out] of sites with matmuls. `slopes`: tr(G) / (features of the output) of all sites: what a squared error of one
+    entry of an output counts where its direction is not known. `lookups`: the same of rows that are looked up in a site's table."""
 
     moments: Mapping[Site, Tensor]
     slopes: Mapping[Site, float]
+    lookups: Mapping[Site, float]
 
 
 def sensitivity(
@@ -169,8 +171,8 @@ class _Sums:
         wide = {site: site.out_features for site in sites if site.applications and site.out_features <= WIDEST}
         self._moments = MomentStore(wide)
         self.widest = max(wide.values(), default=0)
-        self._squares = dict.fromkeys(sites, 0.0)
-        self._readers: dict[Value, list[tuple[Site, tuple[RowStep, ...]]]] = {}
+        self._squares, self._lookups = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)
+        self._readers: dict[Value, list[tuple[Site, tuple[RowStep, ...] | None]]] = {}
         for site in sites:
             for value, leave in _outputs(site):
                 self._readers.setdefault(value, []).append((site, leave))
@@ -183,27 +185,29 @@ class _Sums:
         if gradient is None:
             return
         for site, leave in self._readers[value]:
-            laid_out = undo(leave, gradient)
+            laid_out = gradient if leave is None else undo(leave, gradient)
             rows = laid_out.reshape(-1, laid_out.shape[-1])
             rows = rows if power_of_two(rows) == 1 else rows.double()  # squares of float32 would leave its range
-            self._squares[site] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 / rows.shape[-1]
-            if site in self._moments and rows.shape[-1] == site.out_features:
+            sums = self._lookups if leave is None else self._squares
+            sums[site] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 / rows.shape[-1]
+            if site in self._moments and leave is not None:
                 self._moments.add(site, (rows.T @ rows).cpu())
 
     def over(self, size: float) -> Sensitivity:
         """The sums over `size`, zeros where that is 0. InputError for what is not finite."""
         share = 1 / size if size > 0 else 0.0
-        for site, total in self._squares.items():
+        for site, total in chain(self._squares.items(), self._lookups.items()):
             if not isfinite(total) or not isfinite(size):
                 raise InputError(f"the calibration data makes gradients of NaN or infinity at {site.path}")
         self._moments.scale(share)
-        return Sensitivity(self._moments, {site: total * share for site, total in self._squares.items()})
+        slopes, lookups = ({site: total * share for site, total in sums.items()} for sums in (self._squares, self._lookups))
+        return Sensitivity(self._moments, slopes, lookups)
 
 
-def _outputs(site: Site) -> Iterator[tuple[Value, tuple[RowStep, ...]]]:
-    """What the site puts out, and how its rows [.., out] were rearranged for that."""
+def _outputs(site: Site) -> Iterator[tuple[Value, tuple[RowStep, ...] | None]]:
+    """What the site puts out, and how its rows [.., out] were rearranged for that; None for rows that are looked up."""
     yield from ((application.output, row_view(site, application).leave) for application in site.applications)
-    yield from ((node.outputs[0], ()) for node in site.gathers)
+    yield from ((node.outputs[0], None) for node in site.gathers)
 
 
 def _unlabelled(what: str, hint: str) -> SpecError:
