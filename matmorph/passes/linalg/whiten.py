@@ -111,7 +111,7 @@ def relative_output_error(w: Tensor, approximation: Tensor, second_moment: Tenso
     """|(W - W') L|_F / |W L|_F with L L^T = `second_moment` [.., n, n], as sqrt(tr(E H E^T) / tr(W H W^T)) in float64: no factorisation, no
     damping. A weight whose outputs are all zero on the data counts as exact where the approximation's are too."""
     moment = second_moment.double()
-    rows = zip(w.split(_ROWS, -2), approximation.split(_ROWS, -2), strict=True)
+    rows = zip(torch.split(w, _ROWS, -2), torch.split(approximation, _ROWS, -2), strict=True)
     error = sqrt(max(sum(_square(one.double() - other.double(), moment) for one, other in rows), 0.0))
     return share(error, size_on_outputs(w, moment))
 
@@ -119,7 +119,7 @@ def relative_output_error(w: Tensor, approximation: Tensor, second_moment: Tenso
 def size_on_outputs(matrix: Tensor, second_moment: Tensor) -> float:
     """|M L|_F of `matrix` M [.., m, n] with L L^T = `second_moment` [.., n, n], summed in float64; a few rows at a time."""
     moment = second_moment.double()
-    return sqrt(max(sum(_square(rows.double(), moment) for rows in matrix.split(_ROWS, -2)), 0.0))
+    return sqrt(max(sum(_square(rows.double(), moment) for rows in torch.split(matrix, _ROWS, -2)), 0.0))
 
 
 def _square(rows: Tensor, moment: Tensor) -> float:

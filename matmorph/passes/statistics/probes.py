@@ -69,6 +69,10 @@ def is_vocabulary(graph: Graph, output: Value) -> bool:
     return bool(output.tensor.shape) and output.tensor.shape[-1] in {site.out_features for site in tables}
 
 
+_NUMBERS = 1 << 21
+"""Logits that are turned into probabilities at a time."""
+
+
 def relative_change(z: Tensor, kept: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:
     """`Draw` of output."""
     v = _normal(z, generator)
@@ -81,7 +85,8 @@ def relative_change(z: Tensor, kept: Tensor | None, generator: torch.Generator) 
 def divergence(z: Tensor, kept: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:
     """`Draw` of kl."""
     v = _normal(z, generator)
-    for row, logits in zip(v.reshape(-1, *z.shape[-2:]), z.reshape(-1, *z.shape[-2:]), strict=True) if z.dim() > 1 else ((v, z),):
+    parts = (torch.split(one.reshape(-1, z.shape[-1]), max(_NUMBERS // z.shape[-1], 1)) for one in (v, z))
+    for row, logits in zip(*parts, strict=True):
         p = torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
         row.mul_(p.sqrt().to(row.dtype))
         row.sub_(p.mul_(row.sum(-1, keepdim=True)).to(row.dtype)).mul_(sqrt(0.5))

@@ -189,7 +189,7 @@ class _Sums:
             rows = laid_out.reshape(-1, laid_out.shape[-1])
             rows = rows if power_of_two(rows) == 1 else rows.double()  # squares of float32 would leave its range
             sums = self._lookups if leave is None else self._squares
-            sums[site] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 / rows.shape[-1]
+            sums[site] += _square(rows) / rows.shape[-1]
             if site in self._moments and leave is not None:
                 self._moments.add(site, (rows.T @ rows).cpu())
 
@@ -202,6 +202,12 @@ class _Sums:
         self._moments.scale(share)
         slopes, lookups = ({site: total * share for site, total in sums.items()} for sums in (self._squares, self._lookups))
         return Sensitivity(self._moments, slopes, lookups)
+
+
+def _square(rows: Tensor) -> float:
+    """|rows|^2 in float64; of a wide head a few rows at a time."""
+    parts = torch.split(rows, max(WIDEST * 128 // max(rows.shape[-1], 1), 1))
+    return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
 
 
 def _outputs(site: Site) -> Iterator[tuple[Value, tuple[RowStep, ...] | None]]:
