@@ -172,11 +172,11 @@ class Compiled:
     ) -> Path:
         """Writes an artefact folder with training graphs, complete by itself: `Trainer(folder)` needs nothing else.
 
-        loss: cross_entropy, causal_lm, mse, cosine, or a function `f(outputs, labels) -> loss` of tensors by name, then with example
-        `labels` and the names of their dynamic axes ({"labels": {0: "batch"}}). output: the model output that the loss reads. optimizer:
-        its lr and weight_decay can be changed at each step, the rest is fixed. trainable, frozen: adapters, factors, all, or globs over
-        `module.named_parameters()`. labels: with a named loss an example for the check, else drawn. keep_outputs: model outputs that a
-        training step gives too. What is not given is as the spec's `train:` says, else AdamW at 1e-4 on the adapters.
+        loss: cross_entropy, causal_lm, mse, cosine, distill, or a function `f(outputs, labels) -> loss` of tensors by name, then with
+        example `labels` and the names of their dynamic axes ({"labels": {0: "batch"}}). output: the model output that the loss reads.
+        optimizer: its lr and weight_decay can be changed at each step, the rest is fixed. trainable, frozen: adapters, factors, all, or
+        globs over `module.named_parameters()`. labels: with a named loss an example for the check, else drawn. keep_outputs: model outputs
+        that a training step gives too. What is not given is as the spec's `train:` says, else AdamW at 1e-4 on the adapters.
 
         Raises SpecError (what trains), InputError (folder, labels), ExportError (an operator without gradient) and CheckError (ONNX Runtime
         and torch disagree); nothing is written then.

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.no_cover
 PAGES = {page: read_blocks((DOCS / page).read_text(encoding="utf-8"), page) for page in pages()}
 BLOCKS = [block for blocks in PAGES.values() for block in blocks]
 RUN = [page for page, blocks in PAGES.items() if any(block.language in CODE and not block.skipped for block in blocks)]
-SLOW = ("how-to/evaluate.md", "how-to/generate-text.md", "how-to/deploy-a-language-model.md")
+SLOW = ("how-to/evaluate.md", "how-to/generate-text.md", "how-to/deploy-a-language-model.md", "how-to/heal-a-language-model.md")
 """Pages that compile several models, whose commands have tests of their own: run with the full grids."""
 OTHER = ("text", "toml", "javascript")
 GENERATED = ("reference/spec.md", "reference/library.md", "reference/cli.md", "benchmarks.md")

@@ -20,6 +20,7 @@ from matmorph.ir.training.gradient import gradient_graph, loss_graph
 from matmorph.ir.training.losses import Loss, label_inputs
 from matmorph.ir.types import TensorType, symbol
 from matmorph.ir.verify import verify
+from matmorph.runtime.format.distillation import Distill
 
 ROUNDING = 1e-12  # of float64 sums of at most a hundred terms of size 1
 BATCH, SEQ = symbol("batch"), symbol("seq")
@@ -97,11 +98,11 @@ def test_loss_and_gradient_are_those_of_torch(loss: Loss, labels: Tensor, count:
     assert {results[name].dim() for name in ("loss", "count")} == {0}
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "causal_lm", "mse", "cosine"])
+@pytest.mark.parametrize("name", ["cross_entropy", "causal_lm", "mse", "cosine", "distill"])
 def test_graphs_of_a_loss_obey_the_laws(name: str) -> None:
     source = graph(torch.float32)
-    verify(gradient_graph(source, parameters_of(source), Loss(name)))
-    verify(loss_graph(source, parameters_of(source), Loss(name)))
+    verify(gradient_graph(source, parameters_of(source), Loss(name, distill=Distill(top=2))))
+    verify(loss_graph(source, parameters_of(source), Loss(name, distill=Distill(top=2))))
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "causal_lm"])
@@ -177,6 +178,87 @@ def test_loss_of_half_precision_is_computed_in_float32() -> None:
     assert str(label_inputs(Loss("mse", "pooled"), source)[0][1]) == "float32[batch, 4]"
 
 
+# the distillation loss
+
+TAUGHT = Distill(top=2, temperature=2.0, next_token=0.25)
+
+
+def teacher_answers(batch: int, seq: int, settings: Distill, words: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+    """A teacher's logits, and what the loss is given of them, by the definition."""
+    logits = 3 * torch.randn(batch, seq, words, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    shares = torch.softmax(logits / settings.temperature, -1)
+    ids = shares.argsort(-1, descending=True)[..., : settings.top]
+    named = shares.gather(-1, ids)
+    return logits, {"teacher_ids": ids, "teacher_logs": torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log()}
+
+
+def distilled(student: Tensor, labels: Mapping[str, Tensor], settings: Distill) -> Tensor:
+    """The loss place by place and word by word, as it is defined."""
+    total, counted = student.new_zeros(()), 0
+    for row in range(student.shape[0]):
+        for place in range(student.shape[1] - 1):
+            wanted = int(labels["labels"][row, place + 1])
+            if wanted == -100:
+                continue
+            q = torch.softmax(student[row, place] / settings.temperature, -1)
+            ids = [int(word) for word in labels["teacher_ids"][row, place]]
+            p = labels["teacher_logs"][row, place].exp()
+            rest = sum(q[word] for word in range(len(q)) if word not in ids)
+            kl = sum(p[k] * (p[k] / q[word]).log() for k, word in enumerate(ids)) + p[-1] * (p[-1] / rest).log()
+            cross = -torch.log_softmax(student[row, place], -1)[wanted]
+            total = total + (1 - settings.next_token) * settings.temperature**2 * kl + settings.next_token * cross
+            counted += 1
+    return total / counted
+
+
+@pytest.mark.parametrize("settings", [Distill(top=2), Distill(top=4), TAUGHT], ids=["plain", "all but one", "warm and mixed"])
+def test_distillation_and_its_gradient_are_by_the_definition(settings: Distill) -> None:
+    labels = {"labels": classes(3, 4), **teacher_answers(3, 4, settings)[1]}
+    results = answer(Loss("distill", distill=settings), labels)
+    module = seeded(Two).double()
+    value = distilled(module(x_of(3, 4))["logits"], labels, settings)
+    found = torch.autograd.grad(value, list(module.parameters()), allow_unused=True)
+    pairs = zip(module.parameters(), found, strict=True)
+    gradient = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs])
+    assert abs(results["loss"] - value.detach()) <= ROUNDING
+    assert distance(results["grad"], gradient) <= ROUNDING
+    assert results["count"] == 6
+
+
+def test_distillation_from_all_but_one_word_is_the_whole_divergence() -> None:
+    """With one word in the rest nothing is summed up: KL(teacher || student) of the whole vocabulary."""
+    settings = Distill(top=4)
+    logits, given = teacher_answers(3, 4, settings)
+    results = answer(Loss("distill", distill=settings), {"labels": torch.zeros(3, 4, dtype=torch.int64), **given})
+    student = torch.log_softmax(seeded(Two).double()(x_of(3, 4))["logits"], -1)[:, :-1]
+    kl = functional.kl_div(student, torch.log_softmax(logits, -1)[:, :-1], log_target=True, reduction="sum") / 9
+    assert abs(results["loss"] - kl.detach()) <= ROUNDING
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
+    settings = Distill(top=3)
+    logits = seeded(Two).double()(x_of(3, 4))["logits"].detach()
+    ids = logits.argsort(-1, descending=True)[..., :3]
+    named = torch.softmax(logits, -1).gather(-1, ids)
+    given = {"teacher_ids": ids, "teacher_logs": torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log()}
+    results = answer(Loss("distill", distill=settings), {"labels": torch.zeros(3, 4, dtype=torch.int64), **given})
+    assert abs(results["loss"]) <= ROUNDING
+    assert results["grad"].abs().max() <= ROUNDING
+
+
+def test_a_student_far_from_its_teacher_has_a_finite_gradient() -> None:
+    """Its share of the rest is below what float32 holds, the teacher's is nearly one."""
+    far = Loss("distill", distill=Distill(top=2))
+    source = graph(torch.float32)
+    consts = parameters_of(source)
+    logs = torch.tensor([1e-4, 1e-4, 0.9998]).log().expand(3, 4, 3).contiguous()
+    labels = {"labels": torch.zeros(3, 4, dtype=torch.int64), "teacher_ids": torch.tensor([0, 1]).expand(3, 4, 2), "teacher_logs": logs}
+    feeds = feeds_of(source, consts, [1e4 * x_of(3, 4).float()], labels)
+    results = evaluated(gradient_graph(source, consts, far), feeds)
+    assert torch.isfinite(results["loss"])
+    assert torch.isfinite(results["grad"]).all()
+
+
 def fails(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
     raise ValueError("no such thing")
 
@@ -186,11 +268,13 @@ def fails(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor
     [
         (
             Loss("cross_entropi"),
-            "there is no loss cross_entropi; there are cross_entropy, causal_lm, mse, cosine; did you mean cross_entropy?",
+            "there is no loss cross_entropi; there are cross_entropy, causal_lm, mse, cosine, distill; did you mean cross_entropy?",
         ),
         (Loss("mse", "pooledd"), "the model has no output pooledd; its outputs are logits, pooled; did you mean pooled?"),
         (Loss("causal_lm", "pooled"), r"causal_lm needs logits \[batch, seq, vocabulary\]; output pooled is float64\[batch, 4\]"),
         (Loss("mse", labels=WEIGHTED), "the labels of mse follow from its output"),
+        (Loss("distill", "pooled"), r"distill needs logits \[batch, seq, vocabulary\]; output pooled is float64\[batch, 4\]"),
+        (Loss("distill", distill=Distill(top=5)), r"distill.top is 5 and the model has 5 words: at least one must be left"),
         (Loss("function"), "a loss of the name function needs one"),
         (Loss("function", function=fails), "the loss function cannot be traced: no such thing"),
         (Loss("function", function=lambda outputs, labels: outputs["pooled"]), "a loss function gives a scalar tensor"),

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 ORDER = (
     *("demo", "inspect", "plan", "explain", "compile", "verify", "layout", "generate", "chat", "evaluate", "report", "compare", "diff"),
-    *("train", "search", "merge", "adapter", "specs", "completion"),
+    *("train", "heal", "search", "merge", "adapter", "specs", "completion"),
 )
 """The commands as one meets them."""
 

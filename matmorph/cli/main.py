@@ -24,6 +24,7 @@ from matmorph.cli.commands import Command, Group
 from matmorph.cli.completion import completion_command
 from matmorph.cli.evaluate import evaluate_command
 from matmorph.cli.generate import generate_command
+from matmorph.cli.heal import heal_command
 from matmorph.cli.layout import layout_command
 from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
@@ -58,6 +59,7 @@ app.command(name="generate", cls=Command)(generate_command)
 app.command(name="chat", cls=Command)(chat_command)
 app.command(name="evaluate", cls=Command, short_help="Perplexity on a text, or loss on data.")(evaluate_command)
 app.command(name="train", cls=Command)(train_command)
+app.command(name="heal", cls=Command)(heal_command)
 app.command(name="search", cls=Command)(search_command)
 app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")

@@ -73,6 +73,13 @@ def reopen(folder: Path, verify: bool = True) -> tuple[Job, tuple[Adapter, ...]]
     return job, adapters
 
 
+def stored_graph(folder: Path, name: str, verify: bool = True) -> Graph:
+    """A graph of the folder as its text says it, without weights. InputError where it is damaged."""
+    with _stored_errors():
+        path = open_folder(folder, verify)[1].checked(name)
+    return read_graph(path, _no_class)
+
+
 def _alone(path: Path) -> Path:
     """The stored spec, which is resolved: one that extends another would be read outside the folder. InputError."""
     with _stored_errors():

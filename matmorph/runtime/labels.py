@@ -12,9 +12,10 @@ import numpy as np
 
 from matmorph.runtime.errors import InputMismatch
 from matmorph.runtime.feeds import Array, size_of
+from matmorph.runtime.format.distillation import DISTILL
 from matmorph.runtime.format.training import TrainManifest
 
-_FIRST_COUNTED: Mapping[str, int] = {"cross_entropy": 0, "causal_lm": 1}
+_FIRST_COUNTED: Mapping[str, int] = {"cross_entropy": 0, "causal_lm": 1, DISTILL: 1}
 """Losses over classes, and the column of their labels from which on they are judged."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from matmorph.errors import Position, SpecError, did_you_mean
 from matmorph.optimizers import OPTIMIZERS, AdamW, AnyOptimizer, optimizer_name
+from matmorph.runtime.format.distillation import DISTILL, Distill
 from matmorph.runtime.targets import TARGETS
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.match import Match
@@ -229,7 +230,7 @@ class ParameterSelector(Notation):
 class Train:
     """What the training graphs are built for."""
 
-    loss: Literal["cross_entropy", "causal_lm", "mse", "cosine"] = field(metadata={"doc": "loss of the training graph"})
+    loss: Literal["cross_entropy", "causal_lm", "mse", "cosine", "distill"] = field(metadata={"doc": "loss of the training graph"})
     output: str | None = field(default=None, metadata={"doc": "output of the model that the loss reads; the first by default"})
     ignore_index: int = field(default=-100, metadata={"doc": "label that counts nothing"})
     optimizer: Optimizer = field(default=Optimizer(adamw=AdamW(lr=1e-4)), metadata={"doc": "optimizer and its settings"})
@@ -238,7 +239,12 @@ class Train:
         metadata={"doc": "adapters, factors, all, or globs over parameter names", "min_items": 1},
     )
     frozen: tuple[ParameterSelector, ...] = field(default=(), metadata={"doc": "as trainable, but kept fixed"})
+    distill: Distill | None = field(default=None, metadata={"doc": "settings of the loss of that name"})
     at: Position | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.distill is not None and self.loss != DISTILL:
+            raise ValueError(f"distill holds settings of loss: {DISTILL}, and the loss is {self.loss}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from matmorph.ir.without_cache import without_cache
 from matmorph.optimizers import AdamW, AnyOptimizer
 from matmorph.passes.adapters.trainables import Trainable, resolve
 from matmorph.passes.methods.protocol import Methods, TrainingForm
+from matmorph.runtime.format.distillation import Distill
 from matmorph.specs.schema import ParameterSelector, Train
 
 LabelAxes: TypeAlias = Mapping[str, Mapping[int, str]]
@@ -32,7 +33,8 @@ class TrainRequest:
     """What training files a user asks for.
 
     `loss`: the name of one, or a function (`ir.training.losses.LossFunction`). `labels`: example labels by name; a function's labels have
-    the types of these, with the axes that `label_shapes` names. `keep`: model outputs that grad.onnx gives too. `at`: the spec's
+    the types of these, with the axes that `label_shapes` names. `distill`: settings of that loss. `keep`: model outputs that
+    grad.onnx gives too. `at`: the spec's
     `train:`.
     """
 
@@ -42,6 +44,7 @@ class TrainRequest:
     optimizer: AnyOptimizer = field(default_factory=lambda: AdamW(lr=1e-4))
     trainable: Sequence[ParameterSelector] = (ParameterSelector("adapters"),)
     frozen: Sequence[ParameterSelector] = ()
+    distill: Distill = field(default_factory=Distill)
     labels: Mapping[str, torch.Tensor] | None = None
     label_shapes: LabelAxes | None = None
     keep: Sequence[str] = ()
@@ -50,7 +53,16 @@ class TrainRequest:
 
 def of_spec(train: Train) -> TrainRequest:
     """What the `train:` of a spec asks for."""
-    return TrainRequest(train.loss, train.output, train.ignore_index, train.optimizer.chosen, train.trainable, train.frozen, at=train.at)
+    return TrainRequest(
+        loss=train.loss,
+        output=train.output,
+        ignore_index=train.ignore_index,
+        optimizer=train.optimizer.chosen,
+        trainable=train.trainable,
+        frozen=train.frozen,
+        distill=train.distill or Distill(),
+        at=train.at,
+    )
 
 
 def prepare_training(
@@ -140,7 +152,7 @@ def _loss(graph: Graph, request: TrainRequest) -> Loss:
     if isinstance(request.loss, str):
         if request.label_shapes:
             raise InputError(f"label_shapes belongs to a loss of your own; the axes of {request.loss}'s labels are those of the output")
-        return Loss(request.loss, request.output, request.ignore_index)
+        return Loss(request.loss, request.output, request.ignore_index, distill=request.distill)
     if request.labels is None:
         raise InputError("a loss function needs example labels: labels={'labels': tensor}, and label_shapes={'labels': {0: 'batch'}}")
     axes = request.label_shapes or {}

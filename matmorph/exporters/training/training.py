@@ -36,6 +36,7 @@ from matmorph.optimizers import AnyOptimizer, optimizer_name
 from matmorph.passes.adapters.trainables import Trainable
 from matmorph.runtime.format.artifact import DATA, GRAPH, FileRecord
 from matmorph.runtime.format.cases import TrainingVectors
+from matmorph.runtime.format.distillation import DISTILL
 from matmorph.runtime.format.training import (
     APPLY_MODEL,
     COUNT,
@@ -123,6 +124,10 @@ def write_training(
     return {**files, **write_files(folder, {TRAIN_MANIFEST: json_bytes(described.to_dict())})}
 
 
+def _trained(loss: Loss) -> TrainedLoss:
+    return TrainedLoss(loss.name, loss.output, loss.ignore_index, loss.distill if loss.name == DISTILL else None)
+
+
 def _parameters(trainables: Sequence[Trainable], kept: Mapping[str, int]) -> tuple[Parameter, ...]:
     """Where each trainable lies in theta."""
     found, offset = [], 0
@@ -170,7 +175,7 @@ def _described(
         outputs=tuple(port for port in evaluation.outputs if port.name not in (LOSS, COUNT)),
         kept=tuple(port for port in grad.outputs if port.name not in (LOSS, COUNT, GRADIENT)),
         ranges=training.gradient.ranges,
-        loss=TrainedLoss(training.loss.name, training.loss.output, training.loss.ignore_index),
+        loss=_trained(training.loss),
         optimizer={"name": optimizer_name(training.optimizer), **asdict(training.optimizer)},
         states=training.optimizer.STATES,
         length=sum(parameter.size for parameter in parameters),

@@ -23,6 +23,7 @@ from matmorph.ir.core import Graph, Range, Value
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.types import TensorType, dim_symbols
 from matmorph.runtime.format.cases import Array, TrainingCase, TrainingVectors, training_arrays
+from matmorph.runtime.format.distillation import TEACHER_IDS, TEACHER_LOGS
 from matmorph.runtime.format.training import THETA
 
 NUDGE = 0.01
@@ -148,7 +149,8 @@ def check_labels(
     ignore_index: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """An example of every label: the caller's, or drawn from `seed`: classes, every fourth of them ignored, or normal numbers.
+    """An example of every label: the caller's, or drawn from `seed`: classes, every fourth of them ignored, normal
+    numbers, or a teacher's answers.
 
     Raises InputError for a label that is missing, unknown, or of another type or shape than the loss takes.
     """
@@ -171,7 +173,10 @@ def _drawn(
         raise InputError(f"labels: the shape of {name} {kind} does not follow from the example inputs: give labels={{'{name}': tensor}}")
     shape = [concrete(dim, sizes) for dim in kind.shape]
     if kind.torch_dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(kind.torch_dtype)
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float32).to(kind.torch_dtype)
+        return torch.log_softmax(numbers, -1) if name == TEACHER_LOGS else numbers
+    if name == TEACHER_IDS:  # distinct words at each place
+        return torch.rand([*shape[:-1], classes], generator=generator).argsort(-1)[..., : shape[-1]].contiguous()
     drawn = torch.randint(0, classes, shape, generator=generator, dtype=torch.int64)
     drawn.view(-1)[1::4] = ignore_index
     return drawn.to(kind.torch_dtype)

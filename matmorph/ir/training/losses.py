@@ -6,6 +6,8 @@
 | causal_lm     | logits [b, s, C]| int64 [b, s]              | the same, of labels[:, 1:] against logits[:, :-1]             |
 | mse           | [..]            | float, the output's shape | all elements                                                  |
 | cosine        | [.., D]         | float, the output's shape | vectors: 1 - cosine similarity                                |
+| distill       | logits [b, s, C]| those of causal_lm, and a | the same as causal_lm: divergence from the teacher, with      |
+|               |                 | teacher's likeliest words | a share of causal_lm where that is asked for                  |
 | a function    | all outputs     | as given                  | what it says, `f(outputs, labels) -> loss` or `(loss, count)` |
 
 With nothing to average over (every label ignored) loss, count and gradient are 0, where torch gives NaN. Labels are shifted, not logits:
@@ -25,7 +27,9 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Graph, Value
 from matmorph.ir.infer import Inference
 from matmorph.ir.training.adjoints.traced import emit, trace_function
+from matmorph.ir.training.distillation import divergence, teacher_inputs
 from matmorph.ir.types import TensorType
+from matmorph.runtime.format.distillation import DISTILL, Distill
 
 LossFunction = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], Any]
 """`f(outputs, labels)` with tensors by name; gives the mean loss, a scalar, or (mean loss, count). It is traced on symbolic shapes."""
@@ -40,6 +44,7 @@ _PREFERRED = "logits"
 class Loss:
     """`name`: a key of `LOSSES`, or "function" with `function` set. `output`: the model output that it looks at (default: the only one, or
     `logits`). `ignore_index`: a class label that does not count. `labels`: types of the label inputs of a function; the others know theirs.
+    `distill`: settings of the loss of that name.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Loss:
     ignore_index: int = -100
     function: LossFunction | None = None
     labels: Mapping[str, TensorType] = field(default_factory=dict)
+    distill: Distill = field(default_factory=Distill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ def label_inputs(loss: Loss, graph: Graph) -> tuple[tuple[str, TensorType], ...]
     else:
         if loss.labels:
             raise InputError(f"the labels of {loss.name} follow from its output; leave labels out")
-        found = ((LABELS, _entry(loss).labels(judged(loss, graph)[1].tensor, loss)),)
+        found = tuple(_entry(loss).labels(judged(loss, graph)[1].tensor, loss).items())
     taken = {entry.name for entry in graph.signature.inputs}
     for name, _ in found:
         if name in taken:
@@ -101,7 +107,7 @@ def write_loss(b: Builder, inference: Inference, loss: Loss, graph: Graph, label
     """Nodes of the loss. `labels`: a value per label input of `label_inputs`."""
     if loss.function is not None:
         return _write_function(b, inference, loss.function, tensor_outputs(graph), labels)
-    return _entry(loss).write(b, _wide(b, judged(loss, graph)[1]), labels[LABELS], loss)
+    return _entry(loss).write(b, _wide(b, judged(loss, graph)[1]), labels, loss)
 
 
 # the losses
@@ -115,7 +121,7 @@ def _classes(output: TensorType, loss: Loss) -> TensorType:
 
 def _tokens(output: TensorType, loss: Loss) -> TensorType:
     if len(output.shape) != 3:
-        raise InputError(f"causal_lm needs logits [batch, seq, vocabulary]; {_named(loss)} is {output}")
+        raise InputError(f"{loss.name} needs logits [batch, seq, vocabulary]; {_named(loss)} is {output}")
     return _classes(output, loss)
 
 
@@ -135,6 +141,11 @@ def _named(loss: Loss) -> str:
     return f"output {loss.output}" if loss.output else "the output"
 
 
+def _taught(output: TensorType, loss: Loss) -> dict[str, TensorType]:
+    labels = _tokens(output, loss)
+    return {LABELS: labels, **teacher_inputs(TensorType(_wide_dtype(output.dtype), output.shape), loss.distill)}
+
+
 def _cross_entropy(b: Builder, logits: Value, labels: Value, loss: Loss) -> Written:
     """Mean of -log softmax(logits)[label] over the labels that count."""
     valid = b("aten.ne.Scalar", labels, loss.ignore_index, name="valid")
@@ -149,9 +160,27 @@ def _cross_entropy(b: Builder, logits: Value, labels: Value, loss: Loss) -> Writ
 
 def _causal_lm(b: Builder, logits: Value, labels: Value, loss: Loss) -> Written:
     """Each position is judged by the label after it; the last has none."""
+    return _cross_entropy(b, logits, _next(b, labels, loss), loss)
+
+
+def _next(b: Builder, labels: Value, loss: Loss) -> Value:
     rest = b("aten.slice.Tensor", labels, 1, 1, 2**63 - 1)
     last = b("aten.full_like.default", b("aten.slice.Tensor", labels, 1, 0, 1), loss.ignore_index)
-    return _cross_entropy(b, logits, b("aten.cat.default", [rest, last], 1), loss)
+    return b("aten.cat.default", [rest, last], 1)
+
+
+def _distill(b: Builder, logits: Value, labels: Mapping[str, Value], loss: Loss) -> Written:
+    """The divergence from the teacher, at each position that has a label after it."""
+    share = loss.distill.next_token
+    valid = b("aten.ne.Scalar", _next(b, labels[LABELS], loss), loss.ignore_index, name="valid")
+    weights = b("aten._to_copy.default", valid, dtype=logits.tensor.torch_dtype)
+    count = b("aten.sum.default", weights, name="count")
+    total = b("aten.sum.default", b("aten.mul.Tensor", divergence(b, logits, labels, loss.distill), weights))
+    if share == 0:
+        return Written(_ratio(b, total, count), count)
+    mixed = b("aten.mul.Scalar", _ratio(b, total, count), 1 - share)
+    other = b("aten.mul.Scalar", _causal_lm(b, logits, labels[LABELS], loss).loss, share)
+    return Written(b("aten.add.Tensor", mixed, other, name="loss"), count)
 
 
 def _mse(b: Builder, output: Value, labels: Value, loss: Loss) -> Written:
@@ -221,19 +250,25 @@ def _wide_dtype(dtype: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    labels: Callable[[TensorType, Loss], TensorType]
-    write: Callable[[Builder, Value, Value, Loss], Written]
+    labels: Callable[[TensorType, Loss], Mapping[str, TensorType]]
+    write: Callable[[Builder, Value, Mapping[str, Value], Loss], Written]
+
+
+def _alone(labels: Callable[[TensorType, Loss], TensorType], write: Callable[[Builder, Value, Value, Loss], Written]) -> _Entry:
+    """Of a loss with one input of labels."""
+    return _Entry(lambda output, loss: {LABELS: labels(output, loss)}, lambda b, output, given, loss: write(b, output, given[LABELS], loss))
 
 
 LABELS = "labels"
-OF_CLASSES = ("cross_entropy", "causal_lm")
+OF_CLASSES = ("cross_entropy", "causal_lm", DISTILL)
 """Losses whose labels are indices along the last axis of the output."""
 FUNCTION = "function"
 LOSSES: Mapping[str, _Entry] = {
-    "cross_entropy": _Entry(_classes, _cross_entropy),
-    "causal_lm": _Entry(_tokens, _causal_lm),
-    "mse": _Entry(_same, _mse),
-    "cosine": _Entry(_vectors, _cosine),
+    "cross_entropy": _alone(_classes, _cross_entropy),
+    "causal_lm": _alone(_tokens, _causal_lm),
+    "mse": _alone(_same, _mse),
+    "cosine": _alone(_vectors, _cosine),
+    DISTILL: _Entry(_taught, _distill),
 }
 """The losses that have a name."""
 

@@ -19,6 +19,7 @@ from matmorph.ir.types import TensorType
 from matmorph.passes.statistics.backward import PASS_BYTES, Backward, Take, slice_samples
 from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
 from matmorph.progress import StepProgress
+from matmorph.runtime.format.distillation import Distill
 from matmorph.specs.schema import Train
 
 Unlabelled: TypeAlias = Callable[[str, str], SpecError]
@@ -79,7 +80,7 @@ def loss_gradients(
 
 def loss_of(train: Train) -> Loss:
     """The loss that the spec names."""
-    return Loss(train.loss, train.output, train.ignore_index)
+    return Loss(train.loss, train.output, train.ignore_index, distill=train.distill or Distill())
 
 
 def _with_loss(graph: Graph, train: Train) -> _Judged:

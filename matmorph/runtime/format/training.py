@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matmorph.runtime.format.artifact import FILES_CODEC, RANGES_CODEC, FileRecord, Range, TensorInfo, of_format
+from matmorph.runtime.format.distillation import Distill
 from matmorph.runtime.format.plain import Codec, ManifestError, from_plain, many, stored, to_plain, typed
 from matmorph.runtime.format.reading import check_name
 
@@ -57,11 +58,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TrainedLoss:
-    """What is minimised: `name` of the loss, the model output that it reads (None: a function of all), the label that it leaves out."""
+    """What is minimised: `name` of the loss, the model output that it reads (None: a function of all), the label that it leaves out;
+    `distill`: settings of that loss, None = another one."""
 
     name: str
     output: str | None = None
     ignore_index: int = -100
+    distill: Distill | None = field(default=None, metadata=stored(omitted=True))
 
 
 @dataclass(frozen=True, slots=True)
