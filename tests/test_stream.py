@@ -55,11 +55,9 @@ def written_out(graph: Graph, batches: Any) -> dict[str, torch.Tensor]:
         for site in plain:
             for one in site.applications:
                 rows = seen[one.x].double()
-                kept = (
-                    batch["attention_mask"].bool()
-                    if rows.shape[:-1] == batch["attention_mask"].shape
-                    else torch.ones(rows.shape[:-1]).bool()
-                )
+                mask = batch["attention_mask"].bool()
+                shapes = {tuple(mask.shape): mask, (mask.numel(),): mask.reshape(-1)}  # a router reads all tokens in one row
+                kept = shapes.get(tuple(rows.shape[:-1]), torch.ones(rows.shape[:-1], dtype=torch.bool))
                 rows = rows[kept]
                 found[site.path] = found.get(site.path, torch.zeros(())) + rows.T @ rows
     return found
