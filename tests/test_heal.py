@@ -146,7 +146,7 @@ def test_the_best_state_on_the_way_is_kept(cut: Path, lessons: tuple[TextRows, T
 
 @pytest.mark.full
 def test_codes_stay_to_the_byte(run: Any, model: Path, dense: Path, text: Path, tmp_path: Path) -> None:
-    train = {"loss": "causal_lm", "trainable": ["factors"]}  # graphs of the loss are derived
+    train = {"loss": "causal_lm", "trainable": ["adapters"]}  # graphs of the loss are derived
     rewrite = {"loftq": {"quantizer": "uniform", "bits": 2, "block_size": 16, "rank": 2, "zero_point": True}}
     folder = artefact(model, tmp_path / "codes", rewrite, train, {"role": "mlp.*"})
     words = ("--text", text, "--tokens", 960, "--window", WINDOW, "--eval-tokens", 240, "--top", 5, "--lr", 0.01, *CPU)
@@ -167,7 +167,9 @@ def test_codes_stay_to_the_byte(run: Any, model: Path, dense: Path, text: Path, 
 def test_a_pruned_model_and_a_model_by_name(run: Any, model: Path, text: Path, tmp_path: Path) -> None:
     """The weights of a narrower MLP; the teacher is the Hugging Face folder, then the file of its answers."""
     train = {**TRAIN, "trainable": ["**.mlp.**"]}
-    folder = artefact(model, tmp_path / "narrow", {"transact": {"width": "50%", "score": "weight"}}, train, {"block": "mlp"})
+    folder = artefact(
+        model, tmp_path / "narrow", {"transact": {"width": "50%", "score": "weight", "compensate": "none"}}, train, {"block": "mlp"}
+    )
     words = ("heal", folder, "--text", text, "--tokens", 960, "--window", WINDOW, "--eval-tokens", 240, *CPU)
     answers = ("--teacher-cache", tmp_path / "answers.safetensors")
     code, out, err = run(*words, "--teacher", model, *answers, "--out", tmp_path / "out", "--json")
