@@ -86,19 +86,18 @@ def test_outputs_are_probed_with_the_seeds_own_normal_numbers(graph: Graph, outp
     found = felt.of_output(graph, sites, DATA, 20, relative(graph, output), seed=7)
     generator = torch.Generator().manual_seed(7)
     wanted = {site.path: torch.zeros(site.out_features, site.out_features, dtype=torch.float64) for site in sites}
-    sizes: list[float] = []
     for batch, count in zip(DATA, (8, 8, 4), strict=True):
         x = batch["x"][:count]
 
         def scalar(outputs: dict[str, Tensor]) -> Tensor:
             z = outputs[output]
-            sizes.append(float(z.detach().double().square().sum()))
-            return (z * torch.randn(z.shape, generator=generator)).sum()
+            probed = (z * torch.randn(z.shape, generator=generator)).sum((1, 2))
+            return (probed / z.detach().flatten(1).norm(dim=1)).sum()
 
         for name, moment in gradients(scalar, x).items():
             wanted[name] += moment
     for site in sites:
-        wanted[site.path] /= sum(sizes)
+        wanted[site.path] /= 20
         scale = float(wanted[site.path].abs().max()) or 1.0
         assert float((found.moments[site] - wanted[site.path]).abs().max()) <= 1e-5 * scale  # float32 gradients
         assert found.slopes[site] == pytest.approx(float(wanted[site.path].trace()) / site.out_features, rel=1e-5)
@@ -117,7 +116,7 @@ def test_the_prediction_is_the_change_of_the_output(graph: Graph) -> None:
         hidden = before["hidden"].reshape(-1, 32).double()
     e, h = error.double(), hidden.T @ hidden / len(hidden)
     predicted = float(((torch.stack(draws).mean(0) @ e @ h) * e).sum())
-    happened = float((after - before["answer"]).square().sum() / before["answer"].square().sum())
+    happened = float(((after - before["answer"]).square().sum((1, 2)) / before["answer"].square().sum((1, 2))).mean())
     assert predicted == pytest.approx(happened, rel=0.1)  # 20 draws of 320 rows: G is known to about 1 / sqrt(6400), twice over
 
 

@@ -21,7 +21,7 @@ from matmorph.ir.evaluate import run_node
 from matmorph.ir.rewiring import needed
 from matmorph.ir.types import TensorType, dim_symbols, element_size
 
-PASS_BYTES = 1 << 27
+PASS_BYTES = 1 << 26
 """What the nodes of one pass may make and keep, counted from shapes."""
 _THIN = 16
 """A segment may end where no more than one in so many of its bytes goes on."""

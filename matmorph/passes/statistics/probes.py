@@ -1,7 +1,7 @@
 """Random scalars of an output whose squares are, in the mean, a change of it to second order; no labels are needed.
 
 output: v . z / |z| with v of independent standard normal entries. The mean square over v of what an error dz does is |dz|^2 / |z|^2: the
-relative change of what the model answers, on all the data together.
+relative change of what the model answers to a sample, here in the mean over the samples.
 
 kl: for logits z of classes with probabilities p = softmax(z), the divergence KL(p, softmax(z + dz)) is dz^T F dz / 2 to second order, with
 F = diag(p) - p p^T. One root of F is S = (I - p 1^T) diag(sqrt(p)), as S S^T = diag(p) - p p^T. So for v as above the mean square of
@@ -76,10 +76,13 @@ _NUMBERS = 1 << 21
 def relative_change(z: Tensor, kept: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:
     """`Draw` of output."""
     v = _normal(z, generator)
-    if kept is None:
-        return v, float(torch.linalg.vector_norm(z, dtype=torch.float64)) ** 2
-    sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
-    return v.mul_(kept.unsqueeze(-1)), float(torch.where(kept, sizes, 0.0).square().sum())
+    if not z.dim():
+        return v / z.abs().clamp_min(torch.finfo(z.dtype).tiny), 1.0
+    for number, (row, answer) in enumerate(zip(v, z, strict=True)):
+        rows = None if kept is None else kept[number].unsqueeze(-1)
+        size = torch.linalg.vector_norm(answer if rows is None else answer * rows).clamp_min(torch.finfo(z.dtype).tiny)
+        row.div_(size).mul_(1 if rows is None else rows)
+    return v, float(len(z))
 
 
 def divergence(z: Tensor, kept: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:
