@@ -75,9 +75,7 @@ def ran(
 CUTS = {"whole": [20], "split": [7, 13], "one by one": [1] * 20, "mixed": [1, 11, 1, 1, 6]}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("llama", "gpt2", "gemma3") else pytest.mark.full) for name in (*FAMILIES, *FURTHER)]
-)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.full) for name in FURTHER)])
 def test_prompts_in_any_pieces_answer_as_without_a_cache(name: str, graphs: Any, tmp_path: Path) -> None:
     module, compiled = graphs(name)
     session = Session(compiled.save(tmp_path / "out"), providers=["cpu"])
