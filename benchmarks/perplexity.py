@@ -2,9 +2,9 @@
 
 The validation text is cut in two at the line nearest to its middle: calibration comes from the first half, figures from windows spread
 evenly over the second one. Its words are joined (` @-@ `, spaces before punctuation) as is usual; --raw leaves the text as it is. `u4-32`
-is uniform 4 bit in blocks of 32 with integer zero points and searched scales. ONNX Runtime's quantisers get the block matmuls of our dense
-export in blocks of 32, table and head stay dense; its GPTQ runs the whole model for each of its inputs, so it is only run where it is
-named. One model is in memory at a time. `mb` are the bytes of the weights and the graph.
+is uniform 4 bit in blocks of 32 with integer zero points and searched scales, `u4-32-float` the same with floats as zero points. ONNX
+Runtime's quantisers get the block matmuls of our dense export in blocks of 32, table and head stay dense; its GPTQ runs the whole model for
+each of its inputs, so it is only run where it is named. One model is in memory at a time. `mb` are the bytes of the weights and the graph.
 
     python benchmarks/perplexity.py [--model MODEL] [--data DIR] [--specs SPEC ...] [--peers PEER ...] [--windows 16] [--window 512]
         [--samples 128] [--length 256] [--raw] [--json]
@@ -43,9 +43,13 @@ from matmorph.text.tokens import Tokens
 BLOCK = 32
 DENSE: dict[str, Any] = {"version": 1, "name": "dense", "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}]}
 _BLOCKS = {"role": ["attention.*", "mlp.*"]}
-_U4 = {"quantizer": "uniform", "bits": 4, "block_size": BLOCK, "zero_point": True, "scale": "search"}
+_U4: dict[str, Any] = {"quantizer": "uniform", "bits": 4, "block_size": BLOCK}
 OWN: Mapping[str, dict[str, Any]] = {
-    "u4-32": {"version": 1, "name": "u4-32", "rules": [{"match": _BLOCKS, "rewrite": {"quantize": _U4}}]},
+    name: {"version": 1, "name": name, "rules": [{"match": _BLOCKS, "rewrite": {"quantize": {**_U4, **settings}}}]}
+    for name, settings in (
+        ("u4-32", {"zero_point": True, "scale": "search"}),
+        ("u4-32-float", {"zero_point": "float", "scale": "absmax"}),
+    )
 }
 """Specs that are in no library, by name."""
 HEAD = "lm_head"
@@ -231,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--model", default="smollm2", help="as on matmorph's command line (default: smollm2)")
     options_of.add_argument("--data", type=Path, help="folder that holds wikitext2/valid.txt (default: MATMORPH_DATA, else ../shared/data)")
-    options_of.add_argument("--specs", nargs="*", default=["u4-32", "loftq-u4"], help="library specs, files, or u4-32")
+    options_of.add_argument("--specs", nargs="*", default=[*OWN, "llm-u4"], help=f"library specs, files, or {', '.join(OWN)}")
     options_of.add_argument("--peers", nargs="*", choices=[*PEERS], default=["ORT rtn", "ORT hqq", "ORT k_quant"])
     options_of.add_argument("--windows", type=int, default=16)
     options_of.add_argument("--window", type=int, default=512)

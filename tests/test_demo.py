@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from matmorph.cli import demo
+from matmorph.cli import demo, demo_language
 from matmorph.cli.main import main
 from matmorph.errors import InputError
 from matmorph.models.resolve import EXAMPLE_SENTENCES, Model, calibration_sentences, tokenize
@@ -109,3 +110,57 @@ def test_medians_run_everything_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == ["a"] * 2 + ["b"] * 2 + ["a", "b"] * 3
     assert set(found) == {"a", "b"}
     assert all(seconds >= 0 for seconds in found.values())
+
+
+LANGUAGE_SPEC = """
+version: 1
+name: toy
+rules:
+  - match: {role: ["attention.*", "mlp.*"]}
+    expect: 7
+    rewrite: {quantize: {quantizer: uniform, bits: 4, block_size: 16, zero_point: true, scale: weighted, rounding: gptq}}
+"""
+
+
+def toy_language_model(place: Path) -> Model:
+    """A Llama of one layer that knows nothing, with a tokenizer of bytes and no chat template."""
+    import tokenizers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(calibration_sentences(), trainer)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=256, **sizes)).eval()
+    module.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    module.save_pretrained(place)
+    made.save(str(place / "tokenizer.json"))
+    ids = torch.arange(2 * 16).reshape(2, 16) % 300
+    return Model(module, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache=True, hf_folder=place)
+
+
+@pytest.mark.full
+def test_the_language_models_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "toy.yaml").write_text(LANGUAGE_SPEC)
+    monkeypatch.chdir(tmp_path)
+    model = toy_language_model(tmp_path / "hf")
+    capsys.readouterr()  # transformers has written its files, and shown how
+    monkeypatch.setattr(demo_language, "smollm2", lambda: model)
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--model", "smollm2", "--spec", "toy.yaml", "--out", "out"])
+    said = capsys.readouterr()
+    assert (caught.value.code or 0, said.err) == (0, "")
+    for line in ("rewrote 7 of ", "ONNX Runtime agrees with torch to ", demo_language.QUESTION, "  original (", "matmorph chat out"):
+        assert line in said.out
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["demo"]
+    printed = re.search(r"did not see: ([\d.]+) original, ([\d.]+) rewritten", said.out)
+    assert printed is not None
+    assert [float(number) for number in printed.groups()] == [round(record["perplexity"][name], 2) for name in ("original", "rewritten")]
+    assert 250 < record["perplexity"]["original"] < 350, "it knows nothing, so each of 300 words is as likely"
+    assert not list(tmp_path.glob("**/seen.txt")), "what is only needed on the way is gone"

@@ -61,18 +61,18 @@ def run_demo(out: Path, spec: str, progress: Progress | None) -> Callable[[], No
 
     Replaces `out` only where an earlier demo wrote it. Raises InputError where another thing is there, and what compiling raises.
     """
-    replace = _refuse_foreign(out)
+    replace = refuse_foreign(out)
     loaded = api.load_spec(spec)
     model = minilm()
     inputs = (model.example_inputs, model.dynamic_shapes)
     compiled = api.compile(model.module, loaded, *inputs, calibration=model.calibration, progress=progress, hf_folder=model.hf_folder)
     compiled.save(out, force=replace)
-    _record(out, {})
+    record(out, {})
     said: list[str] = []
     session = Session(out, log=said.append)
     similarities = [(left, right, *_similarities((left, right), model.module, session)) for left, right in PAIRS]
     timing = _time(compiled, session, out)
-    _record(out, {"batch": TIMING_BATCH, "dense_s": timing.dense, "rewritten_s": timing.rewritten, "provider": timing.provider})
+    record(out, {"batch": TIMING_BATCH, "dense_s": timing.dense, "rewritten_s": timing.rewritten, "provider": timing.provider})
     rewrite_page(out, html_page(*read_folder(out)))  # now with these times
 
     def finish() -> None:
@@ -84,12 +84,12 @@ def run_demo(out: Path, spec: str, progress: Progress | None) -> Callable[[], No
             console.print(parity_line(compiled.report.parity))
         _print_similarities(console, similarities)
         _print_timing(console, timing)
-        _print_next(console, out)
+        print_next(console, out, _next(out))
 
     return finish
 
 
-def _refuse_foreign(out: Path) -> bool:
+def refuse_foreign(out: Path) -> bool:
     """True where an earlier demo result is to be replaced, False where nothing is there; else InputError."""
     if not out.exists() and not out.is_symlink():
         return False
@@ -104,7 +104,7 @@ def _refuse_foreign(out: Path) -> bool:
     return True
 
 
-def _record(out: Path, figures: Mapping[str, Any]) -> None:
+def record(out: Path, figures: Mapping[str, Any]) -> None:
     """Marks the folder as a demo's and keeps its timings, in run.json (which no hash covers)."""
     path = out / RUN
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -182,13 +182,18 @@ def _print_timing(console: Console, timing: Timing) -> None:
     )
 
 
-def _print_next(console: Console, out: Path) -> None:
+def print_next(console: Console, out: Path, commands: Sequence[str]) -> None:
+    """Where it lies, and what to try."""
     console.print(f"\nwrote {out}/ (open {out}/report.html)")
     console.print("next:")
-    for command in (
+    for command in commands:
+        console.print(f"  {command}")
+
+
+def _next(out: Path) -> tuple[str, ...]:
+    return (
         f"matmorph verify {out}",
         "matmorph inspect minilm",
         "matmorph specs show low-rank-60",
         "matmorph explain minilm --spec low-rank-60 --node encoder.layer.0.attention.self.query",
-    ):
-        console.print(f"  {command}")
+    )

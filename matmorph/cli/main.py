@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -251,15 +251,26 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write; an earlier demo result is replaced.")] = Path(
         "out"
     ),
-    spec: Annotated[str, typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.")] = "low-rank-60",
+    model: Annotated[
+        Literal["minilm", "smollm2"], typer.Option("--model", help="The embedded sentence encoder, or the embedded language model.")
+    ] = "minilm",
+    spec: Annotated[
+        str | None,
+        typer.Option("--spec", metavar="SPEC", help="A YAML file, or the name of a library spec.  [default: low-rank-60 or llm-u4]"),
+    ] = None,
 ) -> None:
     """Take a real model through everything.
 
-    The embedded sentence encoder: compile, export, check, compare with the original."""
-    with working(first="loading minilm") as show:
-        from matmorph.cli.demo import run_demo
+    Compile, export, check, compare with the original."""
+    with working(first=f"loading {model}") as show:
+        if model == "smollm2":
+            from matmorph.cli.demo_language import run_language_demo
 
-        finish = run_demo(out, spec, show)
+            finish = run_language_demo(out, spec or "llm-u4", show)
+        else:
+            from matmorph.cli.demo import run_demo
+
+            finish = run_demo(out, spec or "low-rank-60", show)
     finish()
 
 
