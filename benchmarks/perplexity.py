@@ -7,7 +7,10 @@ Runtime's quantisers get the block matmuls of our dense export in blocks of 32, 
 each of its inputs, so it is only run where it is named. One model is in memory at a time. `mb` are the bytes of the weights and the graph.
 
     python benchmarks/perplexity.py [--model MODEL] [--data DIR] [--specs SPEC ...] [--peers PEER ...] [--windows 16] [--window 512]
-        [--samples 128] [--length 256] [--raw] [--json]
+        [--samples 128] [--length 256] [--raw] [--write] [--json]
+
+With --write the rows of library specs go into the package (matmorph/specs/library/language.json), where `matmorph specs list --long` shows
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import logging
 import re
 import shutil
@@ -28,19 +32,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import torch
-from _common import data_folder, finish, parser, tell
+from _common import data_folder, environment, finish, parser, tell
 from onnx import numpy_helper
 
 import matmorph as mm
 from matmorph.errors import MatmorphError
 from matmorph.models.hf_folder import quiet_loading
 from matmorph.models.resolve import Model, resolve
-from matmorph.models.text_batches import text_calibration
+from matmorph.models.text_batches import SAMPLES, text_calibration
 from matmorph.runtime import SessionError, perplexity
+from matmorph.specs.gallery import LANGUAGE_FILE, language_gallery, text_hash
+from matmorph.specs.load import library_names, library_text
 from matmorph.text.corpus import read_corpus
 from matmorph.text.tokens import Tokens
 
 BLOCK = 32
+LIBRARY = Path(mm.__file__).parent / "specs" / "library"
 DENSE: dict[str, Any] = {"version": 1, "name": "dense", "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}]}
 _BLOCKS = {"role": ["attention.*", "mlp.*"]}
 _U4: dict[str, Any] = {"quantizer": "uniform", "bits": 4, "block_size": BLOCK}
@@ -242,8 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--samples", type=int, help="of calibration (default: 128, as far as there are)")
     options_of.add_argument("--length", type=int, default=256, help="tokens of a sample")
     options_of.add_argument("--gptq-samples", type=int, default=8, help="samples for ONNX Runtime's GPTQ")
+    options_of.add_argument("--write", action="store_true", help="keep the figures of library specs in the package")
     options_of.add_argument("--raw", action="store_true", help="leave the text as it is")
     options = options_of.parse_args(arguments)
+    if options.write and (options.tiny or options.model != "smollm2"):
+        options_of.error("--write keeps figures of smollm2 alone")
     if options.tiny:
         options.window, options.length, options.samples, options.windows, options.gptq_samples = 32, 32, 8, 4, 2
     source = data_folder(options.data, "wikitext2") / "valid.txt"
@@ -278,7 +288,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"calibration: samples of {options.length} tokens from the beginning of the first half",
         "ORT: blocks of 32, table and head dense; HQQ's zero points are floats, and hold weights of a GGUF file in Q4_1 as they are",
     ]
+    if options.write:
+        write(rows, count, options)
     finish(options, rows, notes)
+
+
+def write(rows: Sequence[Mapping[str, Any]], windows: int, options: Any) -> None:
+    """The rows of library specs in the place of earlier ones; only figures of one setting lie in a file."""
+    found = [
+        {**figures(row), "over_dense": round(row["over_dense"], 4), "spec": row["model"], "sha256": text_hash(library_text(row["model"]))}
+        for row in rows
+        if row["model"] in library_names() and not row["fault"]
+    ]
+    setting = {
+        "model": options.model,
+        "windows": windows,
+        "window": options.window,
+        "samples": options.samples or SAMPLES,
+        "length": options.length,
+        "dense": figures(rows[0]),
+    }
+    old = language_gallery()
+    same = all(old.get(key) == value for key, value in setting.items())
+    kept = [row for row in old["rows"] if same and row["spec"] in library_names() and row["spec"] not in {one["spec"] for one in found}]
+    every = sorted([*kept, *found], key=lambda row: str(row["spec"]))
+    (LIBRARY / LANGUAGE_FILE).write_text(
+        json.dumps({**setting, "environment": environment(options.threads), "rows": every}, indent=1) + "\n"
+    )
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"bytes": round(1e6 * row["mb"]), "perplexity": round(row["perplexity"], 3)}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from matmorph.specs import gallery as module
-from matmorph.specs.gallery import dense_line, figures, figures_line, gallery, text_hash
+from matmorph.specs.gallery import (
+    dense_language_line,
+    dense_line,
+    figures,
+    figures_line,
+    gallery,
+    language_figures,
+    language_gallery,
+    language_line,
+    text_hash,
+)
 from matmorph.specs.load import library_names, library_text
 
 ROW = {"spec": "one", "bytes": 12_340_000, "spearman": 85.5, "time_over_dense": 0.75, "reason": None}
@@ -57,3 +67,23 @@ def test_figures_are_plausible() -> None:
         else:
             assert (row["bytes"], row["spearman"], row["time_over_dense"]) == (None, None, None)
     assert json.loads(json.dumps(data)) == data
+
+
+def test_figures_of_a_language_model_belong_to_the_text_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"spec": "one", "bytes": 182_200_000, "perplexity": 25.631, "over_dense": 1.0331, "sha256": text_hash("version: 1\n")}
+    setting = {"windows": 16, "window": 512, "samples": 128, "length": 256, "dense": {"bytes": 538_600_000, "perplexity": 24.81}}
+    monkeypatch.setattr(module, "language_gallery", lambda: {**setting, "rows": [row]})
+    assert language_line(language_figures({"one": "version: 1\n"})["one"]) == "SmolLM2-135M: 182.2 MB, perplexity 25.63, 1.033 x dense"
+    assert language_figures({"one": "version: 1\nseed: 1\n"}) == language_figures({"two": "version: 1\n"}) == {}
+    assert dense_language_line().startswith("SmolLM2-135M as it is: 538.6 MB, perplexity 24.81 (16 windows of 512 tokens")
+
+
+def test_specs_for_language_models_have_figures_of_one() -> None:
+    texts = {name: library_text(name) for name in library_names()}
+    found = language_figures(texts)
+    missing = sorted(name for name in texts if name.startswith("llm-") and name not in found)
+    assert not missing, f"not measured in this form: {missing}; python benchmarks/perplexity.py --peers --write --specs {' '.join(missing)}"
+    data = language_gallery()
+    for name, row in found.items():
+        assert 0 < row.bytes < data["dense"]["bytes"], name
+        assert row.over_dense == pytest.approx(row.perplexity / data["dense"]["perplexity"], rel=1e-3), name  # both are rounded

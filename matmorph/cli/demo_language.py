@@ -52,7 +52,7 @@ def run_language_demo(out: Path, spec: str, progress: Progress | None) -> Callab
     replace = refuse_foreign(out)
     loaded = api.load_spec(spec)
     model = smollm2()
-    given = {"cache": True, "progress": progress, "hf_folder": model.hf_folder}
+    given: dict[str, Any] = {"cache": True, "progress": progress, "hf_folder": model.hf_folder}
     with tempfile.TemporaryDirectory(prefix="matmorph-") as scratch:
         seen, judged = _texts(Path(scratch))
         batches = text_calibration(model, seen, WINDOW)

@@ -276,12 +276,22 @@ def demo(
 
 @specs_app.command(name="list", cls=Command)
 def specs_list(
-    long: Annotated[bool, typer.Option("--long", help="With what each makes of MiniLM (measured by benchmarks/gallery.py).")] = False,
+    long: Annotated[
+        bool, typer.Option("--long", help="With what each makes of MiniLM, and of a language model (measured by benchmarks/).")
+    ] = False,
 ) -> None:
     """List the library specs, a line each.
 
-    With --long: what each is, and what it makes of MiniLM where it fits."""
-    from matmorph.specs.gallery import dense_line, figures, figures_line, foreign
+    With --long: what each is, what it makes of MiniLM where it fits, and some of a language model."""
+    from matmorph.specs.gallery import (
+        dense_language_line,
+        dense_line,
+        figures,
+        figures_line,
+        foreign,
+        language_figures,
+        language_line,
+    )
     from matmorph.specs.load import library_names, library_text
 
     texts = {name: library_text(name) for name in library_names()}
@@ -295,11 +305,16 @@ def specs_list(
             say(f"{name:<{width}}  {_headline(texts[name])}")
         say("\nmatmorph specs list --long says more, matmorph specs show SPEC everything")
         return
+    spoken = language_figures(texts)
     for name, text in texts.items():
         say(name)
-        say(textwrap.fill(_about(text), width=79, initial_indent="  ", subsequent_indent="  "))
-        say(textwrap.fill(figures_line(measured.get(name)), width=79, initial_indent="  ", subsequent_indent="  "))
-    say(textwrap.fill(dense_line(), width=79, initial_indent="  ", subsequent_indent="  "))
+        lines = [_about(text), figures_line(measured.get(name)), *([language_line(spoken[name])] if name in spoken else [])]
+        say("\n".join(map(_indented, lines)))
+    say("\n".join(map(_indented, (dense_line(), dense_language_line()))))
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(text, width=79, initial_indent="  ", subsequent_indent="  ")
 
 
 @specs_app.command(name="show", cls=Command)

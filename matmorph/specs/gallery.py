@@ -1,7 +1,7 @@
-"""What each library spec makes of MiniLM, as `benchmarks/gallery.py` measured it: the figures beside the names in `matmorph specs list`.
+"""What each library spec makes of MiniLM, and some of a language model: the figures beside the names in `matmorph specs list --long`.
 
-The figures lie in `library/measured.json`, written by that script and never by hand. A row belongs to the text that was measured: where a
-spec has changed since, its figures are not shown.
+They lie in `library/measured.json` and `library/language.json`, written by `benchmarks/gallery.py` and `benchmarks/perplexity.py` and never
+by hand. A row belongs to the text that was measured: where a spec has changed since, its figures are not shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-FILE = "measured.json"
+FILE, LANGUAGE_FILE = "measured.json", "language.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,15 @@ class Figures:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LanguageFigures:
+    """SmolLM2-135M under one spec: bytes of the files, perplexity, and that over the dense model's."""
+
+    bytes: int
+    perplexity: float
+    over_dense: float
+
+
 def text_hash(text: str) -> str:
     """sha256 of a spec's lines without comments, blank lines and white space at the ends."""
     lines = [line.split(" #", 1)[0].rstrip() for line in text.splitlines() if not line.lstrip().startswith("#")]
@@ -34,18 +43,33 @@ def text_hash(text: str) -> str:
 
 def gallery() -> Mapping[str, Any]:
     """The measured file: "dense", "rows", "environment"."""
-    data: dict[str, Any] = json.loads((resources.files("matmorph.specs") / "library" / FILE).read_text(encoding="utf-8"))
+    return _read(FILE)
+
+
+def language_gallery() -> Mapping[str, Any]:
+    """The same of the language model."""
+    return _read(LANGUAGE_FILE)
+
+
+def _read(name: str) -> Mapping[str, Any]:
+    data: dict[str, Any] = json.loads((resources.files("matmorph.specs") / "library" / name).read_text(encoding="utf-8"))
     return data
 
 
 def figures(texts: Mapping[str, str]) -> dict[str, Figures]:
     """The figures of each spec (name -> its text) that was measured as it is now."""
-    found: dict[str, Figures] = {}
-    for row in gallery()["rows"]:
-        text = texts.get(row["spec"])
-        if text is not None and text_hash(text) == row["sha256"]:
-            found[row["spec"]] = Figures(row["bytes"], row["spearman"], row["time_over_dense"], row["reason"])
-    return found
+    rows = _of_these_texts(gallery(), texts)
+    return {row["spec"]: Figures(row["bytes"], row["spearman"], row["time_over_dense"], row["reason"]) for row in rows}
+
+
+def language_figures(texts: Mapping[str, str]) -> dict[str, LanguageFigures]:
+    """The same of the language model, for the few that were measured on it."""
+    rows = _of_these_texts(language_gallery(), texts)
+    return {row["spec"]: LanguageFigures(row["bytes"], row["perplexity"], row["over_dense"]) for row in rows}
+
+
+def _of_these_texts(data: Mapping[str, Any], texts: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    return [row for row in data["rows"] if row["spec"] in texts and text_hash(texts[row["spec"]]) == row["sha256"]]
 
 
 def foreign(row: Figures | None) -> bool:
@@ -71,3 +95,17 @@ def dense_line() -> str:
         f"MiniLM as it is: {dense['bytes'] / 1e6:.1f} MB, Spearman {dense['spearman']:.2f} (STS-B dev, {data['pairs']:,} pairs, x 100); "
         f"time: ONNX Runtime on {threads}, 16 sentences, over the dense model"
     )
+
+
+def language_line(row: LanguageFigures) -> str:
+    """One line for a person."""
+    return f"SmolLM2-135M: {row.bytes / 1e6:.1f} MB, perplexity {row.perplexity:.2f}, {row.over_dense:.3f} x dense"
+
+
+def dense_language_line() -> str:
+    """What those figures stand beside."""
+    data = language_gallery()
+    dense = data["dense"]
+    judged = f"{data['windows']} windows of {data['window']} tokens of WikiText-2's validation text"
+    seen = f"calibrated on {data['samples']} x {data['length']} tokens of its other half"
+    return f"SmolLM2-135M as it is: {dense['bytes'] / 1e6:.1f} MB, perplexity {dense['perplexity']:.2f} ({judged}; {seen})"
