@@ -57,8 +57,8 @@ def ours(weight: torch.Tensor, iterations: int) -> float:
     return found.error * float(weight.norm())
 
 
-def peft() -> tuple[Run | None, str]:
-    """PEFT's function with its device line exchanged, or why there is none."""
+def peft_loftq() -> tuple[Any, str]:
+    """PEFT's function with its device line exchanged, None where there is none, and what is to be said of it."""
     try:
         import bitsandbytes  # noqa: F401
         import peft.utils.loftq_utils as module
@@ -70,12 +70,18 @@ def peft() -> tuple[Run | None, str]:
         return None, "PEFT is not compared with: its LoftQ names its device in another way than 0.21 does"
     scope = dict(vars(module))
     exec(compile(source.replace(line, 'compute_device = "cpu"'), "loftq_init on the CPU", "exec"), scope)
+    return scope["loftq_init"], "PEFT's LoftQ ran on the CPU with its device line exchanged; one matrix warms each of the two up"
+
+
+def peft() -> tuple[Run | None, str]:
+    """The same as `Run`."""
+    init, note = peft_loftq()
 
     def run(weight: torch.Tensor, iterations: int) -> float:
-        base, down, up = scope["loftq_init"](weight, 4, RANK, iterations)
+        base, down, up = init(weight, 4, RANK, iterations)
         return float((weight - base - up @ down).norm())
 
-    return run, "PEFT's LoftQ ran on the CPU with its device line exchanged; one matrix warms each of the two up"
+    return (None if init is None else run), note
 
 
 def timed(run: Run, weights: Weights, iterations: int, workers: int) -> tuple[float, float]:

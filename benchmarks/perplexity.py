@@ -4,7 +4,8 @@ The validation text is cut in two at the line nearest to its middle: calibration
 evenly over the second one. Its words are joined (` @-@ `, spaces before punctuation) as is usual; --raw leaves the text as it is. `u4-32`
 is uniform 4 bit in blocks of 32 with integer zero points and searched scales, `u4-32-float` the same with floats as zero points. ONNX
 Runtime's quantisers get the block matmuls of our dense export in blocks of 32, table and head stay dense; its GPTQ runs the whole model for
-each of its inputs, so it is only run where it is named. One model is in memory at a time. `mb` are the bytes of the weights and the graph.
+each of its inputs, so it is only run where it is named, and so are the recipes of papers and of PEFT (`_recipes.py`). One model is in
+memory at a time. `mb` are the bytes of the weights and the graph.
 
     python benchmarks/perplexity.py [--model MODEL] [--data DIR] [--specs SPEC ...] [--peers PEER ...] [--windows 16] [--window 512]
         [--samples 128] [--length 256] [--raw] [--write] [--json]
@@ -33,6 +34,7 @@ import numpy as np
 import onnx
 import torch
 from _common import data_folder, environment, finish, parser, tell
+from _recipes import RECIPES, block_linears
 from onnx import numpy_helper
 
 import matmorph as mm
@@ -78,10 +80,11 @@ class Texts(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A folder, and seconds that making it took."""
+    """A folder, and seconds that making it took. `mb`: what the weights would take where the file holds them in another form."""
 
     folder: Path
     seconds: float
+    mb: float | None = None
 
 
 # ---- the text
@@ -169,6 +172,20 @@ def peer(name: str, dense: Path, texts: Texts, place: Path, options: Any) -> Mad
     return Made(place, time.perf_counter() - begun)
 
 
+def recipe(name: str, dense: Path, texts: Texts, place: Path, options: Any) -> Made:
+    """The dense model with the weights that a recipe stands for."""
+    found = load(options.model, options.tiny, texts)
+    batches = text_calibration(found, texts.calibration, options.length, options.samples)
+    whole = sum(file.stat().st_size for file in dense.glob("model.onnx*"))
+    blocks = sum(4 * layer.weight.numel() for _, layer in block_linears(found.module, HEAD))
+    begun = time.perf_counter()
+    with torch.no_grad():
+        taken = RECIPES[name](found.module, HEAD, batches)
+    seconds = time.perf_counter() - begun
+    folder = mm.compile(found.module, DENSE, found.example_inputs, found.dynamic_shapes, hf_folder=found.hf_folder).save(place, force=True)
+    return Made(folder, seconds, (whole - blocks + taken) / 1e6)
+
+
 def with_plain_weights(model: Any) -> Any:
     """Weights of the blocks as [in, out] beside their product, where the quantisers look for them."""
     stored = {one.name: one for one in model.graph.initializer}
@@ -223,7 +240,7 @@ def row(name: str, made: Made, ids: Any, dense: float | None, options: Any) -> d
         "model": name,
         "perplexity": value,
         "over_dense": value / dense if dense else 1.0,
-        "mb": sum(file.stat().st_size for file in made.folder.glob("model.onnx*")) / 1e6,
+        "mb": sum(file.stat().st_size for file in made.folder.glob("model.onnx*")) / 1e6 if made.mb is None else made.mb,
         "make_min": made.seconds / 60,
         "eval_min": found.seconds / 60,
         "fault": "",
@@ -235,7 +252,8 @@ def makers(options: Any, texts: Texts, scratch: Path) -> Iterator[tuple[str, Cal
         spec = OWN.get(name, name)
         yield name, lambda spec=spec, number=number: ours(options.model, spec, texts, scratch / f"ours-{number}", options)  # type: ignore[misc]
     for number, name in enumerate(options.peers):
-        yield name, lambda name=name, number=number: peer(name, scratch / "dense", texts, scratch / f"peer-{number}", options)  # type: ignore[misc]
+        make = recipe if name in RECIPES else peer
+        yield name, lambda make=make, name=name, number=number: make(name, scratch / "dense", texts, scratch / f"peer-{number}", options)  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--model", default="smollm2", help="as on matmorph's command line (default: smollm2)")
     options_of.add_argument("--data", type=Path, help="folder that holds wikitext2/valid.txt (default: MATMORPH_DATA, else ../shared/data)")
     options_of.add_argument("--specs", nargs="*", default=[*OWN, "llm-u4"], help=f"library specs, files, or {', '.join(OWN)}")
-    options_of.add_argument("--peers", nargs="*", choices=[*PEERS], default=["ORT rtn", "ORT hqq", "ORT k_quant"])
+    options_of.add_argument("--peers", nargs="*", choices=[*PEERS, *RECIPES], default=["ORT rtn", "ORT hqq", "ORT k_quant"])
     options_of.add_argument("--windows", type=int, default=16)
     options_of.add_argument("--window", type=int, default=512)
     options_of.add_argument("--samples", type=int, help="of calibration (default: 128, as far as there are)")
