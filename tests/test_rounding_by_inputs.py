@@ -153,3 +153,28 @@ output %e "output"
     (price,) = notes
     assert price.startswith(f"an embedding table in 4 bits: {plain.nbytes:,} bytes at a weight error of 0.0")
     assert f"; in 8 bits {Quantizer('uniform', 8, 16, zero_point=True).nbytes((30, 32)):,} at 0.00" in price
+
+
+class Apart(nn.Module):
+    """A table that is only looked up, in front of a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.table(ids)
+        return rows, self.head(rows)
+
+
+@pytest.mark.parametrize("data", [True, False], ids=["beside a matmul that reads data", "alone and without data"])
+def test_a_table_that_is_only_looked_up_wants_no_data(data: bool) -> None:
+    ids = torch.randint(0, 40, (60, 6), generator=torch.Generator().manual_seed(2))
+    match = {"op": ["matmul", "embedding"]} if data else {"op": "embedding"}
+    spec = {"version": 1, "rules": [{"match": match, "rewrite": {"quantize": GPTQ}, "force": True}]}
+    module = Apart()
+    found = mm.compile(module, spec, (ids[:2],), ({0: "batch"},), [(batch,) for batch in ids.split(20)] if data else None)
+    assert {row.path: row.status for row in found.report.sites} == {"table": "rewritten", "head": "rewritten" if data else "unclaimed"}
+    nearest = to_codes(module.table.weight.detach(), Quantizer("uniform", 4, 16, True, "search")).dequantize()
+    assert torch.equal(found(ids[:2])[0], nearest[ids[:2]])

@@ -33,7 +33,7 @@ from matmorph.passes.rewriting.block_pass import (
     plan_blocks,
     shots_of,
 )
-from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, refuse_impossible, splice, total_cost
+from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, needed_statistics, refuse_impossible, splice, total_cost
 from matmorph.passes.rewriting.sample import massive_summary, refuse_undetermined, rule_fits, sample_summary
 from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
 from matmorph.passes.selection.select import Selection, select
@@ -295,9 +295,9 @@ def _works(site: Site, rule: Rule, methods: Methods) -> bool:
 
 
 def _refuse_without_data(claims: Sequence[tuple[Site, Rule]], methods: Methods) -> None:
-    for _, rule in claims:
+    for site, rule in claims:
         for use in (use for uses in rule.alternatives for use in uses):
-            wanted = methods[use.method].needs(use.spec)
+            wanted = needed_statistics(site_method(methods, use.method), use.spec, site)
             if wanted:
                 statistics = ", ".join(sorted(statistic.value for statistic in wanted))
                 raise SpecError(

@@ -18,7 +18,7 @@ from matmorph.ir.build import Builder
 from matmorph.ir.core import Const, Graph, Node
 from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import swept
-from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Sample, Site, Spectrum
+from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Sample, Site, Spectrum, Statistic
 from matmorph.passes.linalg.parallel import ordered_map
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Methods, SiteMethod, SiteStats, dense_cost, refuse_larger, site_method
@@ -238,7 +238,9 @@ def _solution(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats:
         return None
     use, treated = planned[0].use, _treated(site, rule, stats)
     method = site_method(shop.methods, use.method)
-    if type(method).solve is SiteMethod.solve or (stats is None and method.needs(use.spec)):  # no weight is read for nothing
+    if type(method).solve is SiteMethod.solve or (
+        stats is None and needed_statistics(method, use.spec, site)
+    ):  # no weight is read for nothing
         return None
     return method.solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
 
@@ -274,8 +276,13 @@ def _labels(parts: Sequence[Part]) -> list[str]:
     return [name if name not in names[:k] else f"{name}_{names[:k].count(name)}" for k, name in enumerate(names)]
 
 
+def needed_statistics(method: SiteMethod, spec: Any, site: Site) -> frozenset[Statistic]:
+    """Statistics that the site needs. A table that is only looked up has no inputs that there could be any of."""
+    return method.needs(spec) if site.applications else frozenset()
+
+
 def _needs(method: SiteMethod, use: MethodUse, rule: Rule, site: Site, stats: SiteStats | None) -> None:
-    missing = sorted(statistic.value for statistic in method.needs(use.spec)) if stats is None else []
+    missing = sorted(statistic.value for statistic in needed_statistics(method, use.spec, site)) if stats is None else []
     if missing:
         raise SpecError(f"rule {rule.name}: {use.method} needs calibration data ({', '.join(missing)} of {site.path})", at=use.at)
 
