@@ -208,7 +208,7 @@ ERRORS = [
     (RULES + "budget: {of: model}\n", "specs/a.yaml:8:9: budget: give parameters, bytes, macs or several of them"),
     (RULES + "budget: {macs: 3M, of: all}\n", "specs/a.yaml:8:24: budget.of: expected one of matched, model, got all"),
     (RULES + "train: {loss: crossentropy}\n",
-     "specs/a.yaml:8:15: train.loss: expected one of cross_entropy, causal_lm, mse, cosine, got crossentropy; "
+     "specs/a.yaml:8:15: train.loss: expected one of cross_entropy, causal_lm, mse, cosine, distill, got crossentropy; "
      "did you mean cross_entropy?"),
     (RULES + "train: {output: logits}\n", "specs/a.yaml:8:8: train: loss is missing\n  loss: loss of the training graph"),
     (RULES + "train: {loss: mse, optimizer: {adam: {lr: 1}}}\n",
@@ -227,7 +227,7 @@ ERRORS = [
     (RULES + "calibration: {sensitivity: fisher}\n", "specs/a.yaml:8:28: calibration.sensitivity: fisher is made of gradients of a loss, "
      "and the spec has none\n  for instance: train: {loss: cross_entropy}"),
     (RULES + "calibration: {sensitivity: fish}\n",
-     "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, output, fisher, got fish; did you mean fisher?"),
+     "specs/a.yaml:8:28: calibration.sensitivity: expected one of none, output, kl, fisher, got fish; did you mean fisher?"),
     (RULES + "export: {codebook: pack}\n",
      "specs/a.yaml:8:20: export.codebook: expected one of rebuild, packed, got pack; did you mean packed?"),
     (RULES + "export: {activations: int4}\n",
@@ -653,7 +653,7 @@ rules:
   match: {role: head}
   rewrite: keep
 tolerance: {weight_error: 0.5, output_error: 0.1, on_exceed: roll_back}
-calibration: {samples: 99, sensitivity: none}
+calibration: {samples: 99, sensitivity: none, order: parallel, token_weights: none}
 export:
   precision: fp32
   target: [cuda, cpu]
