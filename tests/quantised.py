@@ -69,6 +69,13 @@ def uniform(rng: np.random.Generator, n: int, k: int, bits: int, block: int, zer
     return Weight(dense.reshape(n, -1)[:, :k], (packed_codes, torch.from_numpy(scales), packed_zeros), (k, n, bits, block))
 
 
+def channels(rng: np.random.Generator, n: int, k: int) -> Weight:
+    """Signed codes of 8 bits with one scale per row, of either sign."""
+    codes, scales = rng.integers(-128, 128, (n, k)), (rng.uniform(0.01, 0.1, n) * rng.choice([-1, 1], n)).astype(np.float32)
+    dense = codes.astype(np.float64) * scales.astype(np.float64)[:, None]
+    return Weight(dense, (torch.tensor(codes, dtype=torch.int8), torch.from_numpy(scales), None), (k, n, 8, k))
+
+
 def codebook(rng: np.random.Generator, n: int, k: int, table: str, block: int) -> Weight:
     """Blocks of the flattened weight."""
     levels, blocks = np.asarray(LEVELS[table], np.float32).astype(np.float64), -(-n * k // block)

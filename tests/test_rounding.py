@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import matmorph as mm
 from matmorph.exporters.onnx.onnx_model import export_onnx
 from matmorph.exporters.onnx.precision import INT8_TOLERANCE
-from matmorph.exporters.onnx.rounding import ORDERS, round_int8, rounds_activations, run_apart, run_rounded
+from matmorph.exporters.onnx.rounding import ORDERS, round_int8, rounds_activations, run_apart, runs_rounded
 from matmorph.exporters.vectors import check_vectors, widened
 from matmorph.ir.evaluate import evaluate
 from matmorph.ir.tracing.trace import trace
@@ -50,7 +50,7 @@ def test_the_kernel_rounds_like_that(rng: np.random.Generator, tmp_path: Path, b
     graph = trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}})
     export_onnx(graph, tmp_path, Export(activations="int8", target=("cpu",)))
     (y,) = session(tmp_path / MODEL).run(None, {"x": x.numpy()})
-    (foreseen,) = check_vectors(graph, [x], run=run_rounded).cases[0].outputs.values()
+    (foreseen,) = check_vectors(graph, [x], run=runs_rounded(False)).cases[0].outputs.values()
     exact = expected(weight, x, None)
     assert error(y, exact) > 1e-3  # it does round
     assert error(y, foreseen.astype(np.float64)) <= error(y, exact) / 5
@@ -58,9 +58,9 @@ def test_the_kernel_rounds_like_that(rng: np.random.Generator, tmp_path: Path, b
 
 def test_what_is_not_rounded(rng: np.random.Generator) -> None:
     weight, x = codebook(rng, 16, 64, "nf4", 32), randn(2, 64)
-    assert not rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}))
+    assert not rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}), True)
     weight = uniform(rng, 16, 64, 4, 32, True)
-    assert rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}))
+    assert rounds_activations(trace(Quantised(weight, None), {"x": x}, {"x": {0: "batch"}}), True)
 
 
 class Products(nn.Module):

@@ -24,7 +24,7 @@ from matmorph.exporters.compact_vectors import compact_vectors
 from matmorph.exporters.data_file import DataFile, weights_sha256
 from matmorph.exporters.last_logits import last_logits, last_note, last_rows, logits_output
 from matmorph.exporters.onnx.onnx_model import OnnxInfo
-from matmorph.exporters.onnx.rounding import ORDERS, rounds_activations, run_apart, run_rounded
+from matmorph.exporters.onnx.rounding import ORDERS, rounds_activations, run_apart, runs_rounded
 from matmorph.exporters.staging import refuse_existing
 from matmorph.exporters.training.prepare_training import prepare_training
 from matmorph.exporters.training.training import Training, write_training
@@ -211,9 +211,10 @@ def _vectors(graph: Graph, form: WrittenForm, job: Job, run: Runner | None = Non
 
 def _rounding(graph: Graph, form: WrittenForm, job: Job, exact: Vectors) -> float:
     """The tolerance that 8-bit activations need: ROUNDING_FACTOR times what they do in torch, 0 where there are none."""
-    if job.spec.export.activations != "int8" or not rounds_activations(graph):
+    integer = job.spec.export.integer_products
+    if job.spec.export.activations != "int8" or not rounds_activations(graph, integer):
         return 0.0
-    rounded = _vectors(graph, form, job, run_rounded)
+    rounded = _vectors(graph, form, job, runs_rounded(integer))
     pairs = [
         (after.outputs[name], answer, before.compared.get(name))
         for before, after in zip(exact.cases, rounded.cases, strict=True)

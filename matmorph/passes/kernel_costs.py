@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from matmorph.passes.linalg.choices import CHANNEL
 from matmorph.passes.rewriting.rewrite import Outcome
 from matmorph.runtime.targets import chosen_targets
 from matmorph.runtime.targets.target import MEASURED_ROWS, KernelCost, Target
 from matmorph.specs.schema import Export
 
 _TABLES = ("nf2", "nf3")
+_CHANNELS = ("uniform_8_channel",)
+_BESIDE = {"uniform_8": "uniform_8_channel"}
+"""Codes in blocks that have a form with a scale per output channel."""
 _DENSE = ((1.0, 1.0),) * len(MEASURED_ROWS)
-_REBUILT = "codebook rebuild: the session makes the matrix dense when it loads: speed and memory of dense, a small file"
+_DENSE_AGAIN = "the session makes the matrix dense when it loads: speed and memory of dense, a small file"
 _GATHER = "GatherBlockQuantized: only the rows that are looked up are unpacked"
 
 
@@ -65,27 +69,42 @@ def kernel_summary(outcomes: Iterable[Outcome], export: Export) -> list[str]:
     return [f"{count} {'site' if count == 1 else 'sites'}: {note}" for note, count in counted.items()]
 
 
-def _matmul_notes(kernel: str, block_size: int, export: Export) -> Iterable[str]:
+def _matmul_notes(kernel: str, block_size: int | str, export: Export) -> Iterable[str]:
     if _is_rebuilt(kernel, export):
-        yield _REBUILT
+        yield (
+            f"not multiplied in integers ({_no_integers(export)}): {_DENSE_AGAIN}"
+            if kernel in _CHANNELS
+            else f"codebook rebuild: {_DENSE_AGAIN}"
+        )
         return
     for target in chosen_targets(export.target):
         cost = _cost(target, kernel, block_size, export)
         if cost is not None:
             yield _note(target.name, cost, export.tokens)
+    if kernel in _BESIDE and export.integer_products:
+        yield from (f"block_size: channel would be: {note}" for note in _matmul_notes(_BESIDE[kernel], CHANNEL, export))
 
 
 def _is_rebuilt(kernel: str, export: Export) -> bool:
-    return kernel in _TABLES and export.codebook == "rebuild"
+    return (kernel in _TABLES and export.codebook == "rebuild") or (kernel in _CHANNELS and not export.integer_products)
 
 
-def _cost(target: Target, kernel: str, block_size: int, export: Export) -> KernelCost | None:
+def _no_integers(export: Export) -> str:
+    if export.activations != "int8":
+        return f"export.activations is {export.activations}"
+    lacking = [target.name for target in chosen_targets(export.target) if not target.multiplies_integers]
+    return f"{' and '.join(lacking)} has no such product, and export.target names it"
+
+
+def _cost(target: Target, kernel: str, block_size: int | str, export: Export) -> KernelCost | None:
     return target.costs.get((kernel, _manner(target, kernel, block_size, export)))
 
 
-def _manner(target: Target, kernel: str, block_size: int, export: Export) -> str:
+def _manner(target: Target, kernel: str, block_size: int | str, export: Export) -> str:
     if kernel in _TABLES:
         return export.codebook
+    if kernel in _CHANNELS:
+        return "integers"
     if not kernel.startswith("uniform"):
         return ""
     falls_back = block_size not in target.int8_blocks.get(kernel, (block_size,))

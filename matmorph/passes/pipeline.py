@@ -19,7 +19,7 @@ from matmorph.passes.reporting import dense_rows, planned_totals, totals
 from matmorph.passes.rewriting.block_pass import PruningSoFar
 from matmorph.passes.rewriting.tolerance import refuse_unmeasured
 from matmorph.passes.selection.survey import Survey
-from matmorph.passes.stage import Built, Run, built, decided, measured, planned, selected
+from matmorph.passes.stage import Built, Run, built, decided, equalised, measured, planned, selected
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report, SiteRow
 from matmorph.runtime.targets import chosen_targets
@@ -114,7 +114,7 @@ def compile_graph(
     so_far = SoFar(graph, graph.notes)
     for stage in run.shots:
         claims = selected(stage, Survey.of(so_far.graph), run)
-        choice = decided(measured(claims, run), so_far.coded, run)
+        choice = decided(equalised(measured(claims, run), run), so_far.coded, run)
         so_far = so_far.after(built(choice, so_far.pruning, run))
     own, inserted = _of_source(tuple(so_far.rows.values()), graph)
     sums = totals(graph, so_far.graph, own, inserted, spec.export, methods)

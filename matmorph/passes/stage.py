@@ -6,14 +6,15 @@ Each step is a value that holds the one before it, made by the function of its n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from matmorph.errors import MatmorphError, SpecError
 from matmorph.ir.adapter import Adapter
 from matmorph.ir.core import Graph
 from matmorph.ir.site import Reject, Site, Statistic
+from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.verify import verify
 from matmorph.passes.budget.account import Decision, verdict
 from matmorph.passes.budget.decide import OpenStage, closed_part, decision, is_open, planned_notes
@@ -33,6 +34,7 @@ from matmorph.passes.rewriting.block_pass import (
     plan_blocks,
     shots_of,
 )
+from matmorph.passes.rewriting.equalise import equalise, find_groups, refuse_open, remarked, wishes
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, build, needed_statistics, refuse_impossible, splice, total_cost
 from matmorph.passes.rewriting.sample import massive_summary, refuse_undetermined, rule_fits, sample_summary
 from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
@@ -53,6 +55,7 @@ _ORDER = (
     "model as this stage found it"
 )
 _EXPORT_FIELDS = ("tokens", "target")
+AnyValue = TypeVar("AnyValue")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +97,13 @@ class Selected:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """`stats` of the sites that a method or the report needs them of ({} without data); `felt`: what the model feels of errors there."""
+    """`stats` of the sites that a method or the report needs them of ({} without data); `felt`: what the model feels of errors there.
+    `remarks`: by path, what is to be said of scales that a site asked for."""
 
     selected: Selected
     stats: Mapping[Site, SiteStats]
     felt: Sensitivity | None
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +162,35 @@ def measured(one: Selected, run: Run) -> Measured:
     return Measured(one, with_moments(stats, felt), felt)
 
 
+def equalised(one: Measured, run: Run) -> Measured:
+    """The same on a graph whose weights have the scales that rules ask for; itself where none does. SpecError for codes that a budget
+    decides."""
+    before = one.selected
+    refuse_open(before.stage.rules, run.methods)
+    claims = before.divided.claims
+    if not wishes(claims, run.methods):
+        return one
+    found = equalise(before.survey.graph, before.survey.sites, claims, one.stats, run.methods, run.step("equalising"))
+    if found.graph is before.survey.graph:
+        return replace(one, remarks=found.notes)
+    now = {site.path: site for site in find_sites(found.graph)}
+    survey = replace(before.survey, graph=found.graph, sites=tuple(now[site.path] for site in before.survey.sites))
+    selection = replace(before.selection, claims=tuple(replace(claim, site=now[claim.site.path]) for claim in before.selection.claims))
+    after = Selected(before.stage, survey, selection, _divided(survey, selection, run.methods))
+    felt = (
+        None
+        if one.felt is None
+        else replace(
+            one.felt, moments=_moved(one.felt.moments, now), slopes=_moved(one.felt.slopes, now), lookups=_moved(one.felt.lookups, now)
+        )
+    )
+    return Measured(after, _moved(found.stats, now), felt, found.notes)
+
+
+def _moved(by_site: Mapping[Site, AnyValue], now: Mapping[str, Site]) -> dict[Site, AnyValue]:
+    return {now[site.path]: value for site, value in by_site.items()}
+
+
 def decided(one: Measured, coded: int, run: Run) -> Decided:
     """`coded`: parameters that earlier stages have put into codes. SpecError for a budget that cannot be met."""
     before = one.selected
@@ -173,11 +207,12 @@ def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
     refused = one.decision.refused if one.decision is not None else ()
     if stage.calibration.order == "sequential" and run.inputs is not None:
         in_order = built_in_order(_task(one, run), pruning)
-        outcomes, pruning, stats = (*in_order.outcomes, *refused), in_order.pruning, in_order.stats
+        outcomes = (*remarked(in_order.outcomes, one.measured.remarks), *refused)
+        pruning, stats = in_order.pruning, in_order.stats
         before: tuple[str, ...] = (*in_order.notes, _ORDER)
     else:
         outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
-        outcomes = (*refuse_slow(outcomes, export, run.methods), *refused)
+        outcomes = (*refuse_slow(remarked(outcomes, one.measured.remarks), export, run.methods), *refused)
         blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
         outcomes, before = (*outcomes, *blocks), ()
     refuse_rejects(outcomes, run.spec.strict)
@@ -196,7 +231,9 @@ def planned(one: Selected, pruning: PruningSoFar, run: Run) -> Built:
     notes = planned_notes(_open(one, 0, run), run.methods, export) if is_open(one.divided) else ()
     divided = closed_part(one.divided)
     blocks, pruning = plan_blocks(graph, divided, pruning, run.methods, export.precision)
-    outcomes = (*refuse_slow(_appraised(divided.claims, run.methods), export, run.methods), *blocks)
+    refuse_open(one.stage.rules, run.methods)
+    _, refused = find_groups(graph, one.survey.sites, divided.claims, run.methods)
+    outcomes = (*refuse_slow(remarked(_appraised(divided.claims, run.methods), refused), export, run.methods), *blocks)
     refuse_rejects(outcomes, run.spec.strict)
     notes = (*notes, *one.selection.notes, *kernel_summary(outcomes, export))
     rows = site_rows(one.selection.claims, {outcome.site: outcome for outcome in outcomes}, graph, export)
@@ -219,7 +256,7 @@ def _uses_for_export(uses: tuple[MethodUse, ...], export: Export) -> tuple[Metho
 def _use_for_export(use: MethodUse, export: Export) -> MethodUse:
     if isinstance(use.spec, AnyOf):
         return replace(use, spec=AnyOf(tuple(_uses_for_export(uses, export) for uses in use.spec.alternatives)))
-    names = {field.name for field in fields(use.spec)} if is_dataclass(use.spec) else set()
+    names = {entry.name for entry in fields(use.spec)} if is_dataclass(use.spec) else set()
     open_ = {name: getattr(export, name) for name in _EXPORT_FIELDS if name in names and getattr(use.spec, name) is None}
     return replace(use, spec=replace(use.spec, **open_)) if open_ else use
 

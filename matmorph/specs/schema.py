@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from matmorph.errors import Position, SpecError, did_you_mean
 from matmorph.optimizers import OPTIMIZERS, AdamW, AnyOptimizer, optimizer_name
 from matmorph.runtime.format.distillation import DISTILL, Distill
-from matmorph.runtime.targets import TARGETS
+from matmorph.runtime.targets import TARGETS, chosen_targets
 from matmorph.specs.kinds import JsonSchema, Name
 from matmorph.specs.match import Match
 from matmorph.specs.notations import Count, Rank, Size, Width
@@ -148,6 +148,11 @@ class Export:
     def written_opset(self) -> int:
         """The opset of the file."""
         return DEFAULT_OPSET if self.opset is None else self.opset
+
+    @property
+    def integer_products(self) -> bool:
+        """Whether codes with a scale per output channel are multiplied in integers: asked for, and on every target at hand."""
+        return self.activations == "int8" and all(target.multiplies_integers for target in chosen_targets(self.target))
 
     def __post_init__(self) -> None:
         if self.attention == "standard" and self.opset is not None and self.opset < ATTENTION_OPSET:

@@ -154,7 +154,8 @@ def _cache_ports(graph: Graph) -> CachePorts:
 
 def _lowerings(graph: Graph, export: Export, own: Lowerings | None) -> Lowerings:
     """Translations beside torchlib's, the user's own last."""
-    products = {**quantized_lowerings(export.activations, packed=has_gradients(graph)), **gradient_lowerings()}
+    codes = quantized_lowerings(export.activations, integer=export.integer_products, packed=has_gradients(graph))
+    products = {**codes, **gradient_lowerings()}
     attention = {**attention_lowerings(export.written_opset), **cache_lowerings(export.written_opset), **coded_cache_lowerings()}
     return {**products, **backward_lowerings(), **attention, **embedding_bag_lowerings(), **(own or {})}
 

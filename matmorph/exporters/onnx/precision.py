@@ -46,11 +46,11 @@ UPPER = frozenset([
     "LpNormalization", "Softmax", "LogSoftmax", "ReduceMax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2",
     "ReduceProd", "ReduceLogSumExp", "ReduceLogSum", "CumSum", "Pow", "Exp", "Log", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos", "Tan",
     "Asin", "Acos", "Sinh", "Cosh", "Einsum", "Attention", "Resize", "GridSample", "TopK", "SplitToSequence", "SequenceAt",
-    "ConcatFromSequence", "SequenceConstruct",
+    "ConcatFromSequence", "SequenceConstruct", "DynamicQuantizeLinear", "MatMulIntegerToFloat",
 ])
 # fmt: on
-"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors, and the
-largest of an axis, for which CUDA has no kernel in bf16."""
+"""Operators that stay in float32: sums over many terms, functions that leave the range of half precision, sequences of tensors, the
+largest of an axis, for which CUDA has no kernel in bf16, and what takes numbers to integers and back, whose steps are float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 | operator                  | ONNX                                                                                       |
 |---------------------------|--------------------------------------------------------------------------------------------|
 | matmul_nbits              | com.microsoft.MatMulNBits, the bias its sixth input                                        |
+| the same, scale per row   | see `channels`                                                                             |
 | matmul_codebook nf4       | com.microsoft.MatMulBnb4, then Add                                                         |
 | matmul_codebook nf3, nf2  | Gather from a table of what each byte stands for, times absmax, then MatMul and Add        |
 | gather_nbits              | com.microsoft.GatherBlockQuantized                                                         |
@@ -22,6 +23,7 @@ import torch
 
 from matmorph.errors import ExportError
 from matmorph.exporters.onnx import emit
+from matmorph.exporters.onnx.channels import INTEGER_PRODUCT, channels_product, integer_product
 from matmorph.exporters.onnx.emit import DOMAIN
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.placement import element_name
@@ -36,8 +38,9 @@ ACCURACY: Mapping[str, int] = {"fp32": 1, "int8": 4}
 _FLOAT = ir.DataType.FLOAT
 
 
-def quantized_lowerings(activations: str = "fp32", *, packed: bool = False) -> Lowerings:
-    """Translations of the operators on quantised weights. `activations`: a key of `ACCURACY`. `packed`: tables stay so in any session."""
+def quantized_lowerings(activations: str = "fp32", *, integer: bool = False, packed: bool = False) -> Lowerings:
+    """Translations of the operators on quantised weights. `activations`: a key of `ACCURACY`. `integer`: codes with a scale per row are
+    multiplied in integers. `packed`: tables, and codes that are made dense, stay so in any session."""
     accuracy = ACCURACY[activations]
 
     def nbits(
@@ -51,6 +54,8 @@ def quantized_lowerings(activations: str = "fp32", *, packed: bool = False) -> L
         bits: int,
         block_size: int,
     ) -> ir.Value:
+        if len(codes_shape(scales)) == 1:
+            return integer_product(x, codes, scales, bias) if integer else channels_product(x, codes, scales, bias, packed)
         numbers = {"K": in_features, "N": out_features, "bits": bits, "block_size": block_size, "accuracy_level": accuracy}
         inputs = [
             x,
@@ -222,4 +227,7 @@ def _is_table(node: Node) -> bool:
 
 def multiplies_in_int8(model: ir.Model) -> bool:
     """Whether a product rounds its activations to 8 bits."""
-    return any(node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == 4 for node in model.graph.all_nodes())
+    return any(
+        node.op_type == INTEGER_PRODUCT or (node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == 4)
+        for node in model.graph.all_nodes()
+    )

@@ -3,6 +3,7 @@
 | operator                   | ONNX                                                                        |
 |----------------------------|-----------------------------------------------------------------------------|
 | matmul_nbits_transposed    | com.microsoft.GatherBlockQuantized of all rows, then MatMul                 |
+| the same, a scale per row  | Cast of all codes, times the scales, then MatMul                            |
 | matmul_codebook_transposed | Gather from a table of what each byte stands for, times absmax, then MatMul |
 
 No quantised product of ONNX Runtime runs over N: MatMulNBits sums over K alone, and MatMulBnb4 ignores its `transB` on the CPU. The codes
@@ -19,6 +20,7 @@ import onnx_ir as ir
 import torch
 
 from matmorph.exporters.onnx import emit
+from matmorph.exporters.onnx.channels import dense_channels
 from matmorph.exporters.onnx.lowering import Lowerings
 from matmorph.exporters.onnx.quantized import codes_shape, looked_up, rebuilt
 from matmorph.ir.core import Graph
@@ -48,6 +50,8 @@ def _nbits(
     block_size: int,
 ) -> ir.Value:
     """y [.., N] -> [.., K]. The kernel unpacks rows; its blocks, bits and packed zero points are those of MatMulNBits."""
+    if len(codes_shape(scales)) == 1:
+        return _product(y, dense_channels(codes, scales, y))
     stored = prod(codes_shape(codes)[1:])
     every = emit.node("Range", [emit.scalar(0), emit.scalar(out_features), emit.scalar(1)], ir.DataType.INT64)
     held = emit.held(codes, (out_features, stored), y)

@@ -6,6 +6,8 @@ Layouts are those of ONNX Runtime's contrib operators, so that an export copies 
   packed in the same way, uint8 [N, ceil(nb * bits / 8)], or of a matmul floating-point numbers [N, nb]. W = (code - zero point) * scale;
   without zero points they are 2^(bits-1). (com.microsoft.MatMulNBits.) A table may also have rows of bytes:
   [V, nb * block_size * bits / 8], or without the rest of the last block [V, ceil(D * bits / 8)]. (com.microsoft.GatherBlockQuantized.)
+* channels, a form of nbits with 8 bits and a scale per row of W: codes int8 [N, K], scales [N], no zero points; block_size is K. Told from
+  blocks by its scales, which have one axis. W = code * scale. (com.microsoft.MatMulIntegerToFloat, but that it has K first.)
 * codebook "nf4": the flattened W in codes uint8 [ceil(N K / 2)], the first of two codes in the high bits; absmax per block of the flattened
   W. (com.microsoft.MatMulBnb4.) "nf3" (stored 4 bits wide) and "nf2": codes uint8 [blocks, block_size * width / 8], lowest bits first.
   W = table[code] * absmax.
@@ -61,7 +63,7 @@ def byte_levels(levels: Tensor, width: int, *, high_first: bool = False) -> Tens
 
 def nbits_rows(x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, bits: int) -> Rows:
     """W [N, k] in the type of `x`, which it will be multiplied with."""
-    block = codes.shape[2] * 8 // bits
+    block = codes.shape[-1] * 8 // bits
     for rows in _slices(len(codes), k, 1):
         zeros = None if zero_points is None else zero_points[rows]
         yield rows, nbits_dense(codes[rows], scales[rows], zeros, k, bits, block, working_type(x)).to(x.dtype)
@@ -69,6 +71,8 @@ def nbits_rows(x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | N
 
 def nbits_dense(codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, bits: int, block: int, dtype: torch.dtype) -> Tensor:
     """[n, k] of the bytes of n rows, [n, ..]; those of a table may end inside the last block."""
+    if per_channel(scales):
+        return codes.to(dtype).mul_(scales.to(dtype)[:, None])
     n, nb = scales.shape
     levels = byte_levels(torch.arange(2**bits, dtype=dtype, device=codes.device), bits)
     whole = _filled(codes.reshape(n, codes.shape[1:].numel()), nb * block * bits // 8)
@@ -77,6 +81,11 @@ def nbits_dense(codes: Tensor, scales: Tensor, zero_points: Tensor | None, k: in
         zeros = zero_points.to(dtype) if zero_points.is_floating_point() else _looked_up(levels, zero_points)[:, :nb]
         values.sub_(zeros[..., None])
     return values.mul_(scales.to(dtype)[..., None]).view(n, nb * block)[:, :k].contiguous()
+
+
+def per_channel(scales: Tensor) -> bool:
+    """Whether each row of the weight has one scale, and is no row of blocks."""
+    return scales.dim() == 1
 
 
 def codebook_rows(x: Tensor, codes: Tensor, absmax: Tensor, table: str, n: int, k: int, block: int) -> Rows:
@@ -119,6 +128,9 @@ def check_nbits(
     """Raises ValueError where they are not a weight [n, k]. `table`: rows of bytes will do."""
     if bits not in BITS:
         raise ValueError(f"codes have {', '.join(map(str, BITS))} bits, not {bits}")
+    if per_channel(scales) and not table:
+        _check_channels(codes, scales, zero_points, (n, k), bits)
+        return
     _check_block(block)
     nb = -(-k // block)
     bytes_of_row = (nb * block * bits // 8, -(-k * bits // 8))
@@ -128,6 +140,15 @@ def check_nbits(
         expect("zero_points", zero_points, None, (n, nb))
     elif zero_points is not None:
         expect("zero_points", zero_points, torch.uint8, (n, -(-nb * bits // 8)))
+
+
+def _check_channels(codes: Tensor, scales: Tensor, zero_points: Tensor | None, shape: tuple[Any, int], bits: int) -> None:
+    if bits != 8:
+        raise ValueError(f"codes with a scale per row have 8 bits, not {bits}")
+    if zero_points is not None:
+        raise ValueError("codes with a scale per row have no zero points")
+    expect("codes", codes, torch.int8, shape)
+    expect("scales", scales, None, shape[:1])
 
 
 def check_codebook(codes: Tensor, absmax: Tensor, table: str, numel: int, block: int) -> None:

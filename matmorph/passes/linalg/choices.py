@@ -12,6 +12,10 @@ QuantizerName = Literal["nf4", "nf3", "nf2", "uniform", "uniform_clipped"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("nf4", "nf3", "nf2", "uniform", "uniform_clipped")
 CODEBOOK_BITS = {"nf4": 4, "nf3": 3, "nf2": 2}
 UNIFORM_BITS = (2, 3, 4, 8)
+CHANNEL = "channel"
+"""A block size: all weights that make one output."""
+CHANNEL_BITS = (8,)
+"""Widths of codes that ONNX Runtime's integer products take with a scale per output channel."""
 FLOAT_ZERO_BITS = (2, 3, 4)
 """Widths whose zero points may be floating-point numbers: MatMulNBits has no such form of 8 bits."""
 

@@ -5,6 +5,7 @@
 | MatMulNBits          | [N, nb, block * bits / 8]               | low first  | [N, nb]          | [N, ceil(nb * bits / 8)]      |
 | GatherBlockQuantized | [V, D * bits / 8]                       | low first  | [V, nb]          | [V, ceil(nb * bits / 8)]      |
 | MatMulBnb4           | [ceil(N K / 2)], the flattened weight   | high first | [blocks]         | -                             |
+| channels             | int8 [N, K], the code of zero at 0      | -          | [N]              | -                             |
 | byte table           | [blocks, block * width / 8], flattened  | low first  | [blocks]         | -                             |
 
 nb = blocks of a row, ceil(K / block). "Low first": of the codes in a byte, the first takes the lowest bits. The rest of a short block is
@@ -99,6 +100,19 @@ def pack_gather(q: Quantized) -> Packed:
 def unpack_gather(packed: Packed, quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
     """Inverse of `pack_gather` for a table of `shape` [V, D]."""
     return _unpacked(packed, unpack_bits(packed.codes, stored_width(quantizer.width), shape[1]), quantizer)
+
+
+def pack_channels(q: Quantized) -> Packed:
+    """For com.microsoft.MatMulIntegerToFloat, but that it wants [K, N]; `q` uniform [N, K] of 8 bits, a row one block, without zero points.
+    ValueError for others."""
+    if (q.quantizer.name, q.quantizer.width) != ("uniform", 8) or q.zero_points is not None or q.scales.shape != (len(q.codes), 1):
+        raise ValueError(f"integer products take uniform codes of 8 bits with a scale per row and no zero points, not {q.quantizer}")
+    return Packed((q.codes ^ 128).view(torch.int8), q.scales[:, 0].contiguous())
+
+
+def unpack_channels(packed: Packed, quantizer: Quantizer) -> Quantized:
+    """Inverse of `pack_channels`."""
+    return Quantized(quantizer, packed.codes.view(torch.uint8) ^ 128, packed.scales[:, None])
 
 
 def pack_matmul_bnb4(q: Quantized) -> Packed:

@@ -301,6 +301,15 @@ class SiteMethod(Method):
         """What it wants of gradients by the site's weight before training; None = nothing."""
         return None
 
+    def equalises(self, spec: Any) -> bool:
+        """Whether scales of the site's input channels are to be moved between its weight and what makes its input, before it is built
+        (`passes.rewriting.equalise`)."""
+        return False
+
+    def trial_error(self, site: Site, spec: Any, stats: SiteStats) -> float:
+        """The relative error of the outputs that such scales are judged by, of a site whose weight has them."""
+        raise VerifyError(f"{self.name} has no error to judge scales by")
+
     def splits_weight(self, spec: Any) -> str | None:
         """How it makes the dense weight its own ("works on"), which must then still be there; None where it leaves it alone."""
         return None

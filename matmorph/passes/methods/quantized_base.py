@@ -20,14 +20,15 @@ from matmorph.errors import RewriteError
 from matmorph.ir.core import Const, Value
 from matmorph.ir.site import Choice, Cost, Reject, Site, Statistic
 from matmorph.ir.types import element_size
-from matmorph.passes.linalg.choices import CODEBOOK_BITS
-from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_matmul_bnb4, pack_matmul_nbits
+from matmorph.passes.linalg.choices import CHANNEL, CODEBOOK_BITS
+from matmorph.passes.linalg.packing import Packed, expanded, pack_byte_table, pack_channels, pack_matmul_bnb4, pack_matmul_nbits
+from matmorph.passes.linalg.pairs import held_to_pairs, widened_for_pairs
 from matmorph.passes.linalg.quantize import Quantized, Quantizer, quantize, stored_width
 from matmorph.passes.linalg.second_order import Curvature, compensated, curvature
-from matmorph.passes.linalg.whiten import relative_weight_error
+from matmorph.passes.linalg.whiten import relative_output_error, relative_weight_error
 from matmorph.passes.methods.protocol import FragmentBuilder, SiteStats
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, reads_inputs, searched, zero_points
-from matmorph.passes.methods.weights import FLOATS, Difference, difference
+from matmorph.passes.methods.weights import FLOATS, Difference, difference, readable
 from matmorph.specs.schema import Rank
 
 Array = tuple[str, str, tuple[int, ...]]
@@ -62,6 +63,10 @@ def refuse_site(site: Site, spec: QuantizedSpec, method: str, *, tables: str) ->
             "rows of an embedding table are looked up with integer zero points only (GatherBlockQuantized)",
         ),
         (
+            bool(site.gathers) and spec.block_size == CHANNEL,
+            "rows of an embedding table are looked up in blocks only (GatherBlockQuantized): give block_size a number",
+        ),
+        (
             kind == "float64" and bool(site.applications) and spec.quantizer not in ("nf3", "nf2"),
             f"no kernel multiplies {spec.quantizer} codes with float64 rows: convert the model with model.float()",
         ),
@@ -80,15 +85,12 @@ def quantizer_for(site: Site, spec: QuantizedSpec) -> Quantizer:
     """Scales of uniform codes have the type of a float16 weight, else float32."""
     if spec.bits == "auto":
         raise RewriteError(f"{site.path}: bits auto is left to the budget, which has not decided it")
-    return _quantizer(spec, spec.bits, site.const.tensor.torch_dtype)
-
-
-def _quantizer(spec: QuantizedSpec, bits: int | None, dtype: torch.dtype) -> Quantizer:
-    half = dtype == torch.float16 and spec.quantizer == "uniform"
+    half = site.const.tensor.torch_dtype == torch.float16 and spec.quantizer == "uniform"
+    block = spec.block(site.in_features)
     return Quantizer(
         spec.quantizer,
-        bits,
-        spec.block_size,
+        spec.bits,
+        -(-block // _STEP) * _STEP,  # the rest of a row that is one block counts as zeros
         zero_points(spec),
         searched(spec),
         torch.float16 if half else torch.float32,
@@ -96,24 +98,33 @@ def _quantizer(spec: QuantizedSpec, bits: int | None, dtype: torch.dtype) -> Qua
     )
 
 
+_STEP = 8
+"""Block sizes of a quantizer are multiples of it."""
+
 # what it takes
 
 
 def arrays(site: Site, spec: QuantizedSpec) -> tuple[Array, ...]:
     """The packed weights of the site, from shapes alone."""
     quantizer = quantizer_for(site, spec)
-    n, k, block, width = site.out_features, site.in_features, spec.block_size, stored_width(quantizer.width)
+    n, k, block, width = site.out_features, site.in_features, spec.block(site.in_features), stored_width(quantizer.width)
+    if spec.block_size == CHANNEL:
+        return ("codes", "int8", (n, k)), ("scales", _scale_type(quantizer), (n,))
     if spec.quantizer in CODEBOOK_BITS:
         blocks = prod(quantizer.blocks((n, k)))
         shape = (-(-n * k // 2),) if spec.quantizer == "nf4" else (blocks, block * width // 8)
         return ("codes", "uint8", shape), ("scales", "float32", (blocks,))
     nb = -(-k // block)
     codes = (n, nb, block * width // 8) if site.applications else (n, nb * block * width // 8)
-    scales: Array = ("scales", "float16" if quantizer.scale_dtype == torch.float16 else "float32", (n, nb))
+    scales: Array = ("scales", _scale_type(quantizer), (n, nb))
     if spec.zero_point == "float":
         return ("codes", "uint8", codes), scales, ("zero_points", "float32", (n, nb))
     zeros: tuple[Array, ...] = (("zero_points", "uint8", (n, -(-nb * width // 8))),) if spec.zero_point else ()
     return ("codes", "uint8", codes), scales, *zeros
+
+
+def _scale_type(quantizer: Quantizer) -> str:
+    return "float16" if quantizer.scale_dtype == torch.float16 else "float32"
 
 
 def quantized_cost(site: Site, spec: QuantizedSpec, rank: int = 0, factor_type: str | None = None) -> Cost:
@@ -185,8 +196,8 @@ class Base:
 
 def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBuilder) -> Base:
     """The base that `quantized` [out, in] is; its bias is added by the node where the builder gives it out."""
-    uniform, shift = _per_block(quantized, spec.block_size)
-    packed = _packed(uniform)
+    uniform, shift = _per_block(quantized, quantizer_for(site, spec).block_size)
+    packed = pack_channels(uniform) if spec.block_size == CHANNEL else _packed(uniform)
     shapes = {name: shape for name, _, shape in arrays(site, spec)}
     tensors = {"codes": packed.codes, "scales": packed.scales, "zero_points": packed.zero_points}
     consts = {
@@ -195,7 +206,7 @@ def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBu
         if tensor is not None
     }
     codes, scales, zeros = (consts.get(name) for name in tensors)
-    n, k, block, bits = site.out_features, site.in_features, spec.block_size, stored_width(uniform.quantizer.width)
+    n, k, block, bits = site.out_features, site.in_features, spec.block(site.in_features), stored_width(uniform.quantizer.width)
 
     def matmul(rows: Value) -> Value:
         if spec.quantizer in CODEBOOK_BITS:
@@ -221,19 +232,24 @@ def base_of(site: Site, spec: QuantizedSpec, quantized: Quantized, b: FragmentBu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounding:
-    """How a site's weight becomes codes: by itself, or by what the calibration data says of its inputs. `notes`: what had to be changed."""
+    """How a site's weight becomes codes: by itself, or by what the calibration data says of its inputs. `paired`: for integer products,
+    which must not overflow. `notes`: what had to be changed."""
 
     quantizer: Quantizer
     curved: Curvature | None
     compensates: bool
     weighs: bool
+    paired: bool = False
 
     def __call__(self, w: Tensor) -> Quantized:
         """Raises ValueError as `quantize`."""
-        if self.curved is None:
-            return quantize(w, self.quantizer)
-        grid = quantize(w, self.quantizer, self.curved.power if self.weighs else None)
-        return compensated(w, grid, self.curved) if self.compensates else grid
+        grid = quantize(w, self.quantizer, self.curved.power if self.curved is not None and self.weighs else None)
+        if self.paired:
+            grid = widened_for_pairs(w, grid)
+        if self.curved is None or not self.compensates:
+            return grid
+        found = compensated(w, grid, self.curved)
+        return held_to_pairs(found) if self.paired else found
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -242,7 +258,15 @@ class Rounding:
 
 def quantized_needs(spec: QuantizedSpec) -> frozenset[Statistic]:
     """What the base reads of the calibration data."""
-    return frozenset({Statistic.INPUT_SECOND_MOMENT}) if reads_inputs(spec) else frozenset()
+    return frozenset({Statistic.INPUT_SECOND_MOMENT}) if reads_inputs(spec) or spec.equalise else frozenset()
+
+
+def trial_error(site: Site, spec: QuantizedSpec, stats: SiteStats) -> float:
+    """The relative error of the outputs of codes rounded to nearest: what scales of input channels are judged by."""
+    plain = replace(spec, rounding="nearest")
+    w = readable(site, site.weight())
+    rounding = rounding_for(site, plain, curvature_of(site, plain, w, stats))
+    return relative_output_error(w, quantized_or_refused(site, lambda: rounding(w)).dequantize(), stats.judged)
 
 
 def curvature_of(site: Site, spec: QuantizedSpec, w: Tensor, stats: SiteStats | None) -> Curvature | None:
@@ -273,7 +297,7 @@ def _of_both_uses(w: Tensor, moment: Tensor) -> Tensor:
 
 def rounding_for(site: Site, spec: QuantizedSpec, curved: Curvature | None) -> Rounding:
     """As the settings say it."""
-    return Rounding(quantizer_for(site, spec), curved, spec.rounding == "gptq", spec.scale == "weighted")
+    return Rounding(quantizer_for(site, spec), curved, spec.rounding == "gptq", spec.scale == "weighted", paired=spec.block_size == CHANNEL)
 
 
 def rounded(

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from matmorph.ir.site import Reject, Site
-from matmorph.passes.methods.protocol import ReplaceMethod, SiteMethod, Trains
+from matmorph.passes.methods.protocol import ReplaceMethod, SiteMethod, SiteStats, Trains
 from matmorph.passes.methods.quantize.method import Quantize
-from matmorph.passes.methods.quantized_base import refuse_rank, refuse_site
+from matmorph.passes.methods.quantized_base import refuse_rank, refuse_site, trial_error
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, quantizer_settings
 from matmorph.passes.methods.weights import rank_beyond, scaled_pair, widened
 
@@ -33,6 +33,12 @@ class QuantizedPair(ReplaceMethod):
 
     def two_factor(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return scaled_pair(parts)
+
+    def equalises(self, spec: QuantizedSpec) -> bool:
+        return spec.equalise
+
+    def trial_error(self, site: Site, spec: QuantizedSpec, stats: SiteStats) -> float:
+        return trial_error(site, spec, stats)
 
     def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
         return quantizer_settings(spec)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from matmorph.passes.linalg.choices import CODEBOOK_BITS, UNIFORM_BITS, QuantizerName, quantizer_bits
+from matmorph.passes.linalg.choices import CHANNEL, CHANNEL_BITS, CODEBOOK_BITS, UNIFORM_BITS, QuantizerName, quantizer_bits
 from matmorph.specs.notations import Rank
 
 
@@ -25,7 +25,13 @@ class QuantizedSpec:
             "doc": "bits of a code; the tables have their own; auto: the budget decides; 3 are stored 4 bits wide, as kernels have it"
         },
     )
-    block_size: Literal[16, 32, 64, 128, 256] = field(default=64, metadata={"doc": "weights that share a scale: sizes the kernels have"})
+    block_size: Literal[16, 32, 64, 128, 256] | Literal["channel"] = field(
+        default=64,
+        metadata={
+            "doc": "weights that share a scale: sizes the kernels have; channel: all of an output channel (8 bits, matmuls only), which is "
+            "multiplied in integers under export: {activations: int8, target: [cpu]}"
+        },
+    )
     zero_point: bool | Literal["integer", "float"] = field(
         default=False,
         metadata={
@@ -44,6 +50,13 @@ class QuantizedSpec:
         default="nearest",
         metadata={"doc": "gptq: each code makes up for the errors of those before it, on the outputs of the calibration data"},
     )
+    equalise: bool = field(
+        default=False,
+        metadata={
+            "doc": "true: loud input channels are scaled down in what makes them and up in the weight, by the power of their root mean "
+            "square whose codes have the smallest error on the outputs; where the graph has no place for that, the report says so"
+        },
+    )
     double_quant: bool = field(
         default=False, metadata={"doc": "scales rounded as 8-bit codes (tables); the ONNX kernels take them expanded"}
     )
@@ -54,11 +67,14 @@ class QuantizedSpec:
     @property
     def kernel(self) -> str:
         """What multiplies it, as `passes.kernel_costs` knows it: "nf4", "uniform_2" ..."""
-        return (
-            self.quantizer
-            if self.quantizer in CODEBOOK_BITS
-            else f"uniform_{4 if self.bits == 3 else self.bits}{'_float' if self.zero_point == 'float' else ''}"
-        )
+        if self.quantizer in CODEBOOK_BITS:
+            return self.quantizer
+        form = "_float" if self.zero_point == "float" else "_channel" if self.block_size == CHANNEL else ""
+        return f"uniform_{4 if self.bits == 3 else self.bits}{form}"
+
+    def block(self, in_features: int) -> int:
+        """Weights that share a scale where a row has that many."""
+        return in_features if self.block_size == CHANNEL else int(self.block_size)
 
 
 def refuse_impossible(spec: QuantizedSpec) -> None:
@@ -68,9 +84,23 @@ def refuse_impossible(spec: QuantizedSpec) -> None:
     if spec.quantizer in CODEBOOK_BITS and spec.bits == "auto":
         raise ValueError(f"{spec.quantizer} has bits of its own: auto is for uniform codes")
     for bits in bit_choices(spec):
-        quantizer_bits(spec.quantizer, bits, spec.block_size, zero_points(spec), searched(spec), spec.double_quant)
+        _refuse_channel(spec, bits)
+        quantizer_bits(spec.quantizer, bits, spec.block(8), zero_points(spec), searched(spec), spec.double_quant)
+    if spec.equalise and spec.bits == "auto":
+        raise ValueError("equalise is for codes that are known, and bits: auto leaves them to the budget")
     if spec.rounding == "gptq" and spec.quantizer == "uniform_clipped":
         raise ValueError("uniform_clipped has one scale for the whole tensor: gptq rounds on scales per block (uniform, nf4, nf3, nf2)")
+
+
+def _refuse_channel(spec: QuantizedSpec, bits: int | None) -> None:
+    if spec.block_size == CHANNEL and spec.zero_point:
+        raise ValueError("block_size: channel has codes without zero points, as integer products take them")
+    if spec.block_size == CHANNEL and (spec.quantizer != "uniform" or bits not in CHANNEL_BITS):
+        what = spec.quantizer if spec.quantizer != "uniform" else f"bits: {spec.bits}"
+        raise ValueError(
+            f"block_size: channel is for uniform codes of {', '.join(map(str, CHANNEL_BITS))} bits, which kernels multiply with one scale "
+            f"per output channel, not for {what}"
+        )
 
 
 def zero_points(spec: QuantizedSpec) -> bool | Literal["float"]:
@@ -95,7 +125,7 @@ def bit_choices(spec: QuantizedSpec) -> tuple[Literal[2, 3, 4, 8] | None, ...]:
 
 def quantizer_settings(spec: QuantizedSpec) -> Mapping[str, Any]:
     """What the base is made anew by, of another weight and without data: the settings of the quantizer alone, as plain data."""
-    own = {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec) if entry.name != "rounding"}
+    own = {entry.name: getattr(spec, entry.name) for entry in fields(QuantizedSpec) if entry.name not in ("rounding", "equalise")}
     return {**own, "scale": searched(spec)}
 
 

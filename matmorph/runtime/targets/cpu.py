@@ -40,12 +40,17 @@ CPU = Target(
     limits={"MatMulNBits": Limits(), "MatMulBnb4": Limits(bits=(4,)), "GatherBlockQuantized": Limits()},
     lacks={"bf16": "ONNX Runtime has no bfloat16 MatMul or Gemm there"},
     rates=CPU_RATES,
-    # Measured with ONNX Runtime 1.31.1, one thread, AVX512-VNNI, at 1024 x 1024 and 4096 x 4096.
+    # Measured with ONNX Runtime 1.31.1, one thread, AVX512-VNNI, at 1024 x 1024 and 4096 x 4096; products in integers at seven shapes
+    # from 384 x 384, where one row takes as long as dense, to 2048 x 2048, on a CPU with AMX.
     costs={
         ("uniform_4", "fp32"): KernelCost("MatMulNBits, 4 bits, float32 activations", ((0.25, 0.7), (1.5, 1.6), (0.6, 1.0))),
         ("uniform_4", "int8"): KernelCost("MatMulNBits, 4 bits, int8 activations", ((0.08, 0.26), (0.43, 0.81), (0.9, 1.1))),
         ("uniform_8", "fp32"): KernelCost(f"MatMulNBits, 8 bits, float32 activations, {_UNPACKED}", ((7, 16), (5, 12), (1.5, 1.8))),
         ("uniform_8", "int8"): KernelCost("MatMulNBits, 8 bits, int8 activations", ((0.36, 0.36), (0.78, 0.78), (0.73, 0.73))),
+        ("uniform_8_channel", "integers"): KernelCost(
+            "DynamicQuantizeLinear and MatMulIntegerToFloat, 8 bits and a scale per output channel (384 to 2048 wide, AMX)",
+            ((0.28, 1.03), (0.23, 0.47), (0.11, 0.33)),
+        ),
         ("uniform_2", "fp32"): KernelCost(f"MatMulNBits, 2 bits, float32 activations, {_UNPACKED}", ((17, 20), (13, 14), (1.7, 1.7))),
         ("uniform_2", "int8"): KernelCost("MatMulNBits, 2 bits, int8 activations", ((0.07, 0.22), (0.29, 0.85), (1.1, 1.5))),
         ("nf4", ""): KernelCost("MatMulBnb4 (NF4), the matrix is unpacked on every call", ((3.5, 7.1), (3.6, 3.7), (1.2, 1.5))),

@@ -43,7 +43,8 @@ class Target:
     on it runs on the CPU. `casts`: types that a node without a kernel is run in, by the type it has: ONNX Runtime writes the Casts.
     `declines`: what of a node's attributes keeps it off a kernel that takes its types, by operator. `limits`: by operator of com.microsoft,
     those that quantised weights are written for. `lacks`: precisions (fp32, fp16, bf16) it has no kernels for, each with the reason.
-    `rates`: of matrix products. `costs`: of quantised matmuls, by codes and manner: (uniform_4, int8), (nf4, ""), (nf3, packed).
+    `rates`: of matrix products. `costs`: of quantised matmuls, by codes and manner: (uniform_4, int8), (nf4, ""), (nf3, packed),
+    (uniform_8_channel, integers).
     `int8_blocks`: block sizes for which codes are multiplied with int8 activations, others fall back to float32; codes that are not named
     take any.
     """
@@ -68,6 +69,13 @@ class Target:
     def measured(self) -> bool:
         """Whether times of its quantised matmuls were measured, at least some."""
         return any(cost.ratios for cost in self.costs.values())
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether it has both kernels of a product of 8-bit activations, rounded as it runs, with signed 8-bit codes."""
+        rounds = self.missing("", "DynamicQuantizeLinear", 21, ["float32"], ["uint8", "float32", "uint8"])
+        taken = ["uint8", "int8", "float32", "float32", "uint8"]
+        return rounds is None and self.missing("com.microsoft", "MatMulIntegerToFloat", 1, taken, ["float32"]) is None
 
     def missing(self, domain: str, name: str, opset: int, inputs: Sequence[str | None], outputs: Sequence[str | None]) -> str | None:
         """What kernel a node lacks here ("for T bfloat16", "at all"), None where it runs. Types as the list writes them."""

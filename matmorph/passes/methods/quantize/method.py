@@ -25,6 +25,7 @@ from matmorph.passes.methods.quantized_base import (
     rounding_for,
     size_notes,
     table_notes,
+    trial_error,
     with_bits,
 )
 from matmorph.passes.methods.quantized_settings import QuantizedSpec, bit_choices, quantizer_settings
@@ -75,6 +76,12 @@ class Quantize(QuantizeLanguage, ReplaceMethod):
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W' = `base`, the dequantised matrix [out, in]; the bias is not quantize's."""
         return widened(parts["base"]), None
+
+    def equalises(self, spec: QuantizedSpec) -> bool:
+        return spec.equalise
+
+    def trial_error(self, site: Site, spec: QuantizedSpec, stats: SiteStats) -> float:
+        return trial_error(site, spec, stats)
 
     def base_settings(self, spec: QuantizedSpec) -> Mapping[str, Any]:
         return quantizer_settings(spec)
