@@ -371,7 +371,7 @@ BAD = [
     ("quantize: {quantizer: uniform}", "s.yaml:6:17: rules[0].rewrite.quantize: uniform needs bits: 2, 3, 4, 8"),
     ("quantize: {quantizer: uniform, bits: 5}", "s.yaml:6:44: rules[0].rewrite.quantize.bits: expected one of 2, 3, 4, 8 or auto, got 5"),
     ("quantize: {quantizer: nf4, bits: 2}", "s.yaml:6:17: rules[0].rewrite.quantize: nf4 has 4 bits, not 2"),
-    ("quantize: {quantizer: nf4, block_size: 48}", "block_size: expected one of 16, 32, 64, 128, 256, got 48"),
+    ("quantize: {quantizer: nf4, block_size: 48}", "block_size: expected one of 16, 32, 64, 128, 256 or channel, got 48"),
     ("quantize: {quantizer: nf4, scale: search}", "nf4 has neither a zero point nor a scale search: they belong to uniform"),
     ("quantize: {quantizer: uniform, bits: 4, double_quant: true}", "double quantisation is for tables (nf4, nf3, nf2), not for uniform"),
     ("quantize: {quantizer: uniform, bits: 4, rounding: gptp}", "rounding: expected one of nearest, gptq, got gptp; did you mean gptq?"),
