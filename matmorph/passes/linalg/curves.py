@@ -88,7 +88,7 @@ def directions(
     """Of `w` [m, n] or a stack [E, m, n], with the whitening `factor` [.., n, n] and the `weighting` [m, m] where given. `most`: how many
     directions are wanted; `seen`: C^T w, where it is known. One eigenvalue problem of the shorter side per matrix."""
     whole = w.double()
-    known = weighted(whole, weighting) if seen is None else seen
+    known = weighted(whole, weighting) if seen is None else seen.double()
     if whole.dim() == 2:
         return Directions(whole, _left(known if factor is None else known @ factor.double(), most), known, weighting)
     parts = [_left(one if factor is None else one @ factor[index].double(), most) for index, one in enumerate(known)]
