@@ -334,7 +334,19 @@ def test_rank(settings: str, rank: Rank, write: Write) -> None:
 
 def test_library_specs() -> None:
     names = ("low-rank-40", "low-rank-60", "low-rank-60-plain", "low-rank-80")
-    quantized = ("lora-r8", "loftq-nf4", "loftq-u2", "loftq-u4", "mixed-4-2", "qlora-nf4", "quantize-u4", "llm-u3", "llm-u4", "llm-u4-all", "quantize-w8a8")
+    quantized = (
+        "lora-r8",
+        "loftq-nf4",
+        "loftq-u2",
+        "loftq-u4",
+        "mixed-4-2",
+        "qlora-nf4",
+        "quantize-u4",
+        "llm-u3",
+        "llm-u4",
+        "llm-u4-all",
+        "quantize-w8a8",
+    )
     llama = ("llama2-7b", "llama3.1-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
     trains = ("tt-lora", "tt-mlp", "tt-lora-roberta", *(f"tt-lora-{name}" for name in llama))
     glora = ("bitfit", "channel-scale", "glora", "glora-search", "ssf")
