@@ -220,7 +220,9 @@ def test_pruned_heads_leave_the_cache_too(
         assert np.abs(found - expected)[mask.numpy() != 0].max() <= CLOSE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("precision", "dtype", "size"), [("fp16", "float16", 2), ("bf16", "float32", 4)])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "size"), [("fp16", "float16", 2), pytest.param("bf16", "float32", 4, marks=pytest.mark.full)]
+)
 def test_a_half_precision_file_says_what_its_cache_takes(precision: str, dtype: str, size: int, tmp_path: Path) -> None:
     spec = {**KEEP, "export": {"precision": precision, "target": ["cuda"]}}
     compiled = mm.compile(built(llama), spec, {"input_ids": tokens(2, 16)}, cache=True)

@@ -19,7 +19,7 @@ from matmorph.ir.sites.matmuls import find_sites
 from matmorph.ir.tracing.trace import trace
 from matmorph.passes.statistics import calibrate as calibration
 from matmorph.passes.statistics.calibrate import calibrate
-from matmorph.passes.statistics.kept import Kept
+from matmorph.passes.statistics.kept import KeptBatches
 from matmorph.passes.statistics.stream import Stream, cuts
 
 MOMENTS = frozenset({Statistic.INPUT_SECOND_MOMENT, Statistic.HELD_OUT_MOMENT})
@@ -134,15 +134,15 @@ def test_layers_are_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         own = [order[one.node] for site in sites if site.layer == layer for one in site.applications]
         assert max(own) < end
     held: list[int] = []
-    before = Kept.append
+    before = KeptBatches.append
 
-    def counted(kept: Kept, values: Mapping[Any, Any]) -> None:
+    def counted(kept: KeptBatches, values: Mapping[Any, Any]) -> None:
         held.append(
             sum(torch.is_tensor(each) and each.is_floating_point() and each.dim() == 3 and len(each) > 1 for each in values.values())
         )
         before(kept, values)
 
-    monkeypatch.setattr(Kept, "append", counted)
+    monkeypatch.setattr(KeptBatches, "append", counted)
     calibrate(graph, [(site, MOMENTS) for site in sites], batches, NEVER)
     assert len(held) == len(batches) * (1 + len(ends))
     assert max(held) == 1, "one hidden state per batch"

@@ -56,7 +56,7 @@ SOME = (
     ("mlp", "tt_lora"),
     ("bert-classifier", "lora"),
     ("llama", "loftq-nf4"),
-    ("vit", "low_rank"),
+    ("mlp", "low_rank"),
     ("mlp", "loftq-u4"),
     ("mlp", "full"),
 )

@@ -57,9 +57,10 @@ def heal_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     no_verify: NoVerify = False,
 ) -> None:
-    """Train what the rewriting of a language model made trainable to answer as the dense model does.
+    """Teach a compressed language model the dense one's answers.
 
-    The state that predicts other text best is kept and written as a folder of its own; codes stay as they are."""
+    What its rewriting made trainable learns. The state that predicts other text best is kept and written as a folder of its own; codes
+    stay as they are."""
     from matmorph.exporters.staging import refuse_existing
 
     refuse_existing(out, force)

@@ -54,7 +54,7 @@ class _Filed:
         return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
 
 
-class Kept:
+class KeptBatches:
     """The values of each batch, in the order of the batches. `limit`: bytes in memory; what comes when they are full goes to a file."""
 
     def __init__(self, limit: int = LIMIT, batches: Sequence[Mapping[Value, Any] | None] = ()) -> None:
@@ -83,9 +83,9 @@ class Kept:
         self._batches[number] = None
         return found
 
-    def copy(self) -> Kept:
+    def copy(self) -> KeptBatches:
         """The same batches, of which each of the two lets go by itself; tensors and files are shared."""
-        return Kept(self._limit, self._batches)
+        return KeptBatches(self._limit, self._batches)
 
     def _placed(self, held: Any) -> Any:
         if not isinstance(held, Tensor) or not held.numel() or held.device.type != "cpu":

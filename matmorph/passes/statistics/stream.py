@@ -23,7 +23,7 @@ from matmorph.ir.evaluate import run_node
 from matmorph.ir.randomness import may_draw
 from matmorph.ir.rewiring import needed
 from matmorph.ir.site import Site
-from matmorph.passes.statistics.kept import LIMIT, Kept
+from matmorph.passes.statistics.kept import LIMIT, KeptBatches
 
 Read: TypeAlias = Callable[[Value], Any]
 Watch: TypeAlias = Mapping[Node, Callable[[int, Read], None]]
@@ -44,7 +44,8 @@ def of_batch(number: int) -> Iterator[None]:
 class Stream:
     """All batches at one place of a graph.
 
-    `watched`: nodes, and the values that are looked at when they are reached; only what these need is ever computed. `limit`: see `Kept`.
+    `watched`: nodes, and the values that are looked at when they are reached; only what these need is ever computed. `limit`: see
+    `KeptBatches`.
     """
 
     def __init__(self, graph: Graph, watched: Mapping[Node, Collection[Value]], limit: int = LIMIT) -> None:
@@ -60,7 +61,7 @@ class Stream:
         self._inputs = graph.inputs
         self._weights: dict[Const, Callable[[], Tensor]] = {}
         self._limit = limit
-        self._kept = Kept(limit)
+        self._kept = KeptBatches(limit)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -76,7 +77,7 @@ class Stream:
 
     def advancing(self, stop: int, watch: Watch) -> Iterator[int]:
         """The same, batch by batch: the number of each that is there. The stream is at `stop` once the last of them is."""
-        before, self._kept, shared = self._kept, Kept(self._limit), dict[Value, Any]()
+        before, self._kept, shared = self._kept, KeptBatches(self._limit), dict[Value, Any]()
         for number in range(len(before)):
             with of_batch(number):
                 self._append(before.take(number), number, stop, watch, shared)
