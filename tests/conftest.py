@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 # Before torch or a tokenizer is imported: they read these once.
 for _name, _value in {
@@ -24,6 +26,20 @@ settings.register_profile(
 )
 settings.register_profile("full", settings.get_profile("default"), max_examples=400)
 settings.load_profile("full" if os.environ.get("MATMORPH_FULL") else "default")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line: words -> (exit code, stdout, stderr)."""
+    from matmorph.cli.main import main
+
+    def call(*words: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        done = capsys.readouterr()
+        return int(ended.value.code or 0), done.out, done.err
+
+    return call
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from tiny_artifact import hash_files
 from tiny_decoder import POSITIONS, VOCAB, logits_of, write_decoder
 from tiny_speaker import folder_with, tokenizer_text, told
 
-from matmorph.cli.main import main
 from matmorph.errors import InputError
 from matmorph.runtime import ArtifactError, ExecutionError, InputMismatch, perplexity
 from matmorph.runtime.format.evaluations import evaluations, with_evaluation
@@ -37,17 +36,6 @@ EXACT = 2e-6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_with(tmp_path_factory.mktemp("text") / "out")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: Any) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        done = capsys.readouterr()
-        return int(ended.value.code or 0), done.out, done.err
-
-    return call
 
 
 def ids(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 from tiny_decoder import POSITIONS, VOCAB, greedy
 from tiny_speaker import LETTERS, TEMPLATE, folder_with, tokenizer_text
 
-from matmorph.cli.main import main
 from matmorph.cli.text.files import TextFiles
 from matmorph.cli.text.template import ChatTemplate
 from matmorph.cli.text.writing import written
@@ -28,17 +27,6 @@ pytest.importorskip("tokenizers", reason="text needs the package tokenizers")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_with(tmp_path_factory.mktemp("text") / "out")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: Any) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        done = capsys.readouterr()
-        return int(ended.value.code or 0), done.out, done.err
-
-    return call
 
 
 CPU = ("--provider", "cpu", "--threads", "1")

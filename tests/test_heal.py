@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from healing import TRAIN, WINDOW, artefact, source, text_of
 
-from matmorph.cli.main import main
 from matmorph.folders.open import initializers, reopen
 from matmorph.ir.to_torch import to_torch
 from matmorph.runtime.format.distillation import Distill
@@ -55,17 +53,6 @@ def lessons(dense: Path) -> tuple[TextRows, Taught]:
     ids = np.array(["abcdefghijklmnop".index(letter) for letter in text_of(1200, 5)])
     rows = TextRows.of(ids[:800], ids[800:], (), WINDOW, (20, 8))
     return rows, teach(TextModel(dense, ["cpu"], threads=1, verify=False), "", rows, SETTINGS)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: Any) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        done = capsys.readouterr()
-        return int(ended.value.code or 0), done.out, done.err
-
-    return call
 
 
 def trainer(folder: Path, **how: Any) -> Trainer:

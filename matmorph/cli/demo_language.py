@@ -7,7 +7,7 @@ it, the others judge.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from matmorph.cli.demo import print_next, record, refuse_foreign
 from matmorph.cli.text.files import TextFiles
 from matmorph.cli.text.template import ChatTemplate
 from matmorph.cli.text.writing import Answer, written
+from matmorph.cli.unchanged import unchanged_folder
 from matmorph.models.resolve import calibration_sentences, smollm2
 from matmorph.models.text_batches import text_calibration
 from matmorph.progress import Progress
@@ -31,7 +32,6 @@ QUESTION = "What is the capital of France, and why is it famous?"
 NEW_TOKENS = 48
 WINDOW = 64
 """Tokens of a sample, and of a window that is judged: all that the sentences have room for."""
-_KEEP: Mapping[str, Any] = {"version": 1, "name": "original", "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,21 @@ def run_language_demo(out: Path, spec: str, progress: Progress | None) -> Callab
     replace = refuse_foreign(out)
     loaded = api.load_spec(spec)
     model = smollm2()
-    given: dict[str, Any] = {"cache": True, "progress": progress, "hf_folder": model.hf_folder}
     with tempfile.TemporaryDirectory(prefix="matmorph-") as scratch:
         seen, judged = _texts(Path(scratch))
         batches = text_calibration(model, seen, WINDOW)
-        compiled = api.compile(model.module, loaded, model.example_inputs, calibration=batches, **given)
+        compiled = api.compile(
+            model.module,
+            loaded,
+            model.example_inputs,
+            calibration=batches,
+            cache=model.cache,
+            progress=progress,
+            hf_folder=model.hf_folder,
+        )
         compiled.save(out, force=replace)
         record(out, {})
-        original = api.compile(model.module, _KEEP, model.example_inputs, **given).save(Path(scratch) / "original")
+        original = unchanged_folder(model, Path(scratch) / "original", progress)
         said: list[str] = []
         corpus = read_corpus(judged, TextFiles.of(out, None, verify=False).tokens())
         score = perplexity(out, corpus.ids, window=WINDOW, prefix=corpus.prefix, beside=original, log=said.append, verify=False)

@@ -188,14 +188,10 @@ def _is_artifact(name: str) -> bool:
 
 
 def _dense(model: str, folder: Path, show: Progress) -> Path:
-    """A model as it is, as a folder."""
-    from matmorph import api
+    from matmorph.cli.unchanged import unchanged_folder
     from matmorph.models.resolve import resolve
 
-    found = resolve(model, cache=False)
-    spec = {"version": 1, "name": "teacher", "rules": [{"match": {"op": "matmul"}, "rewrite": "keep"}]}
-    given: dict[str, Any] = {"kwargs": found.kwargs, "progress": show, "hf_folder": found.hf_folder}
-    return api.compile(found.module, spec, found.example_inputs, found.dynamic_shapes, **given).save(folder)
+    return unchanged_folder(resolve(model, cache=False), folder, show)
 
 
 def _refuse_other_words(folder: Path, train: TrainManifest, taught: Taught) -> None:

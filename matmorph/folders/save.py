@@ -45,6 +45,7 @@ from matmorph.report.reading import read_context
 from matmorph.runtime.check import check
 from matmorph.runtime.difference import difference
 from matmorph.runtime.format.artifact import GRAPH, MANIFEST, SOURCE_GRAPH, SPEC, FileRecord
+from matmorph.runtime.format.cases import Array, Case
 from matmorph.runtime.format.reading import read_json
 from matmorph.runtime.format.version import __version__
 from matmorph.runtime.targets import chosen_targets
@@ -215,13 +216,7 @@ def _rounding(graph: Graph, form: WrittenForm, job: Job, exact: Vectors) -> floa
     if job.spec.export.activations != "int8" or not rounds_activations(graph, integer):
         return 0.0
     rounded = _vectors(graph, form, job, runs_rounded(integer))
-    pairs = [
-        (after.outputs[name], answer, before.compared.get(name))
-        for before, after in zip(exact.cases, rounded.cases, strict=True)
-        for name, answer in before.outputs.items()
-        if answer.dtype.kind == "f"
-    ]
-    found = [difference(after, answer, places) for after, answer, places in pairs]
+    found = [off for before, after in zip(exact.cases, rounded.cases, strict=True) for off in _offs(after, before, before.compared)]
     return ROUNDING_FACTOR * max(filter(math.isfinite, found), default=0.0)
 
 
@@ -230,18 +225,20 @@ def _felt(form: WrittenForm, job: Job, vectors: Vectors) -> float:
     order of summing up that is most; 0 where the cases are not those of the graph as it was traced."""
     if form.fused.compact or job.spec.export.logits != "all":
         return 0.0
-    graph = widened(form.traced, torch.float64)
+    graph, plain = widened(form.traced, torch.float64), widened(form.traced)
     found = [0.0]
     for case in vectors.cases:
         given = [torch.from_numpy(case.inputs[entry.name]) for entry in graph.signature.inputs if entry.value is not None]
         exact = answered(graph, [tensor.double() if tensor.is_floating_point() else tensor for tensor in given], None)
-        others = (answered(widened(form.traced), given, partial(run_apart, chosen)) for chosen in ORDERS)
-        for rounded in (case, *others):
-            pairs = (
-                (array, exact.outputs[name], case.compared.get(name)) for name, array in rounded.outputs.items() if array.dtype.kind == "f"
-            )
-            found += [difference(*pair) for pair in pairs]
+        others = (answered(plain, given, partial(run_apart, chosen)) for chosen in ORDERS)
+        found += [off for rounded in (case, *others) for off in _offs(rounded, exact, case.compared)]
     return min(FELT * max(filter(math.isfinite, found)), ROUNDING_AT_MOST)
+
+
+def _offs(found: Case, exact: Case, compared: Mapping[str, Array]) -> list[float]:
+    """How far each floating-point output is off, where it is compared."""
+    outputs = ((name, array) for name, array in found.outputs.items() if array.dtype.kind == "f")
+    return [difference(array, exact.outputs[name], compared.get(name)) for name, array in outputs]
 
 
 def _widen(staging: Path, tolerance: float) -> None:

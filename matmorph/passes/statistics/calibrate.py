@@ -37,7 +37,6 @@ from matmorph.passes.statistics.empty_cache import with_empty_cache
 from matmorph.passes.statistics.kept import LIMIT
 from matmorph.passes.statistics.rows import HELD_OUT_EVERY, PARTS, Held, Source, groups, held_of, sources
 from matmorph.passes.statistics.stream import Read, Stream, cuts
-from matmorph.passes.statistics.stream import of_batch as of_batch
 from matmorph.progress import StepProgress
 
 SPILL_ABOVE = 1 << 28

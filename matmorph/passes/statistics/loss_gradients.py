@@ -17,7 +17,8 @@ from matmorph.ir.infer import Inference
 from matmorph.ir.training.losses import LABELS, OF_CLASSES, Loss, judged, label_inputs, write_loss
 from matmorph.ir.types import TensorType
 from matmorph.passes.statistics.backward import PASS_BYTES, Backward, Take, slice_samples
-from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
+from matmorph.passes.statistics.calibrate import bound_batch, cut_batch
+from matmorph.passes.statistics.stream import of_batch
 from matmorph.progress import StepProgress
 from matmorph.runtime.format.distillation import Distill
 from matmorph.specs.schema import Train

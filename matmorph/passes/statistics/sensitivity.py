@@ -31,10 +31,11 @@ from matmorph.passes.linalg.svd import power_of_two
 from matmorph.passes.methods.protocol import SiteStats
 from matmorph.passes.rewriting.row_view import RowStep, row_view, undo
 from matmorph.passes.statistics.backward import PASS_BYTES, Backward
-from matmorph.passes.statistics.calibrate import bound_batch, cut_batch, of_batch
+from matmorph.passes.statistics.calibrate import bound_batch, cut_batch
 from matmorph.passes.statistics.loss_gradients import loss_gradients
 from matmorph.passes.statistics.moment_store import MomentStore
 from matmorph.passes.statistics.probes import Probe, probe_of
+from matmorph.passes.statistics.stream import of_batch
 from matmorph.passes.statistics.token_mask import TokenMask, of_rows, token_mask
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Calibration, Spec, Train
