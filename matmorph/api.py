@@ -33,6 +33,7 @@ from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
 from matmorph.passes.selection.explain import Explanation
 from matmorph.passes.selection.explain import explain as explain_site
+from matmorph.passes.work.hiring import hired, keeping, read_workers
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report
 from matmorph.spec import SpecSource, load_spec
@@ -89,6 +90,8 @@ def compile(
     progress: Progress | None = None,
     onnx_lowerings: Mapping[Any, Callable[..., Any]] | None = None,
     hf_folder: str | os.PathLike[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    workers: int | str | None = None,
 ) -> Compiled:
     """Rewrites the model's matmuls by the spec.
 
@@ -100,12 +103,15 @@ def compile(
     (`models.cached_call`); example inputs and calibration are its tokens and their mask, axes get their names by themselves, and training
     graphs have none. onnx_lowerings: translations of your own operators for the export (torch operator -> onnxscript function).
     hf_folder: a Hugging Face folder; its configurations, tokenizer and chat template go into the folder that `save` writes.
+    work: a folder where what is finished is kept, so that the same call goes on after it was ended. workers: a number of processes that the
+    sites are worked on in, "ray" or "ray://HOST:PORT"; None = the threads of this process.
 
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
     """
     loaded = _seeded(load_spec(spec), seed)
     files = {} if hf_folder is None else read_companions(Path(hf_folder))
+    read_workers(workers)
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
@@ -115,7 +121,11 @@ def compile(
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
     examples = _flat_examples(model, graph, example_inputs if call is None else call.examples, kwargs)
     traced = time.perf_counter()
-    done = compile_graph(graph, loaded, all_methods(), _name(model), calibration=calibration, seed=loaded.seed, progress=show)
+    methods, name, folder = all_methods(), _name(model), None if work is None else Path(work)
+    with hired(workers, methods) as hands, keeping(folder, graph, name, hands, methods) as (helped, kept):
+        done = compile_graph(
+            graph, loaded, methods, name, calibration=calibration, seed=loaded.seed, progress=show, hands=helped, work=kept
+        )
     seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
     examples = examples if call is None else tuple(call.examples_of(done.graph))
     job = Job(

@@ -30,6 +30,7 @@ from matmorph.cli.output import complain, refuse_file, say, say_json, write_file
 from matmorph.cli.report import compare_command, diff_command, report_command
 from matmorph.cli.search import search_command
 from matmorph.cli.train import readable_errors, train_command
+from matmorph.cli.work import work_app
 from matmorph.cli.working import step, working
 from matmorph.errors import InputError, MatmorphError
 
@@ -63,6 +64,7 @@ app.command(name="heal", cls=Command)(heal_command)
 app.command(name="search", cls=Command)(search_command)
 app.command(name="merge", cls=Command, short_help="Merge adapters into the weights of DIR.")(merge_command)
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(work_app, name="work")
 app.command(name="report", cls=Command, short_help="Draw report.html of DIR anew, with times.")(report_command)
 app.command(name="layout", cls=Command, short_help="Write DIR as another runtime wants it.")(layout_command)
 app.command(name="compare", cls=Command, short_help="Two folders side by side.")(compare_command)
@@ -176,6 +178,12 @@ def compile_command(
         int | None, typer.Option("--pareto", metavar="N", help="Also the smallest errors at N sizes: table, pareto.json, pareto.svg.")
     ] = None,
     cache: Cache = True,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="Keep what is finished there; the same command goes on after it was ended.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", metavar="N", help="Processes that work on matmuls; or ray, or ray://HOST:PORT.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
     every: Every = False,
     as_json: Json = False,
@@ -211,6 +219,8 @@ def compile_command(
             cache=found.cache,
             progress=show,
             hf_folder=found.hf_folder,
+            work=work,
+            workers=workers,
         )
         front = None if pareto is None else compiled.pareto(pareto)
         folder = compiled.save(out, force=force, train=train, pareto=front)

@@ -30,6 +30,7 @@ from matmorph.passes.statistics.kept import LIMIT
 from matmorph.passes.statistics.rows import sources
 from matmorph.passes.statistics.sensitivity import Sensitivity, with_moments
 from matmorph.passes.statistics.stream import Stream
+from matmorph.passes.work.hands import Hands
 from matmorph.progress import StepProgress
 from matmorph.specs.schema import Calibration, Export, Rule, Tolerance
 
@@ -52,6 +53,7 @@ class Task:
     felt: Sensitivity | None
     progress: StepProgress
     limit: int = LIMIT
+    hands: Hands | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +83,7 @@ def built_in_order(task: Task, pruning: PruningSoFar) -> BuiltInOrder:
     """Raises what `build`, `build_blocks` and `calibrate` raise."""
     divided = task.divided
     refuse_impossible(divided.claims, task.methods)
-    shop, builder = Workshop.over(task.graph, task.methods, task.seed), block_builder(task.graph)
+    shop, builder = Workshop.over(task.graph, task.methods, task.seed, task.hands), block_builder(task.graph)
     impossible = {site for site, rule in divided.claims if isinstance(appraise(site, rule, task.methods), Reject)}
     working = [claim for claim in divided.claims if claim[0] not in impossible]
     refused = build_with(shop, [claim for claim in divided.claims if claim[0] in impossible])

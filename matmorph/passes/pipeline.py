@@ -20,6 +20,8 @@ from matmorph.passes.rewriting.block_pass import PruningSoFar
 from matmorph.passes.rewriting.tolerance import refuse_unmeasured
 from matmorph.passes.selection.survey import Survey
 from matmorph.passes.stage import Built, Run, built, decided, equalised, measured, planned, selected
+from matmorph.passes.work.folder import WorkFolder
+from matmorph.passes.work.hands import Hands
 from matmorph.progress import Progress, silent
 from matmorph.report.model import Report, SiteRow
 from matmorph.runtime.targets import chosen_targets
@@ -99,8 +101,10 @@ def compile_graph(
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    hands: Hands | None = None,
+    work: WorkFolder | None = None,
 ) -> Compilation:
-    """The rewritten graph and its report. With calibration data every claimed site's output error is measured.
+    """The rewritten graph and its report. With calibration data every claimed site's output error is measured. `hands`, `work`: see `Run`.
 
     Raises SpecError (dead rules, `expect`, a method without the data it needs, rejects under `strict`), InputError (calibration data that
     is none), RewriteError (NaN or infinity in a weight), CheckError (tolerance) and VerifyError (our bug).
@@ -110,7 +114,7 @@ def compile_graph(
         for stage in spec.stages:
             refuse_unmeasured(stage.tolerance)
     _refuse_not_finite(graph)
-    run = Run(graph, spec, methods, batches, without_labels(batches, spec, graph, methods), seed, progress)
+    run = Run(graph, spec, methods, batches, without_labels(batches, spec, graph, methods), seed, progress, hands, work)
     so_far = SoFar(graph, graph.notes)
     for stage in run.shots:
         claims = selected(stage, Survey.of(so_far.graph), run)

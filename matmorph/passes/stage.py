@@ -41,9 +41,12 @@ from matmorph.passes.rewriting.tolerance import hold, refuse_rejects
 from matmorph.passes.selection.select import Selection, select
 from matmorph.passes.selection.survey import Survey
 from matmorph.passes.statistics.calibrate import calibrate
+from matmorph.passes.statistics.remembered import Gathered, remembered
 from matmorph.passes.statistics.sensitivity import Sensitivity, sensitivity, with_moments
 from matmorph.passes.statistics.taylor import reads_labels, refuse_without_loss, with_taylor
 from matmorph.passes.statistics.weight_gradients import asks_for_gradients, refuse_without_train, with_gradients
+from matmorph.passes.work.folder import WorkFolder
+from matmorph.passes.work.hands import Hands
 from matmorph.progress import Progress, StepProgress, silent
 from matmorph.report.model import SiteRow
 from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
@@ -61,7 +64,8 @@ AnyValue = TypeVar("AnyValue")
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
     """What all stages of a run share. `source`: the model as traced. `batches`: the calibration data as it was given, which has labels
-    where a method needs them; `inputs`: the same without. Both are None where there is none, as in a plan."""
+    where a method needs them; `inputs`: the same without. Both are None where there is none, as in a plan. `hands`: who does what needs
+    nothing of a graph, None = this process. `work`: where what is finished is kept."""
 
     source: Graph
     spec: Spec
@@ -70,6 +74,8 @@ class Run:
     inputs: Iterable[Any] | None = None
     seed: int = 0
     progress: Progress = silent
+    hands: Hands | None = None
+    work: WorkFolder | None = None
 
     def step(self, what: str) -> StepProgress:
         return partial(self.progress, what)
@@ -148,18 +154,42 @@ def selected(stage: Stage, survey: Survey, run: Run) -> Selected:
 
 def measured(one: Selected, run: Run) -> Measured:
     """SpecError where a method needs data, a loss or labels and there is none; InputError for data that is none."""
-    graph, claims, step = one.survey.graph, one.divided.claims, run.step("differentiating")
-    calibration = one.stage.calibration
+    graph, claims, calibration = one.survey.graph, one.divided.claims, one.stage.calibration
     if calibration.order == "sequential" and run.inputs is None:
         raise SpecError("sequential needs calibration data and none was given", keypath="calibration.order", details=_GIVE_DATA)
     refuse_without_train(claims, run.methods, run.spec.train)
+    kept = None if run.work is None or _reads_on(one, run) else run.work
+    if kept is None or run.batches is None:
+        found = _gathered(one, run)
+    else:
+        asked, samples = _asked(one, run), calibration.samples
+        found = remembered(kept, graph, run.batches, samples, asked, one.survey.sites, lambda: _gathered(one, run))
+        _refuse_undetermined(one, run, found.stats)
+    return Measured(one, with_moments(found.stats, found.felt), found.felt)
+
+
+def _reads_on(one: Selected, run: Run) -> bool:
+    """Whether a method reads batches beyond the samples."""
+    return any(asks_for_gradients([use for uses in rule.alternatives for use in uses], run.methods) for _, rule in one.divided.claims)
+
+
+def _asked(one: Selected, run: Run) -> Any:
+    """What the statistics depend on, graph and batches apart."""
+    needs = tuple((site.path, tuple(sorted(word.value for word in wanted))) for site, wanted in _needs(one, run))
+    jobs = tuple((job.block.consumer.path, job.use.method, job.use.spec) for job in one.divided.jobs)
+    felt = tuple(site.path for site, rule in one.divided.claims if rule.is_open)
+    before = tuple(sorted(site.path for site in _before(one, run)))
+    return (one.stage.calibration, needs, jobs, felt, before, run.spec.seed, run.spec.train)
+
+
+def _gathered(one: Selected, run: Run) -> Gathered:
+    graph, claims, step, calibration = one.survey.graph, one.divided.claims, run.step("differentiating"), one.stage.calibration
     stats = _statistics(one, run)
     stats = with_gradients(graph, claims, run.methods, stats, run.batches, run.spec.train, step)
     # with tables, which have no statistics, and with sites that get theirs only when they are built
     sites = list(dict.fromkeys((*stats, *(site for site, _ in _needs(one, run)), *(site for site, rule in claims if rule.is_open))))
     read = run.batches if calibration.sensitivity == "fisher" else run.inputs
-    felt = sensitivity(graph, calibration, run.spec, sites, read, step)
-    return Measured(one, with_moments(stats, felt), felt)
+    return Gathered(stats, sensitivity(graph, calibration, run.spec, sites, read, step))
 
 
 def equalised(one: Measured, run: Run) -> Measured:
@@ -197,7 +227,7 @@ def decided(one: Measured, coded: int, run: Run) -> Decided:
     if not is_open(before.divided):
         return Decided(one, before.selection, before.divided, None)
     job = _open(before, coded, run)
-    found = decision(job, run.spec, run.methods, one.stats, one.felt, run.progress)
+    found = decision(job, run.spec, run.methods, one.stats, one.felt, run.progress, run.hands)
     return Decided(one, found.selection, closed_part(_divided(before.survey, found.selection, run.methods)), found)
 
 
@@ -211,7 +241,7 @@ def built(one: Decided, pruning: PruningSoFar, run: Run) -> Built:
         pruning, stats = in_order.pruning, in_order.stats
         before: tuple[str, ...] = (*in_order.notes, _ORDER)
     else:
-        outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"))
+        outcomes = build(graph, one.divided.claims, run.methods, stats, seed=run.seed, progress=run.step("rewriting"), hands=run.hands)
         outcomes = (*refuse_slow(remarked(outcomes, one.measured.remarks), export, run.methods), *refused)
         blocks, pruning = build_blocks(graph, one.divided, stats, pruning, run.methods)
         outcomes, before = (*outcomes, *blocks), ()
@@ -282,9 +312,15 @@ def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
         before = _before(one, run)
         needs = [(site, wanted) for site, wanted in needs if site in before]
     stats = calibrate(graph, needs, run.inputs, samples, run.step("calibrating"), token_weights=weights)
+    _refuse_undetermined(one, run, stats)
+    return with_taylor(graph, divided.jobs, methods, stats, run.batches, samples, run.spec.train, run.step("differentiating"))
+
+
+def _refuse_undetermined(one: Selected, run: Run, stats: Mapping[Site, SiteStats]) -> None:
+    divided, methods = one.divided, run.methods
+    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
     judged = (*working, *((job.block.consumer, job.rule) for job in divided.jobs if job.block.consumer in stats))
     refuse_undetermined(one.stage.tolerance, judged, methods, stats)
-    return with_taylor(graph, divided.jobs, methods, stats, run.batches, samples, run.spec.train, run.step("differentiating"))
 
 
 def _needs(one: Selected, run: Run) -> list[tuple[Site, frozenset[Statistic]]]:
@@ -319,6 +355,7 @@ def _task(one: Decided, run: Run) -> Task:
         stats=one.measured.stats,
         felt=one.measured.felt,
         progress=run.step("rewriting"),
+        hands=run.hands,
     )
 
 

@@ -19,6 +19,7 @@ from matmorph.passes.statistics.loss_gradients import dropped, label_names
 from matmorph.passes.statistics.sensitivity import Sensitivity
 from matmorph.passes.statistics.taylor import reads_labels
 from matmorph.passes.statistics.weight_gradients import asks_for_gradients
+from matmorph.passes.work.hands import Hands
 from matmorph.progress import Progress
 from matmorph.specs.schema import Export, Spec, Stage
 
@@ -70,22 +71,33 @@ def planned_notes(job: OpenStage, methods: Methods, export: Export) -> tuple[str
 
 
 def decision(
-    job: OpenStage, spec: Spec, methods: Methods, stats: Mapping[Site, SiteStats], felt: Sensitivity | None, progress: Progress
+    job: OpenStage,
+    spec: Spec,
+    methods: Methods,
+    stats: Mapping[Site, SiteStats],
+    felt: Sensitivity | None,
+    progress: Progress,
+    hands: Hands | None = None,
 ) -> Decision:
     """One concrete choice for every open site and block. Raises SpecError for a budget that cannot be met, and without data."""
     held, offers = job.account(methods, spec.export), job.offers(methods, spec.export)
     refuse_unreachable(held, offers)
-    found = appraised(job, offers, methods, stats, progress)
+    found = appraised(job, offers, methods, stats, progress, hands)
     return decide(found, held, job.selection, stats, [scale_of(one, stats.get(one.site), felt) for one in found])
 
 
 def appraised(
-    job: OpenStage, offers: Sequence[Offer], methods: Methods, stats: Mapping[Site, SiteStats], progress: Progress
+    job: OpenStage,
+    offers: Sequence[Offer],
+    methods: Methods,
+    stats: Mapping[Site, SiteStats],
+    progress: Progress,
+    hands: Hands | None = None,
 ) -> tuple[Offer, ...]:
     """The offers with the errors of their options."""
     jobs = job.open_jobs
     found: list[Offer] = []
-    for one in measured(offers[: len(offers) - len(jobs)], methods, stats, job.stage.tolerance):
+    for one in measured(offers[: len(offers) - len(jobs)], methods, stats, job.stage.tolerance, hands):
         found.append(one)
         progress("decomposing", len(found), len(offers))
     for block_job, one in zip(jobs, offers[len(offers) - len(jobs) :], strict=True):

@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from matmorph.ir.core import Const
 from matmorph.ir.site import Choice, Cost, Reject, Site
 from matmorph.passes.budget.pays import much_slower, refuse_slow
+from matmorph.passes.budget.price_task import Energies, Prices, PriceTask, energies_of, square
 from matmorph.passes.linalg.parallel import ordered_map
-from matmorph.passes.linalg.whiten import size_on_outputs, weighted
 from matmorph.passes.methods.protocol import Error, Methods, SiteStats, dense_cost, site_method
-from matmorph.passes.methods.weights import readable, weighting_of
+from matmorph.passes.methods.weights import readable
 from matmorph.passes.rewriting.rewrite import Outcome, appraise, total_cost
 from matmorph.passes.sizes import item_size, site_bytes
 from matmorph.passes.statistics.sensitivity import Sensitivity
+from matmorph.passes.work.hands import Hands, Here
+from matmorph.passes.work.nest import laid_out
+from matmorph.passes.work.task import bare
 from matmorph.specs.notations import Width
 from matmorph.specs.schema import Export, MethodUse, Rank, Rule
 
@@ -52,14 +52,6 @@ class Option:
     sizes: Sizes
     source: tuple[int, Choice] | None = None
     error: Error = NO_ERROR
-
-
-@dataclass(frozen=True, slots=True)
-class Energies:
-    """Mean squared norms of a site's output for one row: as it is, and as it is felt (None without the gradients' moment)."""
-
-    output: float
-    felt: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,26 +174,28 @@ def measured(
     methods: Methods,
     stats: Mapping[Site, SiteStats],
     tolerance: Tolerance | None = None,
+    hands: Hands | None = None,
 ) -> Iterable[Offer]:
     """The offers with the errors of their options, in order, several sites at a time; those beyond the tolerance are left out."""
-    return ordered_map(lambda one: within(_measured(one, methods, stats.get(one.site)), tolerance), offers)
+    found = hands or Here(methods)
+    return ordered_map(lambda one: within(_measured(one, methods, stats.get(one.site), found), tolerance), offers, found.count)
 
 
-def _measured(one: Offer, methods: Methods, stats: SiteStats | None) -> Offer:
-    """One call of `errors`, so one decomposition, per alternative; what alternatives have in common is found once."""
-    stats = None if stats is None else replace(stats, shared={})
-    errors: dict[tuple[int, Choice], Error] = {}
+def _measured(one: Offer, methods: Methods, stats: SiteStats | None, hands: Hands) -> Offer:
+    asked: list[tuple[int, MethodUse, tuple[Choice, ...]]] = []
     for number, uses in enumerate(one.rule.alternatives):
-        choices = [option.source[1] for option in one.options if option.source is not None and option.source[0] == number]
-        method = site_method(methods, uses[0].method) if uses else None
-        if method is None or method.kind != "replace" or not choices:
-            continue
-        site = replace(one.site, gathers=()) if one.rule.untie else one.site
-        found = method.errors(site, uses[0].spec, choices, stats)
-        errors.update(((number, choice), error) for choice, error in zip(choices, found, strict=True))
-    options = tuple(replace(option, error=errors.get(option.source, NO_ERROR) if option.source else NO_ERROR) for option in one.options)
+        choices = tuple(option.source[1] for option in one.options if option.source is not None and option.source[0] == number)
+        if uses and choices and site_method(methods, uses[0].method).kind == "replace":
+            asked.append((number, uses[0], choices))
     felt = stats is not None and stats.output_moment is not None
-    return replace(one, options=options, energies=energies_of(one.site, stats) if felt else None)
+    if not asked and not felt:
+        return replace(one, options=tuple(replace(option, error=NO_ERROR) for option in one.options))
+    site = replace(one.site, gathers=()) if one.rule.untie else one.site
+    known, weight = laid_out((stats, one.site.weight().detach()))
+    prices: Prices = hands.do(PriceTask(bare(site), tuple(asked), known, weight, felt))
+    errors = {(number, choice): error for number, choice, error in prices.errors}
+    options = tuple(replace(option, error=errors.get(option.source, NO_ERROR) if option.source else NO_ERROR) for option in one.options)
+    return replace(one, options=options, energies=prices.energies)
 
 
 def within(one: Offer, tolerance: Tolerance | None) -> Offer:
@@ -224,20 +218,6 @@ def error_of(option: Option, measured_on_outputs: bool) -> float:
     return float(found if found is not None else option.error.weight_error or 0.0)
 
 
-def energy(site: Site, stats: SiteStats | None, weighting: Tensor | None = None) -> float:
-    """Mean squared norm of the site's output for one row, its bias left out; without statistics |W|^2, and for a table that of one row.
-    With a `weighting` C that of C^T times the output."""
-    w = readable(site, site.weight())
-    if stats is None:
-        return _square(w) / (site.out_features if site.form == "embedding" else 1)
-    rows = max(float(torch.as_tensor(stats.rows).sum()), 1.0)
-    return size_on_outputs(weighted(w, weighting), stats.second_moment) ** 2 / rows
-
-
-def _square(w: Tensor) -> float:
-    return float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
-
-
 @dataclass(frozen=True, slots=True)
 class ErrorScale:
     """What relative errors of one site count. `felt`: of a squared `felt_error`, None where there are none; `other`: of a squared output or
@@ -258,17 +238,12 @@ class ErrorScale:
         return rows + (self.other * error_of(option, on_outputs) ** 2 if felt is None or self.felt is None else self.felt * felt**2)
 
 
-def energies_of(site: Site, stats: SiteStats | None) -> Energies:
-    weighting = weighting_of(site, stats)
-    return Energies(energy(site, stats), None if weighting is None else energy(site, stats, weighting))
-
-
 def scale_of(one: Offer, stats: SiteStats | None, felt: Sensitivity | None) -> ErrorScale:
     """`felt`: None where nothing was gathered. `stats` are those of the offer's site."""
     if felt is None:
         return ErrorScale(None, 1.0)
     site = one.site
-    looked_up = felt.lookups[site] * _square(readable(site, site.weight())) / site.out_features if site.gathers else 0.0
+    looked_up = felt.lookups[site] * square(readable(site, site.weight())) / site.out_features if site.gathers else 0.0
     if not site.applications:
         return ErrorScale(None, 0.0, looked_up)
     found = one.energies or energies_of(site, stats)

@@ -10,8 +10,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
-
 from matmorph.errors import RewriteError, SpecError
 from matmorph.ir.adapter import Adapter
 from matmorph.ir.build import Builder
@@ -20,13 +18,15 @@ from matmorph.ir.infer import Inference
 from matmorph.ir.rewiring import swept
 from matmorph.ir.site import Bound, Choice, Cost, Fragment, Reject, Sample, Site, Spectrum, Statistic
 from matmorph.passes.linalg.parallel import ordered_map
-from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Methods, SiteMethod, SiteStats, dense_cost, refuse_larger, site_method
 from matmorph.passes.pruning.find_blocks import Block
 from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.row_view import unreadable
-from matmorph.passes.rewriting.sample import sample_of, unseen, with_fitted_error
 from matmorph.passes.rewriting.site_builder import SiteScope
+from matmorph.passes.rewriting.site_task import SiteTask, Solved, keeps_node, measured, standing
+from matmorph.passes.work.hands import Hands, Here
+from matmorph.passes.work.nest import laid_out
+from matmorph.passes.work.task import bare
 from matmorph.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def appraise(site: Site, rule: Rule, methods: Methods) -> Reject | tuple[Part, .
         return reason
     parts: list[Part] = []
     for use in rule.rewrite:
-        method = _standing(site_method(methods, use.method), parts)
+        method = standing(site_method(methods, use.method), [part.use for part in parts], methods)
         reject = method.check(site, use.spec) or _without_dense(method, use, parts, methods)
         if reject is not None:
             return reject
@@ -119,12 +119,6 @@ def appraise(site: Site, rule: Rule, methods: Methods) -> Reject | tuple[Part, .
 def _said(choice: Choice) -> tuple[str, ...]:
     """Notes that shapes alone give."""
     return (*((choice.clamped,) if choice.clamped else ()), *choice.notes)
-
-
-def _standing(method: SiteMethod, before: Sequence[Part]) -> SiteMethod:
-    """The form of a method for a site whose weight a method before it may have replaced."""
-    beside = method.beside
-    return method if beside is None or not any(part.kind == "replace" for part in before) else beside
 
 
 def _without_dense(method: SiteMethod, use: MethodUse, before: Sequence[Part], methods: Methods) -> Reject | None:
@@ -181,19 +175,21 @@ def refuse_impossible(claims: Iterable[tuple[Site, Rule]], methods: Methods) -> 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workshop:
     """What all sites of one graph share while their fragments are made. `dotted`: names of weights that are taken. `shared`: weights that
-    several sites read, by what makes them the same."""
+    several sites read, by what makes them the same. `hands`: who does what needs nothing of the graph."""
 
     builder: Builder
     inference: Inference
     dotted: set[str]
     methods: Methods
     seed: int
+    hands: Hands
     shared: dict[Hashable, Const] = field(default_factory=dict)
 
     @classmethod
-    def over(cls, graph: Graph, methods: Methods, seed: int) -> Workshop:
+    def over(cls, graph: Graph, methods: Methods, seed: int, hands: Hands | None = None) -> Workshop:
         inference = Inference(graph.ranges, graph.device)
-        return cls(Builder(graph, inference=inference), inference, {name for const in graph.state for name in const.names}, methods, seed)
+        dotted = {name for const in graph.state for name in const.names}
+        return cls(Builder(graph, inference=inference), inference, dotted, methods, seed, hands or Here(methods))
 
 
 def build(
@@ -204,11 +200,12 @@ def build(
     *,
     seed: int = 0,
     progress: StepProgress | None = None,
+    hands: Hands | None = None,
 ) -> tuple[Outcome, ...]:
-    """An outcome per claim. One site per thread at a time: its weight is let go before the next is read, only factors stay."""
+    """An outcome per claim. One site per hand at a time: its weight is let go before the next is read, only factors stay."""
     listed = list(claims)
     refuse_impossible(listed, methods)
-    return build_with(Workshop.over(graph, methods, seed), listed, stats, progress)
+    return build_with(Workshop.over(graph, methods, seed, hands), listed, stats, progress)
 
 
 def build_with(
@@ -220,9 +217,9 @@ def build_with(
     """The same for some of the claims on a graph, the others of which come later or were before."""
     found: list[Outcome] = []
     plans = [(site, rule, appraise(site, rule, shop.methods), (stats or {}).get(site)) for site, rule in claims]
-    solutions = ordered_map(lambda plan: _solution(shop, *plan), plans)
-    for plan, solution in zip(plans, solutions, strict=True):
-        found.append(_outcome(shop, *plan, solution))
+    solutions = ordered_map(lambda plan: _solved(shop, *plan), plans, shop.hands.count)
+    for plan, solved in zip(plans, solutions, strict=True):
+        found.append(_outcome(shop, *plan, solved))
         if progress is not None:
             progress(len(found), len(claims))
     return tuple(found)
@@ -232,20 +229,21 @@ Appraisal: TypeAlias = Reject | tuple[Part, ...]
 """What `appraise` says of a site."""
 
 
-def _solution(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None) -> Any:
-    """The pure part of the first method, which needs nothing of the other sites; None where the method has none, or will not get so far."""
-    if isinstance(planned, Reject):
+def _solved(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None) -> Solved | None:
+    """The pure part of a rewrite, which needs nothing of the other sites; None where its first method has none, or will not get so far."""
+    if isinstance(planned, Reject) or type(site_method(shop.methods, planned[0].use.method)).solve is SiteMethod.solve:
         return None
-    use, treated = planned[0].use, _treated(site, rule, stats)
-    method = site_method(shop.methods, use.method)
-    if type(method).solve is SiteMethod.solve or (
-        stats is None and needed_statistics(method, use.spec, site)
-    ):  # no weight is read for nothing
-        return None
-    return method.solve(treated, use.spec, planned[0].choice, stats, treated.weight().detach(), shop.seed)
+    if stats is None and any(needed_statistics(site_method(shop.methods, part.use.method), part.use.spec, site) for part in planned):
+        return None  # no weight is read for nothing
+    treated = _treated(site, rule, stats)
+    uses, choices = tuple(part.use for part in planned), tuple(part.choice for part in planned)
+    original = None if stats is None or stats.target is None else site.weight().detach()
+    known, weight, own = laid_out((stats, treated.weight().detach(), original))
+    found: Solved = shop.hands.do(SiteTask(bare(treated), uses, choices, known, weight, own, shop.seed))
+    return found
 
 
-def _outcome(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solution: Any) -> Outcome:
+def _outcome(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: SiteStats | None, solved: Solved | None) -> Outcome:
     if isinstance(planned, Reject):
         return Outcome(site, rule, planned)
     location = f"{rule.at.file}:{rule.at.line}" if rule.at is not None else None
@@ -254,9 +252,9 @@ def _outcome(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: 
     fragments: list[Fragment] = []
     parts: list[Part] = []
     for part, label in zip(planned, _labels(planned), strict=True):
-        method = _standing(site_method(shop.methods, part.use.method), parts)
+        method = standing(site_method(shop.methods, part.use.method), [one.use for one in parts], shop.methods)
         _needs(method, part.use, rule, site, stats)
-        b = scope.builder_for(method, label, shop.seed, fragments, None if fragments else solution)
+        b = scope.builder_for(method, label, shop.seed, fragments, None if fragments or solved is None else solved.solution)
         fragment = method.build(treated, part.use.spec, part.choice, stats, b)
         fragments.append(fragment)
         cost = method.cost(treated, part.use.spec, fragment.choice)
@@ -266,7 +264,7 @@ def _outcome(shop: Workshop, site: Site, rule: Rule, planned: Appraisal, stats: 
         return Outcome(site, rule, reject)
     base = site_method(shop.methods, parts[0].use.method)
     return replace(
-        _measured(site, scope, rule, parts, fragments, stats, shop.methods), adapters=_adapters(site, rule, base, parts, fragments)
+        _finished(site, scope, rule, parts, fragments, stats, shop.methods, solved), adapters=_adapters(site, rule, base, parts, fragments)
     )
 
 
@@ -293,7 +291,7 @@ def _too_large(site: Site, rule: Rule, parts: Iterable[Part]) -> Reject | None:
     return next((reject for reject in judged if reject is not None), None)
 
 
-def _measured(
+def _finished(
     site: Site,
     scope: SiteScope,
     rule: Rule,
@@ -301,26 +299,30 @@ def _measured(
     fragments: Sequence[Fragment],
     stats: SiteStats | None,
     methods: Methods,
+    solved: Solved | None,
 ) -> Outcome:
-    keeps_node = not any(part.kind == "replace" for part in parts) and not any(fragment.holds_dense for fragment in fragments)
-    w = scope.weight() if stats is None or stats.target is None else site.weight().detach()
-    approximation = _stands_for(w, fragments, keeps_node)
-    fitted = [(_standing(site_method(methods, part.use.method), parts[:k]), part.use) for k, part in enumerate(parts)]
-    sample = with_fitted_error(sample_of(site, stats, fitted), w, approximation, stats)
+    uses = [part.use for part in parts]
+    made = [(standing(site_method(methods, use.method), uses[:k], methods), use) for k, use in enumerate(uses)]
+    stays = keeps_node(fragments, made)
+    if solved is None:
+        w = scope.weight() if stats is None or stats.target is None else site.weight().detach()
+        measures = measured(site, made, fragments, stats, w)
+    else:
+        measures = solved.measures
     return Outcome(
         site,
         rule,
         None,
         tuple(parts),
-        weight_error=relative_weight_error(w, approximation),
-        output_error=None if stats is None or unseen(sample) else stats.output_error(w, approximation),
-        sample=sample,
+        weight_error=measures.weight_error,
+        output_error=measures.output_error,
+        sample=measures.sample,
         # a bound for one form says nothing of a sum, and one for the target nothing of the weight
         bound=fragments[0].bound if len(fragments) == 1 and (stats is None or stats.target is None) else None,
         cost=total_cost(site, parts),
-        nodes=scope.close(fragments, keeps_node),
+        nodes=scope.close(fragments, stays),
         consts=tuple(const for fragment in fragments for const in fragment.consts),
-        keeps_dense=keeps_node or _read_again(site, fragments),
+        keeps_dense=stays or _read_again(site, fragments),
         spectrum=fragments[0].spectrum,
     )
 
@@ -357,15 +359,6 @@ def _adapters(site: Site, rule: Rule, first: SiteMethod, parts: Sequence[Part], 
         for part, fragment in zip(parts, fragments, strict=True)
         if (found := fragment.adapter) is not None
     )
-
-
-def _stands_for(w: Tensor, fragments: Sequence[Fragment], keeps_node: bool) -> Tensor:
-    """W' = base + sum of updates, factors as they are stored."""
-    terms = [*([w] if keeps_node else []), *(fragment.weight() for fragment in fragments)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _read_again(site: Site, fragments: Sequence[Fragment]) -> bool:

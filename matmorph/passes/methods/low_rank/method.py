@@ -7,7 +7,7 @@ smallest output error on the calibration data (SVD-LLM, arXiv 2403.07378; see `l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import floor, log10, sqrt
 from typing import ClassVar, Literal
 
@@ -32,6 +32,18 @@ from matmorph.passes.methods.low_rank.settings import LowRankLanguage, LowRankSp
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, ReplaceMethod, SiteStats
 from matmorph.passes.methods.weights import FLOATS, curve_errors, rank_beyond, readable, stored, weighting_of, whitening_of, widened
 from matmorph.specs.schema import Export, Rank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """The factors in the weight's own type, `down` [.., in, rank] and `up` [.., rank, out], and what is to be said of them."""
+
+    down: Tensor
+    up: Tensor
+    rank: int
+    bound: Bound | None
+    spectrum: Spectrum
+    notes: tuple[str, ...]
 
 
 class LowRank(LowRankLanguage, ReplaceMethod):
@@ -87,15 +99,28 @@ class LowRank(LowRankLanguage, ReplaceMethod):
         errors = curve_errors(directions(w, factor, weighting if spec.whiten else None), stats, weighting)
         return [errors[min(choice.rank or 0, len(errors) - 1)] for choice in choices]
 
-    def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
-        """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
-        w = readable(site, b.weight())
+    def solve(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int) -> Cut:
+        """The truncated SVD. Raises RewriteError as `build`."""
+        w = readable(site, weight)
         whitening, weighting = _whitening(site, spec, stats), weighting_of(site, stats) if spec.whiten else None
         objective = _objective(w, whitening, weighting)
         rank = _rank(site, spec, choice, objective)
-        found = truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)
-        factors = [stored(site, factor) for factor in project(w, found.u.to(w.dtype), weighting)]
-        down, up = (b.const(name, factor) for name, factor in zip(("down", "up"), factors, strict=True))
+        found = truncated_svd(objective, rank, solver=spec.solver, seed=seed)
+        down, up = (stored(site, factor) for factor in project(w, found.u.to(w.dtype), weighting))
+        return Cut(
+            down,
+            up,
+            rank,
+            None if weighting is not None else _sharper(w, rank, whitening, stats) or _bound(w, objective, found.optimum, whitening),
+            _spectrum(found.spectrum, rank, _seen(whitening, weighting), min(site.in_features, site.out_features)),
+            (*(whitening.notes if whitening else ()), *_solver_note(found)),
+        )
+
+    def build(self, site: Site, spec: LowRankSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
+        """Raises RewriteError for NaN or infinity in the weight (named), or factors that leave the range of the stored type."""
+        found = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
+        factors = {"down": found.down, "up": found.up}
+        down, up = (b.const(name, factor) for name, factor in factors.items())
 
         def body(rows: Value) -> Value:
             return b.matmul(b.matmul(rows, down, name="down"), up, name="up")
@@ -103,11 +128,11 @@ class LowRank(LowRankLanguage, ReplaceMethod):
         return b.fragment(
             body,
             [down, up],
-            lambda: self.merge({"down": factors[0], "up": factors[1]})[0],
-            choice=Choice(rank),
-            bound=None if weighting is not None else _sharper(w, rank, whitening, stats) or _bound(w, objective, found.optimum, whitening),
-            spectrum=_spectrum(found.spectrum, rank, _seen(whitening, weighting), min(site.in_features, site.out_features)),
-            notes=(*(whitening.notes if whitening else ()), *_solver_note(found)),
+            lambda: self.merge(factors)[0],
+            choice=Choice(found.rank),
+            bound=found.bound,
+            spectrum=found.spectrum,
+            notes=found.notes,
         )
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matmorph.ir.core import Value
 from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Site, Statistic
+from matmorph.passes.linalg.quantize import Quantized
 from matmorph.passes.linalg.whiten import relative_weight_error
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats
 from matmorph.passes.methods.qlora.settings import QLoraLanguage, QLoraSpec
@@ -54,11 +55,18 @@ class QLora(QLoraLanguage, QuantizedPair):
         dense = quantized_or_refused(site, lambda: rounding(w)).dequantize()
         return [Error(relative_weight_error(w, dense)) for _ in choices]
 
+    def solve(
+        self, site: Site, spec: QLoraSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int
+    ) -> tuple[Quantized, tuple[str, ...]]:
+        """The codes, and what the calibration data had to note. Raises RewriteError as `build`."""
+        w = readable(site, weight)
+        rounding = rounding_for(site, spec, curvature_of(site, spec, w, stats))
+        return quantized_or_refused(site, lambda: rounding(w)), rounding.notes
+
     def build(self, site: Site, spec: QLoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for NaN or infinity in the weight (named) and for scales outside their type."""
-        w = readable(site, b.weight())
-        rounding = rounding_for(site, spec, curvature_of(site, spec, w, stats))
-        base = base_of(site, spec, quantized_or_refused(site, lambda: rounding(w)), b)
+        quantized, said = b.solution or self.solve(site, spec, choice, stats, b.weight(), b.seed)
+        base = base_of(site, spec, quantized, b)
         rank, scale = choice.rank or 1, spec.adapter_scale
         down = b.const("down", stored(site, _drawn(site, rank, b.seed)))
         up = b.const("up", stored(site, torch.zeros(rank, site.out_features)))
@@ -68,7 +76,7 @@ class QLora(QLoraLanguage, QuantizedPair):
             scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
-        notes = (*rounding.notes, *size_notes(site, spec))
+        notes = (*said, *size_notes(site, spec))
         adapter = FragmentAdapter({"down": down, "up": up}, scale)
         return b.fragment(body, [*base.consts, down, up], base.dense, choice=choice, adds_bias=True, notes=notes, adapter=adapter)
 
