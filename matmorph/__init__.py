@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from matmorph.runtime.format.version import __version__
 
 if TYPE_CHECKING:
-    from matmorph.api import Model, Report, compile, explain, inspect_model, plan, trace
+    from matmorph.api import Model, Report, compile, explain, inspect_model, open_folder, plan, trace
     from matmorph.compiled import Compiled
     from matmorph.models.text_batches import text_batches
     from matmorph.optimizers import SGD, AdamAtan2, AdamW, Lion
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matmorph.specs.schema import Rule
 
 _HOMES = {
-    **dict.fromkeys(("Model", "Report", "compile", "explain", "inspect_model", "plan", "trace"), "matmorph.api"),
+    **dict.fromkeys(("Model", "Report", "compile", "explain", "inspect_model", "open_folder", "plan", "trace"), "matmorph.api"),
     **dict.fromkeys(("Spec", "load_spec", "method", "methods"), "matmorph.spec"),
     **dict.fromkeys(("Auto", "Energy", "MaxError", "Percent", "Ratio"), "matmorph.specs.objects"),
     **dict.fromkeys(("SGD", "AdamAtan2", "AdamW", "Lion"), "matmorph.optimizers"),
@@ -55,6 +55,7 @@ __all__ = [
     "load_spec",
     "method",
     "methods",
+    "open_folder",
     "plan",
     "prune_schedule",
     "text_batches",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +29,8 @@ from matmorph.ir.tracing.trace import trace
 from matmorph.ir.tracing.unwrap import unwrapped
 from matmorph.models.cached_call import CachedCall, cached_call
 from matmorph.models.companions import read_companions
-from matmorph.models.resolve import Model
+from matmorph.models.meta_model import WeightSource, with_weights
+from matmorph.models.resolve import Model, open_folder
 from matmorph.passes.methods import all_methods
 from matmorph.passes.pipeline import compile_graph, inspect_graph, plan_graph
 from matmorph.passes.selection.explain import Explanation
@@ -39,7 +41,7 @@ from matmorph.report.model import Report
 from matmorph.spec import SpecSource, load_spec
 from matmorph.specs.schema import Spec
 
-__all__ = ["Compiled", "Model", "Report", "compile", "explain", "inspect_model", "load_spec", "plan", "trace"]
+__all__ = ["Compiled", "Model", "Report", "compile", "explain", "inspect_model", "load_spec", "open_folder", "plan", "trace"]
 
 Kwargs: TypeAlias = Mapping[str, Any] | None
 
@@ -48,32 +50,55 @@ def _name(model: Any) -> str:
     return type(unwrapped(model)[0]).__name__
 
 
-def inspect_model(model: Any, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None, cache: bool = False) -> Report:
-    """Every matmul site as it is: rows of status "unclaimed". `cache` as `compile` has it."""
-    return inspect_graph(_traced(model, example_inputs, dynamic_shapes, kwargs, cache)[0], _name(model))
+def inspect_model(
+    model: Any,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    *,
+    kwargs: Kwargs = None,
+    cache: bool = False,
+    weights: WeightSource | None = None,
+) -> Report:
+    """Every matmul site as it is: rows of status "unclaimed". `cache` and `weights` as `compile` has them."""
+    return inspect_graph(_traced(model, example_inputs, dynamic_shapes, kwargs, cache, weights)[0], _name(model))
 
 
 def plan(
-    model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any = None, *, kwargs: Kwargs = None, cache: bool = False
+    model: Any,
+    spec: SpecSource,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    *,
+    kwargs: Kwargs = None,
+    cache: bool = False,
+    weights: WeightSource | None = None,
 ) -> Report:
     """What `compile` would do and what it would cost; needs no weights (a model on the meta device will do), calibration or labels.
 
     The rows are those of compile's report; errors are None, and `rank_at_most` marks ranks that the data decides.
     """
     loaded = load_spec(spec)
-    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
+    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache, weights)
     planned = plan_graph(graph, loaded, all_methods(), _name(model))
     form = written_form(graph, loaded.export, None if call is None else call.max_length)
     return replace(planned, notes=(*planned.notes, *form.notes))
 
 
 def explain(
-    model: Any, spec: SpecSource, example_inputs: Any, dynamic_shapes: Any, path: str, *, kwargs: Kwargs = None, cache: bool = False
+    model: Any,
+    spec: SpecSource,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    path: str,
+    *,
+    kwargs: Kwargs = None,
+    cache: bool = False,
+    weights: WeightSource | None = None,
 ) -> Explanation:
     """Why the site at `path` is or is not claimed: each rule of the first stage, condition by condition. Raises InputError for a path
     that is no site (with the nearest)."""
     loaded = load_spec(spec)
-    graph, _ = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
+    graph, _ = _traced(model, example_inputs, dynamic_shapes, kwargs, cache, weights)
     return explain_site(loaded.stages[0], graph, find_sites(graph), path)
 
 
@@ -92,6 +117,7 @@ def compile(
     hf_folder: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     workers: int | str | None = None,
+    weights: WeightSource | None = None,
 ) -> Compiled:
     """Rewrites the model's matmuls by the spec.
 
@@ -105,6 +131,8 @@ def compile(
     hf_folder: a Hugging Face folder; its configurations, tokenizer and chat template go into the folder that `save` writes.
     work: a folder where what is finished is kept, so that the same call goes on after it was ended. workers: a number of processes that the
     sites are worked on in, "ray" or "ray://HOST:PORT"; None = the threads of this process.
+    weights: of a model on the meta device, `open_folder(...).weights` or a folder with safetensors files: they stay in their files, and
+    each is read when it is needed.
 
     Raises SpecError, InputError, TraceError, RewriteError (exit code 2 on the command line) and CheckError (a tolerance that does not
     hold, 1). The model itself is not changed.
@@ -115,7 +143,7 @@ def compile(
     show = progress or silent
     started = time.perf_counter()
     show("tracing", 0, 1)
-    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache)
+    graph, call = _traced(model, example_inputs, dynamic_shapes, kwargs, cache, weights)
     show("tracing", 1, 1)
     if graph.device == "meta":
         raise InputError("the model is on the meta device and has no weights: it can be planned, not compiled")
@@ -144,8 +172,22 @@ def compile(
     return Compiled(job, show)
 
 
-def _traced(model: Any, example_inputs: Any, dynamic_shapes: Any, kwargs: Kwargs, cache: bool) -> tuple[Graph, CachedCall | None]:
+def _traced(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, kwargs: Kwargs, cache: bool, weights: WeightSource | None
+) -> tuple[Graph, CachedCall | None]:
     """The model's graph, and how it is called where it keeps its cache."""
+    if weights is None:
+        return _traced_as_it_is(model, example_inputs, dynamic_shapes, kwargs, cache, nullcontext())
+    module, found = with_weights(model, weights)
+    with found.filled(module) as filled:
+        graph, call = _traced_as_it_is(module, example_inputs, dynamic_shapes, kwargs, cache, filled.frugal())
+    return found.referred(graph), call
+
+
+def _traced_as_it_is(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, kwargs: Kwargs, cache: bool, running: AbstractContextManager[None]
+) -> tuple[Graph, CachedCall | None]:
+    """running: entered while the model itself runs, which a trace does not."""
     if not cache:
         return trace(model, example_inputs, dynamic_shapes, kwargs=kwargs), None
     module, _ = unwrapped(model)
@@ -153,7 +195,9 @@ def _traced(model: Any, example_inputs: Any, dynamic_shapes: Any, kwargs: Kwargs
         raise InputError(f"cache=True is for a model of transformers, and this is a {type(module).__name__}")
     if dynamic_shapes is not None or kwargs is not None:
         raise InputError("a model with cache=True takes neither dynamic_shapes nor kwargs: its axes get their names by themselves")
-    with cached_call(module, example_inputs) as call:
+    with ExitStack() as stack:
+        with running:
+            call = stack.enter_context(cached_call(module, example_inputs))
         return trace(model, call.examples, call.axes), call
 
 

@@ -191,7 +191,7 @@ def _dense(model: str, folder: Path, show: Progress) -> Path:
     from matmorph.cli.unchanged import unchanged_folder
     from matmorph.models.resolve import resolve
 
-    return unchanged_folder(resolve(model, cache=False), folder, show)
+    return unchanged_folder(resolve(model, cache=False, by_reference=True), folder, show)
 
 
 def _refuse_other_words(folder: Path, train: TrainManifest, taught: Taught) -> None:

@@ -105,9 +105,10 @@ def inspect_command(model: ModelName, cache: Cache = True, every: Every = False,
         from matmorph.models.resolve import resolve
         from matmorph.report.table import print_inspect
 
-        found = resolve(model, cache)
+        found = resolve(model, cache, by_reference=True)
         with step(show, "tracing"):
-            report = api.inspect_model(found.module, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs, cache=found.cache)
+            inputs = (found.example_inputs, found.dynamic_shapes)
+            report = api.inspect_model(found.module, *inputs, kwargs=found.kwargs, cache=found.cache, weights=found.weights)
     _show(report, as_json, every, print_inspect)
 
 
@@ -124,9 +125,10 @@ def plan(model: ModelName, spec: SpecName, cache: Cache = True, every: Every = F
         from matmorph.models.resolve import resolve
         from matmorph.report.table import print_plan
 
-        found = resolve(model, cache)
+        found = resolve(model, cache, by_reference=True)
         with step(show, "tracing and planning"):
-            report = api.plan(found.module, loaded, found.example_inputs, found.dynamic_shapes, kwargs=found.kwargs, cache=found.cache)
+            inputs = (found.example_inputs, found.dynamic_shapes)
+            report = api.plan(found.module, loaded, *inputs, kwargs=found.kwargs, cache=found.cache, weights=found.weights)
     _show(report, as_json, every, print_plan)
 
 
@@ -148,10 +150,10 @@ def explain(
         from matmorph import api
         from matmorph.models.resolve import resolve
 
-        found = resolve(model, cache)
+        found = resolve(model, cache, by_reference=True)
         with step(show, "tracing"):
             inputs = (found.example_inputs, found.dynamic_shapes)
-            explanation = api.explain(found.module, loaded, *inputs, node, kwargs=found.kwargs, cache=found.cache)
+            explanation = api.explain(found.module, loaded, *inputs, node, kwargs=found.kwargs, cache=found.cache, weights=found.weights)
     if as_json:
         say_json(explanation.to_dict())
     else:
@@ -207,7 +209,7 @@ def compile_command(
 
         if pareto is not None:
             refuse_unswept(loaded, pareto)
-        found = resolve(model, cache)
+        found = resolve(model, cache, by_reference=True)
         batches = _calibration(found, calibration, calibration_text, length, samples)
         compiled = api.compile(
             found.module,
@@ -221,6 +223,7 @@ def compile_command(
             hf_folder=found.hf_folder,
             work=work,
             workers=workers,
+            weights=found.weights,
         )
         front = None if pareto is None else compiled.pareto(pareto)
         folder = compiled.save(out, force=force, train=train, pareto=front)

@@ -24,5 +24,6 @@ def unchanged_folder(model: Model, folder: Path, progress: Progress | None = Non
         cache=model.cache,
         progress=progress,
         hf_folder=model.hf_folder,
+        weights=model.weights,
     )
     return compiled.save(folder)

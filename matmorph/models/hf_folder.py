@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.exporters.staging import is_artifact
 from matmorph.models.hf_trust import judge_folder, refused_code
+
+if TYPE_CHECKING:
+    from matmorph.models.by_reference import Weights
 
 BATCH = 2
 SEQUENCE = 16
@@ -23,16 +26,19 @@ _FACTORY_HINT = "use a package.module:factory that returns matmorph.Model(module
 
 @dataclass(frozen=True, slots=True)
 class FolderModel:
-    """`module` with example inputs drawn from a fixed seed, and the names of their dynamic `axes`, None where a cache gives them."""
+    """`module` with example inputs drawn from a fixed seed, and the names of their dynamic `axes`, None where a cache gives them.
+    `weights`: where its parameters lie, which are on the meta device then; None where they are in memory."""
 
     module: Any
     examples: dict[str, Any]
     axes: dict[str, dict[int, str]] | None
     cache: bool
+    weights: Weights | None = None
 
 
-def load_folder(folder: Path, cache: bool = False) -> FolderModel:
-    """The folder's model. cache: a causal language model, which is known by its class, keeps its key/value cache.
+def load_folder(folder: Path, cache: bool = False, by_reference: bool = False) -> FolderModel:
+    """The folder's model. cache: a causal language model, which is known by its class, keeps its key/value cache. by_reference: weights
+    that lie in safetensors files stay there.
 
     Raises InputError naming the folder and the fault.
     """
@@ -46,16 +52,18 @@ def load_folder(folder: Path, cache: bool = False) -> FolderModel:
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise InputError(f"{config_file}: names no class under architectures")
     judge_folder(folder, config)
-    return called(folder, load_pretrained(folder, architectures[0], refused_code(config)), cache)
+    cls = _class_of(folder, architectures[0], refused_code(config))
+    module, weights = open_pretrained(folder, cls) if by_reference else (_pretrained(folder, cls), None)
+    return called(folder, module, cache, weights)
 
 
-def called(folder: Path, module: Any, cache: bool) -> FolderModel:
+def called(folder: Path, module: Any, cache: bool, weights: Weights | None = None) -> FolderModel:
     """A module of transformers with how it is called. folder: where it came from, for messages. InputError as `load_folder`."""
     name = type(module).__name__
     cached = cache and (_is_causal(name, module) or _is_seq2seq(name, module))
     examples = _examples(folder, module, cached)
     tensors = {name: tensor for name, (tensor, _) in examples.items()}
-    return FolderModel(module, tensors, None if cached else {name: axes for name, (_, axes) in examples.items()}, cached)
+    return FolderModel(module, tensors, None if cached else {name: axes for name, (_, axes) in examples.items()}, cached, weights)
 
 
 def _is_causal(architecture: str, module: Any) -> bool:
@@ -102,6 +110,38 @@ def load_pretrained(folder: Path, architecture: str, elsewhere: str = "") -> Any
 
     A weight that the files do not hold would be initialised at random: that is an InputError here.
     """
+    return _pretrained(folder, _class_of(folder, architecture, elsewhere))
+
+
+def open_pretrained(folder: Path, cls: Any, config: Any = None) -> tuple[Any, Weights | None]:
+    """The same with the parameters on the meta device, and where in the safetensors files they lie; loaded whole, and None, where there are
+    no such files or the model's configuration asks for more than to read them. config: of a model that differs from the folder's.
+
+    InputError as `load_pretrained`, and before anything is computed for a file that is missing, cut off, or has a tensor of another shape
+    or kind than the model.
+    """
+    from matmorph.models.by_reference import emptied, mapped_tensors
+    from matmorph.models.shards import stored_tensors
+
+    with _told(folder, cls):
+        config = cls.config_class.from_pretrained(str(folder), local_files_only=True) if config is None else config
+    elsewhere = any(getattr(config, name, None) is not None for name in _NOT_AS_STORED) or bool(getattr(type(config), "extra_files", ()))
+    stored = None if elsewhere else stored_tensors(folder)
+    if stored is None:
+        return _pretrained(folder, cls), None
+    tensors = mapped_tensors(stored)
+    module = _pretrained(folder, cls, config=config, state_dict=dict(tensors), ignore_mismatched_sizes=True)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in stored and parameter.is_floating_point() and not stored[name].dtype.is_floating_point:
+            raise InputError(f"{stored[name].path}: {name} is {_spelled(stored[name].dtype)}, and {cls.__name__} computes with it")
+    return module, emptied(module, folder, stored, tensors)
+
+
+_NOT_AS_STORED = ("quantization_config", "transformers_weights")
+"""Settings of a configuration with which transformers reads weights in ways of its own."""
+
+
+def _class_of(folder: Path, architecture: str, elsewhere: str = "") -> Any:
     transformers = import_or_fail("transformers", f"{folder}: the package transformers is not installed")
     cls = getattr(transformers, architecture, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
@@ -109,19 +149,46 @@ def load_pretrained(folder: Path, architecture: str, elsewhere: str = "") -> Any
         raise InputError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} has no {architecture}{elsewhere or hint}", [_FACTORY_HINT]
         )
-    with quiet_loading(transformers):
-        try:
-            module, info = cls.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
-            )
-        except Exception as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"{folder}: {architecture} cannot be loaded: {line.replace(str(folder), 'the folder')}") from error
+    return cls
+
+
+def _pretrained(folder: Path, cls: Any, **given: Any) -> Any:
+    """given: a configuration and tensors in the place of the folder's."""
+    place = None if given else str(folder)
+    with _told(folder, cls):
+        module, info = cls.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True, **given
+        )
+    _refuse_other_shapes(folder, cls, info)
     missing = sorted(info["missing_keys"])
     if missing:
         details = [*missing[:5], *([f"and {len(missing) - 5} more"] if len(missing) > 5 else [])]
-        raise InputError(f"{folder}: the files lack {len(missing)} weight{'s' if len(missing) > 1 else ''} of {architecture}", details)
+        raise InputError(f"{folder}: the files lack {len(missing)} weight{'s' if len(missing) > 1 else ''} of {cls.__name__}", details)
     return module.eval()
+
+
+def _refuse_other_shapes(folder: Path, cls: Any, info: Mapping[str, Any]) -> None:
+    found = sorted((name, list(stored), list(wanted)) for name, stored, wanted in info.get("mismatched_keys", ()))
+    if found:
+        details = [f"{name}: {stored} in the files, {wanted} in the model" for name, stored, wanted in found[:5]]
+        raise InputError(f"{folder}: {len(found)} weight{'s' if len(found) > 1 else ''} of {cls.__name__} have another shape", details)
+
+
+def _spelled(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _told(folder: Path, cls: Any) -> Iterator[None]:
+    """Whatever transformers raises, as InputError in one line; nothing of what it says beside."""
+    with quiet_loading(import_or_fail("transformers", f"{folder}: the package transformers is not installed")):
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{folder}: {cls.__name__} cannot be loaded: {line.replace(str(folder), 'the folder')}") from error
 
 
 @contextmanager

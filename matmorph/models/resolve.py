@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from matmorph.errors import InputError, did_you_mean
 from matmorph.models.hf_folder import DEMO_HINT, called, import_or_fail, load_folder, load_pretrained
+
+if TYPE_CHECKING:
+    from matmorph.models.by_reference import Weights
 
 Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
 """Example inputs: a dict = keyword arguments, a tuple = positional ones."""
@@ -57,7 +60,7 @@ class Model:
     as `compile` takes them, used where a method asks for statistics and no file is given. `kwargs`: keyword arguments beside positional
     ones. `cache`: a causal language model of transformers is compiled with its key/value cache (`models.cached_call`); the example inputs
     are then its tokens and their mask, and axes get their names by themselves. `hf_folder`: a Hugging Face folder, whose configurations
-    and tokenizer go into what is written.
+    and tokenizer go into what is written. `weights`: where the weights of a module on the meta device lie (`open_folder`).
     """
 
     module: Any
@@ -67,17 +70,36 @@ class Model:
     kwargs: Mapping[str, Any] | None = None
     cache: bool = False
     hf_folder: str | os.PathLike[str] | None = None
+    weights: Weights | None = None
 
 
-def resolve(name: str, cache: bool = True) -> Model:
+def open_folder(path: str | os.PathLike[str], cache: bool = True) -> Model:
+    """The model of a Hugging Face folder, whose weights stay in its safetensors files: `module` has its parameters on the meta device, and
+    `weights` says where each of them lies. What reads them maps one at a time, so the model may be larger than memory.
+
+    cache: a causal language model keeps its key/value cache. A folder of other files is loaded whole, and `weights` is None; what
+    transformers converts as it loads is held in memory. Raises InputError, before anything is computed, for a folder that is none, and for
+    a file that is missing, cut off, lacks a tensor or has one of another shape or kind.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (models are never downloaded: give the folder of a downloaded one)")
+    return _folder(folder, cache, by_reference=True)
+
+
+def _folder(folder: Path, cache: bool, by_reference: bool) -> Model:
+    found = load_folder(folder, cache, by_reference)
+    return Model(found.module, found.examples, found.axes, cache=found.cache, hf_folder=folder, weights=found.weights)
+
+
+def resolve(name: str, cache: bool = True, by_reference: bool = False) -> Model:
     """The model that `name` stands for (see the forms above). cache False: without a key/value cache, which the causal language model
-    of a folder has else. Raises InputError."""
+    of a folder has else. by_reference: a folder's weights stay in it (`open_folder`). Raises InputError."""
     if name in EMBEDDED:
         return EMBEDDED[name]() if cache else _plain(EMBEDDED[name]())
     path = Path(name)
     if path.is_dir():
-        found = load_folder(path, cache)
-        return Model(found.module, found.examples, found.axes, cache=found.cache, hf_folder=path)
+        return _folder(path, cache, by_reference)
     if path.suffix == ".gguf":
         return _gguf(path, cache)
     if path.suffix == ".pt2":

@@ -108,12 +108,16 @@ def _traced_before(model: CompiledModule, example_inputs: Any, dynamic_shapes: A
     return replace(graph, ranges=axes.within(graph.ranges))
 
 
+_META = "weights on the meta device have no numbers: weights=FOLDER says which files have them"
+
+
 def _device(model: torch.nn.Module) -> torch.device:
     devices: dict[torch.device, str] = {}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = [f"{name} is on {device}" for device, name in devices.items()]
+        where += [_META] if torch.device("meta") in devices else []
         raise InputError(f"the model's parameters are on {len(devices)} devices; move them to one with model.to(...)", where)
     return next(iter(devices), torch.device("cpu"))
 
