@@ -25,7 +25,7 @@ PACKAGE = ROOT / "matmorph"
 # A module may import only from its own line and from lines above it. The longest matching prefix counts.
 LAYERS = (
     ("matmorph.runtime.targets",),  # records of execution providers, for the compiler too; the rest of the runtime stands apart
-    ("matmorph.errors", "matmorph.progress"),
+    ("matmorph.errors", "matmorph.progress", "matmorph.memory"),
     ("matmorph.text",),  # text becomes tokens, for whoever calibrates or evaluates
     ("matmorph.optimizers",),  # settings for the specs, rules for the exporters
     ("matmorph.ir",),

@@ -24,6 +24,7 @@ import matmorph
 from matmorph import __version__
 from matmorph.cli.completion import parts
 from matmorph.cli.main import app, main
+from matmorph.cli.watching import Lines
 from matmorph.cli.working import working
 from matmorph.errors import CheckError, InputError, MatmorphError, Position, SpecError, VerifyError
 from matmorph.models.resolve import Model
@@ -203,7 +204,7 @@ def test_compile_json_is_the_report_alone(run: Run, api: StandIn, tmp_path: Path
     done = run("compile", "minilm", "--spec", "s.yaml", "--out", tmp_path / "out", "--json")
     assert done.err == ""
     assert json.loads(done.out) == json.loads(json.dumps(make_report().to_dict()))
-    assert api.given("compile")[1]["progress"] is silent
+    assert isinstance(api.given("compile")[1]["progress"], Lines)
 
 
 def test_calibration_file_replaces_the_models_own(run: Run, api: StandIn, tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
         assert show is silent
     monkeypatch.setenv("FORCE_COLOR", "1")
     with working(quiet=True) as show:
-        assert show is silent
+        assert isinstance(show, Lines)
     with working(first="loading a model") as show:
         show("calibrate", 0, None)
         show("calibrate", 3, 7)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
+from matmorph.cli.watching import as_bars, as_lines
 from matmorph.errors import InputError
 from matmorph.progress import Progress, silent
-from matmorph.runtime.format.printable import printable
 
 
 @contextmanager
@@ -70,27 +70,17 @@ def _descriptor(stream: Any) -> int | None:
 
 @contextmanager
 def drawn(quiet: bool = False, first: str = "starting") -> Iterator[Progress]:
-    """Tells how far it is, on stderr where that is a terminal and unless `quiet`, from the first moment on: `first` is what goes on until
-    something else is said. Gone when done."""
+    """Tells how far it is, on stderr where that is a terminal, from the first moment on: `first` is what goes on until something else is
+    said. Gone when done. `quiet`, as stdout is for a program: a line of JSON every other second, wherever stderr goes."""
     if quiet:
-        yield silent
+        with as_lines(first) as lines:
+            yield lines
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield silent
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {first: bars.add_task(printable(first), total=1)}
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(printable(what), total=total)
-                bars.update(tasks[first], completed=1)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
+    with as_bars(console, first) as bars:
+        yield bars

@@ -38,7 +38,7 @@ from matmorph.ir.randomness import drawing
 from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.attention.coded_cache import coded_examples
 from matmorph.passes.methods import all_methods
-from matmorph.progress import Progress
+from matmorph.progress import Progress, Step, tell
 from matmorph.report.html import html_page
 from matmorph.report.model import Parity, Report
 from matmorph.report.reading import read_context
@@ -120,8 +120,8 @@ def save(folder: Path, job: Job, force: bool, progress: Progress) -> Report:
         halves=halves,
     )
     total = len(job.graph.used_state())
-    numbers = iter(range(1, total + 1))
-    write_artifact(folder, artifact, force, progress=lambda path, size: progress("exporting", next(numbers, total), total))
+    numbers, step = iter(range(1, total + 1)), Step(progress, "exporting")
+    write_artifact(folder, artifact, force, progress=lambda path, size: tell(step, path, next(numbers, total), total))
     return final[0]
 
 

@@ -31,7 +31,7 @@ from matmorph.passes.statistics.rows import sources
 from matmorph.passes.statistics.sensitivity import Sensitivity, with_moments
 from matmorph.passes.statistics.stream import Stream
 from matmorph.passes.work.hands import Hands
-from matmorph.progress import StepProgress
+from matmorph.progress import StepProgress, tell
 from matmorph.specs.schema import Calibration, Export, Rule, Tolerance
 
 Claims = tuple[tuple[Site, Rule], ...]
@@ -66,6 +66,11 @@ class Step:
     claims: Claims = ()
     job: BlockJob | None = None
     reads: tuple[Site, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its first matmul, or its block."""
+        return self.claims[0][0].path if self.job is None else self.job.block.name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +111,7 @@ def built_in_order(task: Task, pruning: PruningSoFar) -> BuiltInOrder:
         pair = pair.changed(built)
         found += built
         known |= {site: _without_matrices(each) for site, each in stats.items()}
-        task.progress(number + 1, len(steps))
+        tell(task.progress, step.name, number + 1, len(steps))
     place = {site: index for index, (site, _) in enumerate(divided.claims)}
     ordered = sorted(found, key=lambda outcome: place.get(outcome.site, len(place)))
     return BuiltInOrder(tuple(ordered), pruning, known, tuple(notes))

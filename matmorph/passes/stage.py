@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from matmorph.errors import MatmorphError, SpecError
@@ -47,7 +46,7 @@ from matmorph.passes.statistics.taylor import reads_labels, refuse_without_loss,
 from matmorph.passes.statistics.weight_gradients import asks_for_gradients, refuse_without_train, with_gradients
 from matmorph.passes.work.folder import WorkFolder
 from matmorph.passes.work.hands import Hands
-from matmorph.progress import Progress, StepProgress, silent
+from matmorph.progress import Progress, Step, silent
 from matmorph.report.model import SiteRow
 from matmorph.specs.schema import AnyOf, Export, MethodUse, Rule, Spec, Stage
 
@@ -77,8 +76,8 @@ class Run:
     hands: Hands | None = None
     work: WorkFolder | None = None
 
-    def step(self, what: str) -> StepProgress:
-        return partial(self.progress, what)
+    def step(self, what: str) -> Step:
+        return Step(self.progress, what)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -20,7 +20,7 @@ from matmorph.passes.statistics.sensitivity import Sensitivity
 from matmorph.passes.statistics.taylor import reads_labels
 from matmorph.passes.statistics.weight_gradients import asks_for_gradients
 from matmorph.passes.work.hands import Hands
-from matmorph.progress import Progress
+from matmorph.progress import Progress, Step, tell
 from matmorph.specs.schema import Export, Spec, Stage
 
 
@@ -97,13 +97,14 @@ def appraised(
     """The offers with the errors of their options."""
     jobs = job.open_jobs
     found: list[Offer] = []
+    step = Step(progress, "decomposing")
     for one in measured(offers[: len(offers) - len(jobs)], methods, stats, job.stage.tolerance, hands):
         found.append(one)
-        progress("decomposing", len(found), len(offers))
+        tell(step, one.site.path, len(found), len(offers))
     for block_job, one in zip(jobs, offers[len(offers) - len(jobs) :], strict=True):
         refuse_without_data(block_job, methods, stats)
         found.append(within(_block_errors(block_job, block_method(methods, block_job.use.method), one, stats), job.stage.tolerance))
-        progress("decomposing", len(found), len(offers))
+        tell(step, one.site.path, len(found), len(offers))
     return tuple(found)
 
 

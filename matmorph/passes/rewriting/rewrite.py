@@ -27,7 +27,7 @@ from matmorph.passes.rewriting.site_task import SiteTask, Solved, keeps_node, me
 from matmorph.passes.work.hands import Hands, Here
 from matmorph.passes.work.nest import laid_out
 from matmorph.passes.work.task import bare
-from matmorph.progress import StepProgress
+from matmorph.progress import StepProgress, tell
 
 if TYPE_CHECKING:
     from matmorph.specs.schema import MethodUse, Rule
@@ -220,8 +220,7 @@ def build_with(
     solutions = ordered_map(lambda plan: _solved(shop, *plan), plans, shop.hands.count)
     for plan, solved in zip(plans, solutions, strict=True):
         found.append(_outcome(shop, *plan, solved))
-        if progress is not None:
-            progress(len(found), len(claims))
+        tell(progress, plan[0].path, len(found), len(claims))
     return tuple(found)
 
 

@@ -37,7 +37,7 @@ from matmorph.passes.statistics.empty_cache import with_empty_cache
 from matmorph.passes.statistics.kept import LIMIT
 from matmorph.passes.statistics.rows import HELD_OUT_EVERY, PARTS, Held, Source, groups, held_of, sources
 from matmorph.passes.statistics.stream import Read, Stream, cuts
-from matmorph.progress import StepProgress
+from matmorph.progress import StepProgress, tell
 
 SPILL_ABOVE = 1 << 28
 """Bytes of accumulators that are held in memory; above it, each lives in a temporary file that is mapped into memory."""
@@ -246,8 +246,7 @@ def _through(
         passed = 0
         for number in found.stream.advancing(end, watch):
             passed += found.counts[number]
-            if progress is not None:
-                progress((block * total + passed) // len(ends), total)
+            tell(progress, f"block {block + 1} of {len(ends)}", (block * total + passed) // len(ends), total)
 
 
 def _cut(graph: Graph, batches: Iterable[Any], samples: int) -> Iterator[tuple[list[Tensor], int]]:
