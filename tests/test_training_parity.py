@@ -39,6 +39,7 @@ METHODS: Mapping[str, Any] = {
     "tt_lora": {"tt_lora": {"rank": 3, "alpha": 2}},
     "loftq-u4": {"loftq": {"quantizer": "uniform", "bits": 4, **QUANTIZED}},
     "loftq-nf4": {"loftq": {"quantizer": "nf4", **QUANTIZED}},
+    "dora": {"dora": {"rank": 4, "alpha": 8}},
     "low_rank": {"low_rank": {"rank": 6}},
     "full": "keep",
 }
@@ -56,6 +57,7 @@ SOME = (
     ("mlp", "tt_lora"),
     ("bert-classifier", "lora"),
     ("llama", "loftq-nf4"),
+    ("mlp", "dora"),
     ("mlp", "low_rank"),
     ("mlp", "loftq-u4"),
     ("mlp", "full"),

@@ -24,6 +24,7 @@ _BUILT_IN: Mapping[str, str] = {
     "tt": "TT",
     "tt_lora": "TTLora",
     "lora": "Lora",
+    "dora": "Dora",
     "glora": "Glora",
     "sparse_grad": "SparseGrad",
     "transact": "Transact",

@@ -12,29 +12,14 @@ from torch import Tensor
 
 from matmorph.errors import VerifyError
 from matmorph.ir.core import Const, Value
-from matmorph.ir.site import Choice, Cost, Reject, Site
+from matmorph.ir.site import Choice, Cost, Site
 from matmorph.passes.linalg.contraction import TrainShape, contract
 from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, planning_target
 from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
 from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.train_settings import ContractionSpec
-from matmorph.passes.methods.weights import FLOATS
 from matmorph.specs.ranks import Ranks
 from matmorph.specs.schema import Export
-
-
-def refuse_site(site: Site, method: str) -> Reject | None:
-    """Why no train can stand at the site, whatever its modes."""
-    kind = site.const.tensor.dtype
-    guards = (
-        (site.blocked is not None, site.blocked or ""),
-        (site.batch is not None, f"{method} takes one matrix, this is a stack of {site.batch} experts"),
-        (site.form == "embedding", f"{method} serves matmuls, this is an embedding table"),
-        (bool(site.gathers), f"the weight is also read as an embedding table; {method} serves only the matmul: use untie: true"),
-        (kind not in FLOATS, f"{method} needs a floating-point weight, this one is {kind}"),
-    )
-    return next((Reject(reason) for fails, reason in guards if fails), None)
-
 
 # ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from matmorph.errors import RewriteError
 from matmorph.ir.core import Value
-from matmorph.ir.site import Site
+from matmorph.ir.site import Reject, Site
 from matmorph.passes.linalg.curves import Directions
 from matmorph.passes.linalg.svd import largest
 from matmorph.passes.linalg.whiten import (
@@ -146,6 +147,24 @@ def rank_beyond(sites: Sequence[Site], rank: Rank) -> str | None:
 def scaled_pair(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(`down`, `scale` `up`), in their own type: the two-factor form of what is one already."""
     return parts["down"], float(parts.get("scale", 1.0)) * parts["up"]
+
+
+def refuse_matrix(site: Site, method: str) -> Reject | None:
+    """Why what treats one matrix of a matmul cannot stand at the site, whatever its settings."""
+    kind = site.const.tensor.dtype
+    guards = (
+        (site.blocked is not None, site.blocked or ""),
+        (site.batch is not None, f"{method} takes one matrix, this is a stack of {site.batch} experts"),
+        (site.form == "embedding", f"{method} serves matmuls, this is an embedding table"),
+        (bool(site.gathers), f"the weight is also read as an embedding table; {method} serves only the matmul: use untie: true"),
+        (kind not in FLOATS, f"{method} needs a floating-point weight, this one is {kind}"),
+    )
+    return next((Reject(reason) for fails, reason in guards if fails), None)
+
+
+def own_stream(seed: int, *names: str) -> torch.Generator:
+    """A stream of random numbers that belongs to these names (a site, a tensor of it), whatever else is rewritten."""
+    return torch.Generator().manual_seed(zlib.crc32(" ".join((str(seed), *names)).encode()))  # torch uses 32 bits of a seed
 
 
 def refuse_computed(site: Site, method: str) -> str:

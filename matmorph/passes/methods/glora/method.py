@@ -13,7 +13,6 @@ that took the place of W (`GloraBeside`) only B, D and E are possible, as an upd
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any, ClassVar
@@ -40,7 +39,7 @@ from matmorph.passes.methods.glora.settings import (
 )
 from matmorph.passes.methods.glora.supernet import configured, replacing_spec, training_form
 from matmorph.passes.methods.protocol import Configuration, Error, FragmentBuilder, SiteStats, TrainingForm, UpdateMethod
-from matmorph.passes.methods.weights import FLOATS, dense_matrix, rank_beyond, refuse_computed, stored, widened
+from matmorph.passes.methods.weights import FLOATS, dense_matrix, own_stream, rank_beyond, refuse_computed, stored, widened
 from matmorph.specs import schema
 from matmorph.specs.schema import Rank
 
@@ -188,7 +187,7 @@ def _drawn(site: Site, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     a stream of its own, whatever else is rewritten."""
     if not name.endswith("_down"):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path} {name}".encode()))  # torch uses 32 bits of a seed
+    generator = own_stream(seed, site.path, name)
     bound = 1 / sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -9,7 +9,6 @@ up = B^T.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from typing import ClassVar
@@ -22,7 +21,7 @@ from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Si
 from matmorph.passes.linalg.svd import one_thread, truncated_svd
 from matmorph.passes.methods.lora.settings import LoraLanguage, LoraSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
-from matmorph.passes.methods.weights import FLOATS, rank_beyond, readable, scaled_pair, stored, widened
+from matmorph.passes.methods.weights import FLOATS, own_stream, rank_beyond, readable, scaled_pair, stored, widened
 
 Factors = tuple[Tensor, Tensor]
 """(down [.., in, rank], up [.., rank, out])."""
@@ -131,7 +130,7 @@ def _base(site: Site, weight: Tensor, factors: Factors, scale: float) -> Tensor:
 
 def _drawn(site: Site, init: str, rank: int, seed: int) -> Tensor:
     """[.., in, rank]; every site has a stream of its own, whatever else is rewritten."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path}".encode()))  # torch uses 32 bits of a seed
+    generator = own_stream(seed, site.path)
     empty = torch.empty(*((site.batch,) if site.batch else ()), site.in_features, rank)
     if init == "gaussian":
         return empty.normal_(0, 1 / rank, generator=generator)

@@ -29,11 +29,10 @@ from matmorph.passes.methods.tt_base import (
     matmul_train,
     plan_note,
     planned,
-    refuse_site,
     times_text,
     train_cost,
 )
-from matmorph.passes.methods.weights import error_between, readable, stored, weighting_of, widened
+from matmorph.passes.methods.weights import error_between, readable, refuse_matrix, stored, weighting_of, widened
 
 
 class TT(TTLanguage, ReplaceMethod):
@@ -48,7 +47,7 @@ class TT(TTLanguage, ReplaceMethod):
         return f"{sites[0].path}: {problems[0]}" if spec.modes is not None and all(problems) else None
 
     def check(self, site: Site, spec: TTSpec) -> Reject | None:
-        problem = refuse_site(site, self.name)
+        problem = refuse_matrix(site, self.name)
         why = None if problem else _modes_problem(site, spec)
         return Reject(why) if why else problem
 

@@ -9,7 +9,6 @@ matrix drawn as Kaiming does (uniform, a = sqrt(8)), and `direct`, every core dr
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod, sqrt
@@ -41,12 +40,11 @@ from matmorph.passes.methods.tt_base import (
     matmul_train,
     plan_note,
     planned,
-    refuse_site,
     times_text,
     train_cost,
 )
 from matmorph.passes.methods.tt_lora.settings import CORES, TTLoraLanguage, TTLoraSpec
-from matmorph.passes.methods.weights import stored
+from matmorph.passes.methods.weights import own_stream, refuse_matrix, stored
 
 
 class TTLora(TTLoraLanguage, UpdateMethod):
@@ -63,7 +61,7 @@ class TTLora(TTLoraLanguage, UpdateMethod):
         return f"{sites[0].path}: {problems[0]}" if by_hand and all(problems) else None
 
     def check(self, site: Site, spec: TTLoraSpec) -> Reject | None:
-        problem = refuse_site(site, self.name)
+        problem = refuse_matrix(site, self.name)
         why = None if problem else _shape_problem(site, spec)
         return Reject(why) if why else problem
 
@@ -91,8 +89,7 @@ class TTLora(TTLoraLanguage, UpdateMethod):
 
     def solve(self, site: Site, spec: TTLoraSpec, choice: Choice, stats: SiteStats | None, weight: Tensor, seed: int) -> tuple[Tensor, ...]:
         """The starting cores in canonical layout; every site has a stream of its own, whatever else is rewritten."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.path}".encode()))  # torch uses 32 bits of a seed
-        return _STARTS[spec.init](site, spec, choice, generator)
+        return _STARTS[spec.init](site, spec, choice, own_stream(seed, site.path))
 
     def build(self, site: Site, spec: TTLoraSpec, choice: Choice, stats: SiteStats | None, b: FragmentBuilder) -> Fragment:
         """Raises RewriteError for cores that leave the range of the stored type."""
