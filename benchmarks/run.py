@@ -27,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PEERS = ("peft", "bitsandbytes", "tensorly", "tensorly-torch", "onnxsim", "transformers")
-NOT_RUN = ("run", "gallery", "product_rates", "artefact_hashes")
-"""This script; those whose results are constants of the package, written on purpose (`gallery` by --write); and what measures nothing."""
+NOT_RUN = ("run", "gallery", "product_rates", "artefact_hashes", "scale")
+"""This script; those whose results are constants of the package, written on purpose (`gallery` by --write); what measures nothing; and
+what takes tens of GB of disk (`scale`)."""
 REMARKS: Mapping[str, str] = {
     "loftq": "PEFT refuses to run LoftQ on a CPU; its own function runs here with the one line that names the device exchanged.",
     "tensor_train": "tensorly's randomized solver comes nearest in time; its error is slightly larger.",

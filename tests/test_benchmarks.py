@@ -29,6 +29,7 @@ SCRIPTS = (
     "cache_memory",
     "compile_time",
     "plan_7b",
+    "scale",
     "train_memory",
     "train_step",
     "sparse_grad",
@@ -132,6 +133,16 @@ def test_plan_7b_plans_the_configurations_widths(load: Load, capsys: pytest.Capt
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     assert row["parameters"] == 2 * layer + 2 * 32000 * 4096 + 4096, "two layers, table, head and the last norm"
     assert 0 < row["peak_gib"] < 4, "two layers of real weights alone would take 2.5 GiB in float32"
+
+
+@pytest.mark.full
+def test_scale_measures_a_compile_of_a_folder_that_it_makes(load: Load, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    [row] = tiny(load("scale"), capsys, "--place", str(tmp_path))
+    table, layer = 128 * 64, 2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    assert row["parameters"] == 2 * table + 2 * layer + 64
+    assert row["model_gib"] == pytest.approx(2 * row["parameters"] / 2**30, rel=1e-12)  # float64 rounding
+    assert 0 < row["peak_gib"] <= row["limit_gib"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensor_train_plans_prints_the_worst_of_its_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,6 +12,9 @@ from matmorph.ir.core import Arg, Const, ConstKind, Graph, Node, Origin, Range, 
 from matmorph.ir.infer import Inference, infer_node
 from matmorph.ir.ops import base_name, normalize
 from matmorph.ir.types import TensorType, dtype_name
+
+Keep: TypeAlias = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
+"""Takes a tensor, gives what gives it again."""
 
 
 def names_of(graph: Graph) -> set[str]:
@@ -35,6 +38,7 @@ class Builder:
 
     `over`: the graph that the nodes will join, or its symbols' ranges. `taken`: further names not to be used. `origin`: what every new node
     carries; set it anew as the place changes. `inference`: shared between the builders of one graph, so that equal work is done once.
+    `keep`: where the numbers of new weights go, None = they stay in memory.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class Builder:
         *,
         origin: Origin = Origin(),  # noqa: B008  (frozen)
         inference: Inference | None = None,
+        keep: Keep | None = None,
     ) -> None:
         ranges, device, names = (over.ranges, over.device, names_of(over)) if isinstance(over, Graph) else (over, "cpu", set[str]())
         self.origin = origin
         self.nodes: list[Node] = []
         self.consts: list[Const] = []
+        self._keep = keep
         self._inference = inference or Inference(ranges, device)
         self._taken = names | set(taken)
         self._fakes: dict[Value, Any] = {}
@@ -91,7 +97,8 @@ class Builder:
         `rule` and what follows see `Const`."""
         if isinstance(weight, torch.Tensor):
             tensor = weight
-            type, load = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape)), lambda: tensor
+            type = TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
+            load = (lambda: tensor) if self._keep is None else self._keep(tensor)
         elif type is None:
             raise VerifyError(f"constant {name!r} is loaded later, so its type must be given")
         else:

@@ -98,8 +98,26 @@ def unweighted(u: Tensor, weighting: Tensor | None) -> Tensor:
 
 def relative_weight_error(w: Tensor, approximation: Tensor) -> float:
     """|W - W'|_F / |W|_F over all axes, summed in float64; 0 where both are zero."""
-    error, size = (float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix in (w - approximation, w))
+    if w.numel() > _LARGE:
+        pairs = zip(_pieces(w), _pieces(approximation), strict=True)
+        squares = [(_energy(one - other), _energy(one)) for one, other in pairs]
+        error, size = (sqrt(sum(column)) for column in zip(*squares, strict=True))
+    else:
+        error, size = (float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix in (w - approximation, w))
     return share(error, size)
+
+
+_LARGE = 1 << 24
+"""Numbers of a matrix beyond which its errors are summed up piece by piece: a copy in float64 is twice the matrix."""
+
+
+def _pieces(matrix: Tensor) -> tuple[Tensor, ...]:
+    rows = matrix.reshape(-1, matrix.shape[-1])
+    return torch.split(rows, max(1, _LARGE // 16 // rows.shape[1]))
+
+
+def _energy(piece: Tensor) -> float:
+    return float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
 
 
 def share(error: float, size: float) -> float:

@@ -24,6 +24,7 @@ from matmorph.passes.pruning.patch import Patch
 from matmorph.passes.rewriting.row_view import unreadable
 from matmorph.passes.rewriting.site_builder import SiteScope
 from matmorph.passes.rewriting.site_task import SiteTask, Solved, keeps_node, measured, standing
+from matmorph.passes.rewriting.spill import Spill
 from matmorph.passes.work.hands import Hands, Here
 from matmorph.passes.work.nest import laid_out
 from matmorph.passes.work.task import bare
@@ -189,7 +190,7 @@ class Workshop:
     def over(cls, graph: Graph, methods: Methods, seed: int, hands: Hands | None = None) -> Workshop:
         inference = Inference(graph.ranges, graph.device)
         dotted = {name for const in graph.state for name in const.names}
-        return cls(Builder(graph, inference=inference), inference, dotted, methods, seed, hands or Here(methods))
+        return cls(Builder(graph, inference=inference, keep=Spill().kept), inference, dotted, methods, seed, hands or Here(methods))
 
 
 def build(
@@ -202,7 +203,7 @@ def build(
     progress: StepProgress | None = None,
     hands: Hands | None = None,
 ) -> tuple[Outcome, ...]:
-    """An outcome per claim. One site per hand at a time: its weight is let go before the next is read, only factors stay."""
+    """An outcome per claim. One site per hand at a time: its weight is let go before the next is read, and the new ones go to disk."""
     listed = list(claims)
     refuse_impossible(listed, methods)
     return build_with(Workshop.over(graph, methods, seed, hands), listed, stats, progress)
