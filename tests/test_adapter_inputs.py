@@ -101,6 +101,8 @@ def test_a_pair_that_a_file_leaves_out_keeps_its_default(served: tuple[mm.Compil
 KINDS: Mapping[str, Any] = {
     "pissa": {"lora": {"rank": 2, "alpha": 4, "init": "pissa"}},
     "tt_lora": {"tt_lora": {"rank": 2, "alpha": 4, "cores": 4}},
+    "melora": {"melora": {"rank": 2, "groups": 2, "alpha": 4}},
+    "lokr": {"lokr": {"rank": 2, "alpha": 4}},
     "loftq": {"loftq": {**U4, "rank": 2, "alpha": 3}},
     "qlora": {"qlora": {**U4, "rank": 2}},
     "quantize + lora": [{"quantize": U4}, {"lora": {"rank": 2}}],

@@ -139,7 +139,7 @@ MUTANTS = {
     ),
     "magnitude starts at one": Mutant("dora._norms", "torch.linalg.vector_norm(weight().double(), dim=1)", "torch.ones(shape)"),
     "up drawn instead of zero": Mutant("Dora.parts", "constant(0)", "constant(1)"),
-    "bias lost": Mutant("InsideUpdate.build", "self.bias(b.bias(), consts, spec, b)", "None"),
+    "bias lost": Mutant("InsideUpdate.build", "self.bias(site, b.bias(), consts, spec, b)", "None"),
     "dense kept beside": Mutant("InsideUpdate.build", "holds_dense=True", "holds_dense=False"),
 }  # fmt: skip
 

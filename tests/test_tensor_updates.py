@@ -15,6 +15,10 @@ from adapting import ROUNDING, U4, X, compiled, far, network, trained
 from matmul_forms import FORMS
 from rewriting import LINEAR, graph_of, only_site
 from test_dora import DORA
+from test_ia3 import CASE as IA3
+from test_loha import CASE as LOHA
+from test_lokr import CASE as LOKR
+from test_melora import CASE as MELORA
 from updating import EXACT, Case
 
 import matmorph as mm
@@ -22,7 +26,7 @@ from matmorph.ir.types import TensorType
 from matmorph.passes.methods import all_methods
 from matmorph.runtime import Session
 
-CASES: Mapping[str, Case] = {"dora": DORA}
+CASES: Mapping[str, Case] = {"dora": DORA, "loha": LOHA, "lokr": LOKR, "melora": MELORA, "ia3": IA3}
 
 
 def in_float64(model: torch.nn.Module, inputs: Any, name: str) -> mm.Compiled:
@@ -70,7 +74,7 @@ def test_every_form_of_a_matmul_merges_exactly(name: str, form: str) -> None:
     assert far(found.module(*inputs), model(*inputs)) < EXACT
     values = {path: value.double() for path, value in trained(found).items()}
     ready, merged = found.load_trained(values), found.merge(values)
-    assert far(ready.module(*inputs), model(*inputs)) > 0.01
+    assert far(ready.module(*inputs), model(*inputs)) > 1e-3  # the update is felt: a product of four numbers of size 0.2 or more
     assert far(merged.module(*inputs), ready.module(*inputs)) < EXACT
     assert not any(name in const.path for const in merged.graph.state)
 
@@ -120,7 +124,7 @@ def test_beside_codes_and_beside_lora(name: str) -> None:
         values = trained(on_codes)
         ready, merged = on_codes.load_trained(values), on_codes.merge(values)
         assert far(merged.module(X), ready.module(X)) < 0.2  # 4-bit codes of another matrix, in blocks of 16
-        assert far(on_codes.module(X), ready.module(X)) > 0.2
+        assert far(on_codes.module(X), ready.module(X)) > 0.01
     found = compiled([{name: settings}, {"lora": {"rank": 2}}], path="0")
     values = trained(found)
     assert far(found.merge(values).module(X), found.load_trained(values).module(X)) < ROUNDING

@@ -3,8 +3,8 @@
 y = base(x) + (x @ down) @ up, where `down` [in, rank] and `up` [rank, out] are initializers that are inputs too, each pair with a rank of
 its own. The scale is folded into `up`, so an adapter's file says all of it. The default is rank 0, the base alone, where the base is what
 the model was before training; where the factors start with a part of the weight (loftq, init: pissa | olora) it is these factors. A
-TT-LoRA adapter has an exact two-factor form at the border between its input and output modes. An input is no constant: ONNX Runtime
-neither folds nor prepacks it, and runs with IO binding ignore adapters.
+TT-LoRA adapter has an exact two-factor form at the border between its input and output modes; so have block-diagonal and Kronecker ones.
+An input is no constant: ONNX Runtime neither folds nor prepacks it, and runs with IO binding ignore adapters.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _served(graph: Graph, adapter: Adapter, precision: str, method: SiteMethod) 
     b = Builder(graph)
     pair = {part: _input(adapter, part, tensor, factors[0].rule) for part, tensor in zip(PARTS, (down, up), strict=True)}
     ends, tainted = joins(graph, factors)
-    write = _as_written if set(adapter.consts) == set(PARTS) else _from_rows
+    write = _as_written if _is_pair(adapter, factors) else _from_rows
     nodes = write(graph, adapter, ends, tainted, pair, b)
     state: list[Const] = []
     for const in graph.state:
@@ -157,6 +157,12 @@ def _served(graph: Graph, adapter: Adapter, precision: str, method: SiteMethod) 
         dtype,
     )
     return result, entry
+
+
+def _is_pair(adapter: Adapter, factors: Sequence[Const]) -> bool:
+    """Whether the adapter is two factors of the matmul as it stands."""
+    axes = 2 if adapter.batch is None else 3
+    return set(adapter.consts) == set(PARTS) and all(len(const.tensor.shape) == axes for const in factors)
 
 
 def _input(adapter: Adapter, part: str, tensor: Tensor, rule: str | None) -> Const:
@@ -205,7 +211,7 @@ def _written(node: Node, b: Builder, known: dict[Value, Value]) -> list[Node]:
 def _from_rows(
     graph: Graph, adapter: Adapter, ends: Sequence[Join], tainted: frozenset[Value], pair: Mapping[str, Const], b: Builder
 ) -> tuple[Node, ...]:
-    """Two matmuls on the rows that the train was contracted with, in the place of its last node."""
+    """Two matmuls on the rows that the update was computed from, in the place of its last node."""
     producers = graph.producers()
     places = {producers[join.update]: (join.update, _rows(adapter, join.update, producers, tainted)) for join in ends}
     nodes: list[Node] = []
@@ -229,7 +235,7 @@ def _rows(adapter: Adapter, update: Value, producers: Mapping[Value, Node], tain
         if value.tensor.shape == wanted and not isinstance(value, Const):
             return value
     raise ExportError(
-        f"{adapter.site}: the tensor train of a matmul of this form ({adapter.form}) cannot be an input; use adapters: inline"
+        f"{adapter.site}: the {adapter.method} of a matmul of this form ({adapter.form}) cannot be an input; use adapters: inline"
     )
 
 

@@ -219,3 +219,8 @@ def _divisors_down(rest: int, left: int, least: int) -> Iterator[int]:
 
 def _times(modes: Sequence[int]) -> str:
     return " x ".join(map(str, modes))
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` that is nearest to a number, the smaller of two."""
+    return min((k for k in range(1, size + 1) if size % k == 0), key=lambda k: (abs(k - wanted), k))

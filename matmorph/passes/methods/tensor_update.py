@@ -119,9 +119,9 @@ class InsideUpdate(TensorUpdate):
     def weight(self, w: Value, parts: Mapping[str, Const], spec: Any, b: FragmentBuilder) -> Value:
         """Its nodes: W [out, in] to W' [out, in]."""
 
-    def bias(self, bias: Value | None, parts: Mapping[str, Const], spec: Any, b: FragmentBuilder) -> Value | None:
-        """What becomes of the bias [out]."""
-        return bias
+    def bias(self, site: Site, own: Value | None, parts: Mapping[str, Const], spec: Any, b: FragmentBuilder) -> Value | None:
+        """The bias [out] of the new matmul, where `own` is what the fragment may add itself, if anything."""
+        return own
 
     def macs(self, site: Site, spec: Any) -> int:
         """None: W' is computed once."""
@@ -138,7 +138,7 @@ class InsideUpdate(TensorUpdate):
 
         def body(rows: Value) -> Value:
             new = self.weight(dense_matrix(site, b), consts, spec, b)
-            return b("aten.linear.default", rows, new, self.bias(b.bias(), consts, spec, b))
+            return b("aten.linear.default", rows, new, self.bias(site, b.bias(), consts, spec, b))
 
         return b.fragment(
             body,

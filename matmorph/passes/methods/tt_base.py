@@ -18,6 +18,7 @@ from matmorph.passes.linalg.contraction_cost import Planned, plan_contraction, p
 from matmorph.passes.linalg.tensor_train import clamp_ranks, full_ranks, tt_parameters
 from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.train_settings import ContractionSpec
+from matmorph.passes.methods.weights import leading
 from matmorph.specs.ranks import Ranks
 from matmorph.specs.schema import Export
 
@@ -105,7 +106,7 @@ def matmul_train(
         return ops.matmul(rows, _rebuilt(found, train, cores, ops, in_features, out))
     padded = train.in_features - in_features
     x = b("aten.constant_pad_nd.default", rows, (0, padded), 0.0) if padded else rows
-    y = contract(found.plan, x, cores, ops, _leading(b, rows))
+    y = contract(found.plan, x, cores, ops, leading(b, rows))
     return y if train.out_features == out else b("aten.slice.Tensor", y, -1, 0, out)
 
 
@@ -120,17 +121,6 @@ def _rebuilt(found: Planned, train: TrainShape, cores: Sequence[Value], ops: _No
         if kept < size:
             whole = ops.slice(whole, axis, kept)
     return whole
-
-
-def _leading(b: FragmentBuilder, rows: Value) -> tuple[Any, ...]:
-    """The sizes of rows before its features: -1 for the first that is not fixed, nodes for others."""
-    sizes = rows.tensor.shape[:-1]
-    first = next((axis for axis, size in enumerate(sizes) if not isinstance(size, int)), None)
-
-    def size_of(axis: int, size: Any) -> Any:
-        return size if isinstance(size, int) else -1 if axis == first else b("aten.sym_size.int", rows, axis)
-
-    return tuple(size_of(axis, size) for axis, size in enumerate(sizes))
 
 
 class _Nodes:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -185,3 +185,14 @@ def dense_matrix(site: Site, b: FragmentBuilder) -> Value:
     if (start, stop) != (0, total):
         w = b("aten.slice.Tensor", w, 0 if site.layout == "oi" else 1, start, stop)
     return w if site.layout == "oi" else b("aten.t.default", w)
+
+
+def leading(b: FragmentBuilder, rows: Value) -> tuple[Any, ...]:
+    """The sizes of rows before its features: -1 for the first that is not fixed, nodes for others. For `aten.reshape`."""
+    sizes = rows.tensor.shape[:-1]
+    first = next((axis for axis, size in enumerate(sizes) if not isinstance(size, int)), None)
+
+    def size_of(axis: int, size: Any) -> Any:
+        return size if isinstance(size, int) else -1 if axis == first else b("aten.sym_size.int", rows, axis)
+
+    return tuple(size_of(axis, size) for axis, size in enumerate(sizes))
