@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from working import NAMES, compiled, drawn, files, fingerprint, network
+from working import NAMES, SPECS, compiled, drawn, fingerprint, network
 
 from matmorph.errors import InputError, RewriteError
 from matmorph.ir.site import Choice, Statistic
@@ -28,8 +27,6 @@ from matmorph.passes.statistics import calibrate
 from matmorph.passes.work import folder as folders
 from matmorph.passes.work.digests import Digests
 from matmorph.passes.work.nest import DamagedError, NotANestError, laid_out, put_together, read, taken_apart, written
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -181,45 +178,55 @@ def test_a_run_that_ends_at_any_write_goes_on(name: str, tmp_path: Path, monkeyp
     assert attempt > 1, "it was ended on the way"
 
 
-_RUN = """
-import sys
-sys.path[:0] = [{tests!r}]
-from working import artefact
-artefact({name!r}, {out!r}, {work!r})
-"""
+def _child(name: str, work: Path, answer: Path) -> int:
+    """A process that compiles and writes its fingerprint; forked, so that what is killed is the work and not its imports."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        answer.write_text(fingerprint(compiled(name, work=work)))
+        code = 0
+    finally:
+        os._exit(code)
 
 
-def _command(name: str, out: Path, work: Path | None) -> list[str]:
-    return [sys.executable, "-c", _RUN.format(tests=str(TESTS), name=name, out=str(out), work=None if work is None else str(work))]
+def _kill_and_go_on(name: str, kills: int, tmp_path: Path) -> None:
+    """Every other folder is begun anew once a run came to its end, until so many were killed."""
+    plain = fingerprint(compiled(name))
+    started = time.monotonic()
+    assert fingerprint(compiled(name)) == plain
+    whole, draw, done = time.monotonic() - started, random.Random(0), 0
+    work, answer = tmp_path / "0", tmp_path / "answer"
+    for number in range(20 * kills):
+        answer.unlink(missing_ok=True)
+        pid = _child(name, work, answer)
+        time.sleep(draw.uniform(0.1, 0.9) * whole)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            done += 1
+        else:
+            assert answer.read_text() == plain
+            work = tmp_path / str(number + 1)
+        if done == kills:
+            break
+    else:
+        pytest.fail(f"{done} of {kills} runs were killed")
+    assert fingerprint(compiled(name, work=work)) == plain
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked")
+def test_three_kills_at_random_moments(tmp_path: Path) -> None:
+    _kill_and_go_on("budget", 3, tmp_path)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["budget", "sequential"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked")
+@pytest.mark.parametrize("name", SPECS)
 def test_twenty_kills_at_random_moments(name: str, tmp_path: Path) -> None:
-    started = time.monotonic()
-    subprocess.run(_command(name, tmp_path / "whole", None), check=True, timeout=600)
-    whole = time.monotonic() - started
-    draw, kills = random.Random(0), 0
-    for number in range(200):
-        with subprocess.Popen(_command(name, tmp_path / "out", tmp_path / "w")) as process:
-            try:
-                # most of a short run is imports: the moments lie in its later part
-                process.wait(timeout=draw.uniform(0.5, 1.0) * whole)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            else:
-                assert process.returncode == 0
-                assert files(tmp_path / "out") == files(tmp_path / "whole")
-                if kills >= 20:
-                    break
-        if number % 3 == 2 and kills < 20:  # else it is all there after the first few
-            for kind in ("site", "price", "statistics"):
-                for place in list((tmp_path / "w" / kind).glob("??/*"))[:1]:
-                    place.unlink()
-    assert kills >= 20
-    subprocess.run(_command(name, tmp_path / "out", tmp_path / "w"), check=True, timeout=600)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    _kill_and_go_on(name, 20, tmp_path)
 
 
 # ---- folders that are no good

@@ -71,12 +71,6 @@ def compiled(
         return compile_graph(graph, spec, METHODS, "Sequential", calibration=samples(), hands=helped, work=kept)
 
 
-def artefact(name: str, out: Path, work: Path | None = None) -> Path:
-    """The same by the public function, written."""
-    spec = {"version": 1, "name": name, **SPECS[name]}
-    return mm.compile(network(), spec, (drawn(4, 32),), ({0: "batch"},), samples(), work=work).save(out, force=True)
-
-
 def fingerprint(made: Compilation) -> str:
     """Of all that a folder would hold: the graph, the numbers of its weights, and the report."""
     digest = hashlib.sha256(str(made.report.to_dict()).encode())
@@ -84,8 +78,3 @@ def fingerprint(made: Compilation) -> str:
         tensor = const.load().detach().contiguous()
         digest.update(f"{const.path} {const.type}".encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def files(folder: Path) -> dict[str, str]:
-    """The hash of each file of an artefact folder, run.json apart."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.name != "run.json"}

@@ -205,10 +205,12 @@ def compile_command(
         from matmorph import api
         from matmorph.models.resolve import resolve
         from matmorph.passes.budget.pareto import refuse_unswept
+        from matmorph.passes.work.hiring import read_workers
         from matmorph.report.table import print_plan
 
         if pareto is not None:
             refuse_unswept(loaded, pareto)
+        read_workers(workers)
         found = resolve(model, cache, by_reference=True)
         batches = _calibration(found, calibration, calibration_text, length, samples)
         compiled = api.compile(

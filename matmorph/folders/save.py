@@ -35,6 +35,7 @@ from matmorph.ir.core import Graph, Node
 from matmorph.ir.crossing import Halves, find_halves
 from matmorph.ir.evaluate import Runner
 from matmorph.ir.randomness import drawing
+from matmorph.memory import peak
 from matmorph.passes.adapters.inference import inference_graph
 from matmorph.passes.attention.coded_cache import coded_examples
 from matmorph.passes.methods import all_methods
@@ -276,7 +277,7 @@ def versions() -> dict[str, str]:
 
 
 def _run_info(job: Job, saving: float) -> dict[str, Any]:
-    """What differs from run to run: times, machine, threads."""
+    """What differs from run to run: times, machine, threads, memory."""
     seconds = {**job.seconds, "save": saving}
     return {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -284,4 +285,5 @@ def _run_info(job: Job, saving: float) -> dict[str, Any]:
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "peak_memory_bytes": peak(),
     }

@@ -45,7 +45,11 @@ def main() -> None:
 
     methods = all_methods()
     while (data := read_frame(requests)) is not None:
-        write_frame(answers, pickled(answer_of(unpickled(data), methods)))
+        answer = pickled(answer_of(unpickled(data), methods))
+        try:
+            write_frame(answers, answer)
+        except OSError:  # the parent is gone, and nobody asks any more
+            return
 
 
 def answer_of(task: Any, methods: Any) -> tuple[str, Any]:
