@@ -131,7 +131,7 @@ def test_every_site_draws_from_a_stream_of_its_own() -> None:
 # PiSSA and OLoRA
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "milora"])
 @pytest.mark.parametrize("settings", [{}, {"alpha": 8}, {"alpha": 8, "rslora": True}])
 def test_base_and_factors_are_the_weight(init: str, settings: dict[str, Any]) -> None:
     for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-12)):  # each entry of the base is rounded once
@@ -160,6 +160,16 @@ def test_pissa_holds_the_leading_triples(alpha: float | None) -> None:
     close(scale * (parts["down"] @ parts["up"]).T, (u[:, :3] * s[:3]) @ vh[:3], 1e-5)  # float32 singular vectors
     for norms in (np.linalg.norm(parts["down"], axis=0), np.linalg.norm(parts["up"], axis=1)):
         np.testing.assert_allclose(norms, np.sqrt(s[:3] / scale), rtol=1e-5)  # the root of S on each side
+
+
+@pytest.mark.parametrize("alpha", [None, 12.0])
+def test_milora_holds_the_last_triples(alpha: float | None) -> None:
+    result, _ = rewritten(graph_of(LINEAR), rule_of(lora(3, init="milora", alpha=alpha)), methods=METHODS)
+    parts, scale = parts_of(result), 1.0 if alpha is None else alpha / 3
+    u, s, vh = np.linalg.svd(W, full_matrices=False)
+    close(scale * (parts["down"] @ parts["up"]).T, (u[:, -3:] * s[-3:]) @ vh[-3:], 1e-6)  # factors rounded once to float32
+    for norms in (np.linalg.norm(parts["down"], axis=0), np.linalg.norm(parts["up"], axis=1)):
+        np.testing.assert_allclose(norms, np.sqrt(s[-3:] / scale), rtol=1e-6)  # the root of S on each side
 
 
 @pytest.mark.parametrize("alpha", [None, 12.0])
@@ -305,6 +315,8 @@ MUTANTS = {
     "base reduced without the scale": Mutant("lora._base", "scale * (down @ up).transpose(-2, -1)", "(down @ up).transpose(-2, -1)"),
     "pissa without its scale": Mutant("_pissa", "found.s / scale", "found.s"),
     "pissa without the root": Mutant("_pissa", "(found.s / scale).sqrt()", "found.s / scale"),
+    "milora without its scale": Mutant("_milora", "s[..., -rank:] / scale", "s[..., -rank:]"),
+    "milora from the front": Mutant("_milora", "vh[..., -rank:, :]", "vh[..., :rank, :]"),
     "olora from rows": Mutant("_olora", "w[..., :rank].double", "w[..., -rank:].double"),
     "factors in the wrong order": Mutant("Lora.build", "('down', 'up')", "('up', 'down')"),
     "transposed factor": Mutant(
@@ -313,7 +325,7 @@ MUTANTS = {
     "up drawn instead of zero": Mutant("Lora.solve", "torch.zeros(shape)", "torch.ones(shape)"),
     "base trains": Mutant("Lora.build", "b.const('base', left, trainable=False)", "b.const('base', left)"),
     "bias lost": Mutant("lora._product", "b('aten.linear.default', rows, base, b.bias())", "b('aten.linear.default', rows, base, None)"),
-    "dense kept beside the base": Mutant("rewrite._measured", "not any((fragment.holds_dense for fragment in fragments))", "True"),
+    "dense kept beside the base": Mutant("site_task.keeps_node", "not any((fragment.holds_dense for fragment in fragments))", "True"),
     "init on a base that is gone": Mutant("Lora.splits_weight", "spec.init in _PARTS", "False"),
 }
 
@@ -332,6 +344,7 @@ def judged(m: Any) -> list[bool]:
         ({"alpha": 6.0, "rslora": True}, 3.0),
         ({"alpha": 2.0, "init": "pissa"}, 0.5),
         ({"alpha": 8.0, "init": "olora"}, 2.0),
+        ({"alpha": 8.0, "init": "milora"}, 2.0),
     ):
         use = MethodUse("lora", spec_of(rank=Rank("fixed", 4), **settings))
         graph = graph_of(LINEAR)
@@ -353,6 +366,9 @@ def judged(m: Any) -> list[bool]:
             checks.append(bool(np.allclose(np.linalg.norm(parts["down"], axis=0), np.sqrt(s[:4] / scale), rtol=1e-3)))
             early = rule_of(quantize(quantizer="uniform", bits=8, block_size=16), use, force=True)
             checks.append(isinstance(appraised(only_site(graph), early, methods), Reject))
+        if settings.get("init") == "milora":
+            u, s, vh = np.linalg.svd(W, full_matrices=False)
+            checks.append(bool(np.allclose(scale * (parts["down"] @ parts["up"]).T, (u[:, -4:] * s[-4:]) @ vh[-4:], atol=1e-4)))
         if settings.get("init") == "olora":
             checks.append(bool(np.allclose(parts["up"].T, np.linalg.qr(W)[0][:, :4], atol=1e-4)))
     return checks

@@ -2,7 +2,7 @@
 
 y = base(x) + (x @ down) @ up, where `down` [in, rank] and `up` [rank, out] are initializers that are inputs too, each pair with a rank of
 its own. The scale is folded into `up`, so an adapter's file says all of it. The default is rank 0, the base alone, where the base is what
-the model was before training; where the factors start with a part of the weight (loftq, init: pissa | olora) it is these factors. A
+the model was before training; where the factors start with a part of the weight (loftq, `init` from the weight) it is these factors. A
 TT-LoRA adapter has an exact two-factor form at the border between its input and output modes; so have block-diagonal and Kronecker ones.
 An input is no constant: ONNX Runtime neither folds nor prepacks it, and runs with IO binding ignore adapters.
 """

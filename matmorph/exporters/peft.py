@@ -80,8 +80,8 @@ def write_peft(
     force: bool = False,
 ) -> Path:
     """Writes the two files for PEFT to load beside the source model. `values`: trained factors by dotted name. `initial`: those that
-    training started from, needed where the base lacks them (init: pissa | olora): the difference has twice the rank. `prefix`: leading part
-    of our paths that PEFT's model does not have ("encoder." where it wraps that submodule). `base_model`: its name or folder. `force`:
+    training started from, needed where the base lacks them (`init` from the weight): the difference has twice the rank. `prefix`: leading
+    part of our paths that PEFT's model does not have ("encoder." where it wraps that submodule). `base_model`: its name or folder. `force`:
     replace such a folder that is there.
 
     InputError: adapters that LoRA on one module cannot say, a path without the prefix, a place that cannot be written.
@@ -189,7 +189,9 @@ def read_peft(folder: str | os.PathLike[str], adapters: Sequence[Adapter], metho
             near = did_you_mean(prefix + path, sites)
             raise InputError(f"{folder}: adapts {path}, and this model has no LoRA there{near}", [f"{len(sites)} matmuls have one"])
         if adapter.base == "own":
-            raise InputError(f"{adapter.site}: starts from a part of the weight (init: pissa | olora), PEFT's factors do not", [_KAIMING])
+            raise InputError(
+                f"{adapter.site}: starts from a part of the weight (init: pissa | olora | milora), PEFT's factors do not", [_KAIMING]
+            )
         down, up = _matrix(folder, path, a), _matrix(folder, path, b)
         if not down.shape[0] or down.shape[0] != up.shape[1]:
             raise InputError(f"{Path(folder) / WEIGHTS}: the factors of {path} are {list(down.shape)} and {list(up.shape)}: of no rank")

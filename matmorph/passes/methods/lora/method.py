@@ -2,9 +2,9 @@
 
 LoRA (arXiv 2106.09685): `up` starts at zero, so the model starts unchanged; `down` is drawn as torch draws a linear layer (Kaiming uniform
 with a = sqrt(5)) or from a normal distribution of deviation 1 / rank. rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank). PiSSA
-(arXiv 2404.02948) starts from the leading singular triples of W, OLoRA (arXiv 2406.01775) from the first columns of its QR decomposition;
-what they hold is taken out of W, which becomes a frozen weight of its own, W - scale (down @ up)^T. In the papers' notation down = A^T,
-up = B^T.
+(arXiv 2404.02948) starts from the leading singular triples of W, MiLoRA (arXiv 2406.09044) from the last ones, OLoRA (arXiv 2406.01775)
+from the first columns of its QR decomposition; what they hold is taken out of W, which becomes a frozen weight of its own,
+W - scale (down @ up)^T. In the papers' notation down = A^T, up = B^T.
 """
 
 from __future__ import annotations
@@ -152,4 +152,12 @@ def _olora(w: Tensor, rank: int, scale: float, seed: int) -> Factors:
     return w.double().transpose(-2, -1) @ q, q.transpose(-2, -1)
 
 
-_PARTS: Mapping[str, Callable[[Tensor, int, float, int], Factors]] = {"pissa": _pissa, "olora": _olora}
+def _milora(w: Tensor, rank: int, scale: float, seed: int) -> Factors:
+    """The last singular triples instead, divided likewise: what the weight says most of stays in the frozen base."""
+    with one_thread():
+        u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    root = (s[..., -rank:] / scale).sqrt()
+    return vh[..., -rank:, :].transpose(-2, -1) * root.unsqueeze(-2), root.unsqueeze(-1) * u[..., -rank:].transpose(-2, -1)
+
+
+_PARTS: Mapping[str, Callable[[Tensor, int, float, int], Factors]] = {"pissa": _pissa, "olora": _olora, "milora": _milora}

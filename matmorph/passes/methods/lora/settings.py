@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from matmorph.passes.methods.language import MethodKind, MethodLanguage
 from matmorph.specs.notations import Rank
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "milora"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class LoraSpec:
     init: Init = field(
         default="kaiming",
         metadata={
-            "doc": "kaiming, gaussian: a product of zero; pissa, olora: leading part of the weight, which the frozen base then lacks"
+            "doc": "kaiming, gaussian: a product of zero; pissa, olora, milora: a part of the weight, which the frozen base then lacks"
         },
     )
 
