@@ -13,6 +13,7 @@ import pytest
 import torch
 from healing import TRAIN, WINDOW, artefact, source, text_of
 
+from matmorph.errors import CheckError
 from matmorph.folders.open import initializers, reopen
 from matmorph.ir.to_torch import to_torch
 from matmorph.runtime.format.distillation import Distill
@@ -218,3 +219,22 @@ def test_an_interruption_leaves_everything_as_it_was(
     code, _, err = run("heal", cut, *words, "--out", tmp_path / "out")
     assert code == 130, err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_was_learnt_outlives_a_folder_that_is_refused(
+    run: Any, cut: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise CheckError("ONNX Runtime does not answer as torch does, so nothing was written")
+
+    monkeypatch.setattr("matmorph.folders.healing.save", refused)
+    words = ("--text", text, "--teacher", dense, "--window", WINDOW, "--tokens", 480, "--eval-tokens", 48, *CPU)
+    code, _, err = run("heal", cut, *words, "--out", tmp_path / "out")
+    kept = tmp_path / "out.learnt.safetensors"
+    assert code == 1
+    assert f"what was learnt lies in {kept}" in err
+    assert not (tmp_path / "out").exists()
+    after = trainer(cut)
+    before = after.parameters()
+    after.load_parameters(kept)
+    assert any((array != before[name]).any() for name, array in after.parameters().items())

@@ -415,6 +415,24 @@ def test_what_computes_wrongly_is_found(folder: Path, tmp_path: Path, name: str)
     assert message in "\n".join(problems)
 
 
+@pytest.mark.parametrize(("off", "held"), [(1.5, True), (2.5, False)])
+def test_two_graphs_may_each_be_off_by_the_tolerance(folder: Path, off: float, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tolerance = json.loads((folder / "manifest.json").read_text())["tolerance"]
+    monkeypatch.setattr("matmorph.runtime.training_check.difference", lambda *_: off * tolerance)
+    result = check(folder)
+    assert result.training_apart == off * tolerance
+    assert result.ok is held
+
+
+def test_a_model_that_feels_rounding_is_held_to_more_there_too(net: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matmorph.runtime.training_check.difference", lambda *_: 5e-4)
+    with pytest.raises(CheckError, match="does not answer as torch does"):
+        net.save(tmp_path / "refused")
+    monkeypatch.setattr("matmorph.folders.save._felt", lambda *_: 3e-4)
+    out = net.save(tmp_path / "out")
+    assert json.loads((out / "manifest.json").read_text())["tolerance"] == 3e-4
+
+
 # ---- refusals
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +17,7 @@ from matmorph.cli.text.files import TextFiles
 from matmorph.cli.train import readable_errors
 from matmorph.cli.verifying import NoVerify, verifying
 from matmorph.cli.working import working
-from matmorph.errors import InputError
+from matmorph.errors import InputError, MatmorphError
 from matmorph.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from matmorph.runtime.format.training import TrainManifest
     from matmorph.runtime.healing import Course, Healing
     from matmorph.runtime.teacher import Taught, TextRows
+
+
+_LEARNT = "learnt.safetensors"
 
 
 def heal_command(
@@ -85,10 +91,12 @@ def heal_command(
         job, trained = _graphs(folder, train, settings, Path(scratch), verify, show)
         trainer = Trainer(trained, provider, lr=lr, threads=threads, verify=False)
         healing = heal(trainer, rows, taught, course, lambda done, of: show("healing", done, of))
+        trainer.save_parameters(Path(scratch) / _LEARNT)
         del trainer
         from matmorph.folders.healing import told, write_healed
 
-        write_healed(job, healing.parameters, healing, out, force, show)
+        with _kept(Path(scratch) / _LEARNT, out):
+            write_healed(job, healing.parameters, healing, out, force, show)
     if as_json:
         say_json({"folder": str(out), **told(healing)})
         return
@@ -211,6 +219,19 @@ def _graphs(folder: Path, train: TrainManifest, settings: Distill, scratch: Path
         return job, folder
     write_graphs(job, scratch / "graphs", show)
     return job, scratch / "graphs"
+
+
+@contextmanager
+def _kept(learnt: Path, out: Path) -> Iterator[None]:
+    """What was learnt goes beside the folder where that could not be written: it took longer than everything else."""
+    try:
+        yield
+    except MatmorphError as error:
+        place = out.with_name(f"{out.name}.{_LEARNT}")
+        with suppress(OSError):  # a full disk, say: then the first error is the one to read
+            shutil.copyfile(learnt, place)
+            error.details = (*error.details, f"what was learnt lies in {place}")
+        raise
 
 
 def _lines(healing: Healing, course: Course, rows: TextRows) -> list[str]:

@@ -252,7 +252,7 @@ def _parity(staging: Path, info: OnnxInfo, vectors: Vectors, wider: Callable[[],
     """The check that `matmorph verify` will make, made before the folder takes its name. `wider`: the tolerance where that of the precision
     does not hold, which takes a run in float64."""
     result, tolerance = check(staging), info.tolerance
-    worst = result.max_difference
+    worst = None if result.max_difference is None else max(result.max_difference, result.training_apart / 2)
     if not result.ok and wider is not None and worst is not None and tolerance < worst <= (wide := wider()):
         tolerance = wide
         _widen(staging, tolerance)

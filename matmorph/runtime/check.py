@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ from matmorph.runtime.training_check import check_training, is_training_folder
 class CheckResult:
     """`lines`: what was checked and the figures. `problems`: what is wrong, each naming its file or output.
 
-    `max_difference`: the largest difference over all cases and outputs, None where the outputs were not run.
+    `max_difference`: the largest difference over all cases and outputs, None where the outputs were not run. `training_apart`: the largest
+    of eval.onnx from model.onnx, which may be twice as large.
     """
 
     lines: tuple[str, ...]
     problems: tuple[str, ...]
     max_difference: float | None = None
     provider: str | None = None
+    training_apart: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -64,7 +66,7 @@ def check(folder: str | os.PathLike[str], providers: str | Sequence[Provider] | 
         return CheckResult(("outputs: not run, because files are not as they were",), problems)
     files = f"files: {len(manifest.files)} as listed in {MANIFEST}"
     outputs = _check_outputs(path, manifest, providers)
-    return CheckResult((files, *outputs.lines), (*problems, *outputs.problems), outputs.max_difference, outputs.provider)
+    return replace(outputs, lines=(files, *outputs.lines), problems=(*problems, *outputs.problems))
 
 
 def _damaged_files(folder: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
@@ -120,11 +122,13 @@ def _check_outputs(folder: Path, manifest: Manifest, providers: str | Sequence[P
         parts = check_parts(folder, manifest, manifest.parts, cases, providers)
         log += parts.lines
         problems += parts.problems
+    apart = 0.0
     if is_training_folder(folder):
         training = check_training(folder, session, manifest.tolerance)
         log += training.lines
         problems += training.problems
-    return CheckResult(tuple(log), tuple(problems), worst, session.provider)
+        apart = training.apart
+    return CheckResult(tuple(log), tuple(problems), worst, session.provider, apart)
 
 
 def read_cases(folder: Path, manifest: Manifest) -> tuple[Case, ...]:
