@@ -40,8 +40,8 @@ MUTANTS = {
     "lookups are a part of G": Mutant("_Sums.take", "site in self._moments and leave is not None", "site in self._moments"),
     "of all rows together": Mutant(
         "scale_of",
-        "felt.lookups[site] * _square(readable(site, site.weight())) / site.out_features",
-        "felt.lookups[site] * _square(readable(site, site.weight()))",
+        "felt.lookups[site] * square(readable(site, site.weight())) / site.out_features",
+        "felt.lookups[site] * square(readable(site, site.weight()))",
     ),
     "rows are not counted": Mutant("ErrorScale.of", "self.looked_up * (option.error.weight_error or 0.0) ** 2", "0.0"),
     "sums of the last matrix": Mutant("MomentStore.__getitem__", "self._starts[key]", "0"),

@@ -19,9 +19,9 @@ from matmorph.passes.methods.protocol import SiteStats
 
 MUTANTS = {
     "rank off by one": Mutant(
-        "LowRank.build",
-        "truncated_svd(objective, rank, solver=spec.solver, seed=b.seed)",
-        "truncated_svd(objective, max(1, rank - 1), solver=spec.solver, seed=b.seed)",
+        "LowRank.solve",
+        "truncated_svd(objective, rank, solver=spec.solver, seed=seed)",
+        "truncated_svd(objective, max(1, rank - 1), solver=spec.solver, seed=seed)",
     ),
     "ratio rounds up": Mutant(
         "low_rank._wanted",
@@ -30,7 +30,7 @@ MUTANTS = {
     ),
     "energy judged as error": Mutant("_FROM_DATA", "rank_for_energy", "rank_for_error"),
     "whitening without its inverse": Mutant(
-        "LowRank.build", "project(w, found.u.to(w.dtype), weighting)", "project(objective.to(w.dtype), found.u.to(w.dtype), weighting)"
+        "LowRank.solve", "project(w, found.u.to(w.dtype), weighting)", "project(objective.to(w.dtype), found.u.to(w.dtype), weighting)"
     ),
     "whitening forgotten": Mutant(
         "low_rank._objective", "weighted(w.double(), weighting) @ whitening.factor", "weighted(w.double(), weighting)"
@@ -40,7 +40,7 @@ MUTANTS = {
     "NaN let through": Mutant("readable", "not isfinite(largest(w))", "False"),
     "bytes are parameters": Mutant("LowRank.cost", "parameters * site.const.tensor.torch_dtype.itemsize", "parameters"),
     "multiple rounds a promise of accuracy down": Mutant("low_rank._within", "-(-wanted // step)", "wanted // step"),
-    "factors in the wrong order": Mutant("LowRank.build", "('down', 'up')", "('up', 'down')"),
+    "factors in the wrong order": Mutant("LowRank.build", "{'down': found.down, 'up': found.up}", "{'up': found.up, 'down': found.down}"),
     "root of S dropped on one side": Mutant("project", "outer * balance", "outer"),
     "S on one side": Mutant("project", "(norms / sizes).sqrt()", "norms / sizes"),
     "upper instead of lower factor": Mutant(

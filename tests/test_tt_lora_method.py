@@ -429,7 +429,7 @@ MUTANTS = {
         "_uniform((site.out_features, site.in_features), site.in_features, generator)",
         "_uniform((site.out_features, site.in_features), site.out_features, generator)",
     ),
-    "one stream for all sites": Mutant("TTLora.solve", "f'{seed} {site.path}'", "f'{seed}'"),
+    "one stream for all sites": Mutant("TTLora.solve", "own_stream(seed, site.path)", "own_stream(seed)"),
     "padding forgotten": Mutant(
         "matmul_train",
         "b('aten.constant_pad_nd.default', rows, (0, padded), 0.0)",
