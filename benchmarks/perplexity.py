@@ -5,10 +5,13 @@ evenly over the second one. Its words are joined (` @-@ `, spaces before punctua
 is uniform 4 bit in blocks of 32 with integer zero points and searched scales, `u4-32-float` the same with floats as zero points. ONNX
 Runtime's quantisers get the block matmuls of our dense export in blocks of 32, table and head stay dense; its GPTQ runs the whole model for
 each of its inputs, so it is only run where it is named, and so are the recipes of papers and of PEFT (`_recipes.py`). One model is in
-memory at a time. `mb` are the bytes of the weights and the graph.
+memory at a time. `mb` are the bytes of the weights and the graph. A spec that trains by `loss: distill` is measured as compiled and,
+with --heal N, after `matmorph heal` on N tokens of the first half, its last twentieth of which chooses the state. --made SPEC=DIR judges a
+folder that was compiled (and healed) before, whose own spec.yaml must say what SPEC does, but for its name and what it trains by.
 
     python benchmarks/perplexity.py [--model MODEL] [--data DIR] [--specs SPEC ...] [--peers PEER ...] [--windows 16] [--window 512]
-        [--samples 128] [--length 256] [--raw] [--write] [--json]
+        [--samples 128] [--length 256] [--heal N] [--heal-window 256] [--made SPEC=DIR ...] [--raw] [--write]
+        [--json]
 
 With --write the rows of library specs go into the package (matmorph/specs/library/language.json), where `matmorph specs list --long` shows
 them.
@@ -23,6 +26,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -39,12 +44,18 @@ from onnx import numpy_helper
 
 import matmorph as mm
 from matmorph.errors import MatmorphError
+from matmorph.folders.healing import HEALING
 from matmorph.models.hf_folder import quiet_loading
 from matmorph.models.resolve import Model, resolve
 from matmorph.models.text_batches import SAMPLES, text_calibration
+from matmorph.passes.methods import method_table
 from matmorph.runtime import SessionError, perplexity
+from matmorph.runtime.format.artifact import SPEC
+from matmorph.runtime.format.distillation import DISTILL
+from matmorph.runtime.format.training import TRAIN_MANIFEST
+from matmorph.runtime.train_manifest import read_train_manifest
 from matmorph.specs.gallery import LANGUAGE_FILE, language_gallery, text_hash
-from matmorph.specs.load import library_names, library_text
+from matmorph.specs.load import library_names, library_text, load_spec
 from matmorph.text.corpus import read_corpus
 from matmorph.text.tokens import Tokens
 
@@ -62,6 +73,9 @@ OWN: Mapping[str, dict[str, Any]] = {
 }
 """Specs that are in no library, by name."""
 HEAD = "lm_head"
+HEALED = ", healed"
+LEARNT, LOOKED = 0.95, 4096
+"""Of the first half what healing learns from, and how many tokens of the rest choose the state."""
 JOINS = (
     (r" @(.)@ ", r"\1"),
     (r'" ([^"\n]*) "', r'"\1"'),
@@ -80,11 +94,13 @@ class Texts(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A folder, and seconds that making it took. `mb`: what the weights would take where the file holds them in another form."""
+    """A folder, and seconds that making it took. `mb`: what the weights would take where the file holds them in another form. `healed`:
+    tokens that it has learnt from since it was compiled."""
 
     folder: Path
     seconds: float
     mb: float | None = None
+    healed: int = 0
 
 
 # ---- the text
@@ -123,6 +139,51 @@ def ours(model: str, spec: Any, texts: Texts, place: Path, options: Any) -> Made
     given = {"calibration": batches, "hf_folder": found.hf_folder}
     folder = mm.compile(found.module, spec, found.example_inputs, found.dynamic_shapes, **given).save(place, force=True)
     return Made(folder, time.perf_counter() - begun)
+
+
+def distils(folder: Path) -> bool:
+    return (folder / TRAIN_MANIFEST).is_file() and read_train_manifest(folder).loss.name == DISTILL
+
+
+def healed(made: Made, dense: Path, texts: Texts, place: Path, options: Any) -> Made:
+    """By the command that a user would type. The teacher's answers are asked for once."""
+    text = texts.calibration.read_text(encoding="utf-8")
+    cut = text.index("\n", int(LEARNT * len(text))) + 1
+    learnt, looked = place.with_name("learnt.txt"), place.with_name("looked.txt")
+    learnt.write_text(text[:cut], encoding="utf-8")
+    looked.write_text(text[cut:], encoding="utf-8")
+    told: dict[str, Any] = {
+        "text": learnt,
+        "eval-text": looked,
+        "eval-tokens": min(LOOKED, options.heal),
+        "teacher": dense,
+        "teacher-cache": place.with_name("teacher.safetensors"),
+        "tokens": options.heal,
+        "window": options.heal_window,
+        "threads": options.threads,
+        "out": place,
+    }
+    begun = time.perf_counter()
+    words = [f"--{key}={value}" for key, value in told.items()]
+    subprocess.run([sys.executable, "-m", "matmorph", "heal", str(made.folder), *words], check=True, stdout=subprocess.DEVNULL)
+    return Made(place, made.seconds + time.perf_counter() - begun, healed=healed_on(place))
+
+
+def made_before(spec: str, folder: Path) -> Made:
+    """ValueError for a folder of another spec."""
+    wanted, found = (dict(load_spec(one, method_table()).resolved) for one in (spec, folder / SPEC))
+    for told in (wanted, found):
+        for key in ("name", "train"):
+            told.pop(key, None)
+    if wanted != found:
+        raise ValueError(f"{folder} was compiled by another spec than {spec}")
+    return Made(folder, float("nan"), healed=healed_on(folder))
+
+
+def healed_on(folder: Path) -> int:
+    """Tokens; 0 for what is as it was compiled."""
+    file = folder / HEALING
+    return int(json.loads(file.read_text())["tokens"]) if file.is_file() else 0
 
 
 def load(model: str, tiny: bool, texts: Texts) -> Model:
@@ -237,17 +298,21 @@ def row(name: str, made: Made, ids: Any, dense: float | None, options: Any) -> d
     found = perplexity(made.folder, ids, window=options.window, providers="cpu", threads=options.threads, verify=False, log=lambda _: None)
     value = found.prediction.perplexity
     return {
-        "model": name,
+        "model": f"{name}{HEALED}" if made.healed else name,
         "perplexity": value,
         "over_dense": value / dense if dense else 1.0,
         "mb": sum(file.stat().st_size for file in made.folder.glob("model.onnx*")) / 1e6 if made.mb is None else made.mb,
         "make_min": made.seconds / 60,
         "eval_min": found.seconds / 60,
+        "healed": made.healed,
         "fault": "",
     }
 
 
 def makers(options: Any, texts: Texts, scratch: Path) -> Iterator[tuple[str, Callable[[], Made]]]:
+    for told in options.made:
+        name, _, folder = told.partition("=")
+        yield name, lambda name=name, folder=folder: made_before(name, Path(folder).absolute())  # type: ignore[misc]
     for number, name in enumerate(options.specs):
         spec = OWN.get(name, name)
         yield name, lambda spec=spec, number=number: ours(options.model, spec, texts, scratch / f"ours-{number}", options)  # type: ignore[misc]
@@ -267,6 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--samples", type=int, help="of calibration (default: 128, as far as there are)")
     options_of.add_argument("--length", type=int, default=256, help="tokens of a sample")
     options_of.add_argument("--gptq-samples", type=int, default=8, help="samples for ONNX Runtime's GPTQ")
+    options_of.add_argument("--heal", type=int, default=0, metavar="N", help="tokens that specs with loss: distill learn from")
+    options_of.add_argument("--heal-window", type=int, default=256)
+    options_of.add_argument("--made", nargs="*", default=[], metavar="SPEC=DIR", help="folders that were compiled, and healed, before")
     options_of.add_argument("--write", action="store_true", help="keep the figures of library specs in the package")
     options_of.add_argument("--raw", action="store_true", help="leave the text as it is")
     options = options_of.parse_args(arguments)
@@ -294,7 +362,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 made = make()
                 rows.append(row(name, made, ids, rows[0]["perplexity"], options))
-                shutil.rmtree(made.folder)
+                if options.heal and distils(made.folder):
+                    say(f"{name}: {rows[-1]['over_dense']:.3f} x dense; healing")
+                    after = healed(made, dense.folder, texts, scratch / "healed", options)
+                    rows.append(row(name, after, ids, rows[0]["perplexity"], options))
+                    shutil.rmtree(after.folder)
+                if made.folder.is_relative_to(scratch):
+                    shutil.rmtree(made.folder)
             except (MatmorphError, SessionError, ImportError, RuntimeError, AttributeError, ValueError) as error:
                 line = next(iter(str(error).splitlines()), type(error).__name__)
                 rows.append({**dict.fromkeys(rows[0], "-"), "model": name, "fault": f"{type(error).__name__}: {line:.100}"})
@@ -313,16 +387,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(rows: Sequence[Mapping[str, Any]], windows: int, options: Any) -> None:
     """The rows of library specs in the place of earlier ones; only figures of one setting lie in a file."""
+    named = {row["model"]: row for row in rows if not row["fault"]}
     found = [
-        {**figures(row), "over_dense": round(row["over_dense"], 4), "spec": row["model"], "sha256": text_hash(library_text(row["model"]))}
-        for row in rows
-        if row["model"] in library_names() and not row["fault"]
+        {**told(row, named.get(f"{name}{HEALED}"), options), "spec": name, "sha256": text_hash(library_text(name))}
+        for name, row in named.items()
+        if name in library_names()
     ]
     setting = {
         "model": options.model,
         "windows": windows,
         "window": options.window,
-        "samples": options.samples or SAMPLES,
         "length": options.length,
         "dense": figures(rows[0]),
     }
@@ -333,6 +407,13 @@ def write(rows: Sequence[Mapping[str, Any]], windows: int, options: Any) -> None
     (LIBRARY / LANGUAGE_FILE).write_text(
         json.dumps({**setting, "environment": environment(options.threads), "rows": every}, indent=1) + "\n"
     )
+
+
+def told(row: Mapping[str, Any], healed: Mapping[str, Any] | None, options: Any) -> dict[str, Any]:
+    """Of a spec: healed where it was, with what it was before."""
+    last = healed or row
+    before = {} if healed is None else {"healed_on": healed["healed"], "unhealed": round(row["over_dense"], 4)}
+    return {**figures(last), "over_dense": round(last["over_dense"], 4), "samples": options.samples or SAMPLES, **before}
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, Any]:

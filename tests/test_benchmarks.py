@@ -282,6 +282,23 @@ def test_perplexity_puts_peers_beside_ours(load: Load, tmp_path: Path, capsys: p
     assert all(0.9 < row["over_dense"] < 1.1 for row in made)  # of a model that knows nothing, whatever its weights
 
 
+@pytest.mark.full
+def test_perplexity_heals_what_distils(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    rng = np.random.default_rng(0)
+    lines = [" ".join(f"word{k}" for k in rng.integers(0, 50, 12)) for _ in range(200)]
+    (tmp_path / "wikitext2" / "valid.txt").write_text("\n".join(lines) + "\n")
+    spec = tmp_path / "cut.yaml"
+    rule = "{match: {role: 'mlp.*'}, rewrite: {low_rank: {rank: 4}}, force: true}"
+    spec.write_text(f"version: 1\nrules: [{rule}]\ntrain: {{loss: distill, trainable: [factors]}}\n")
+    healing = ["--heal", "200", "--heal-window", "20"]
+    rows = tiny(load("perplexity"), capsys, "--data", str(tmp_path), "--specs", str(spec), "--peers", *healing)
+    assert [row["model"] for row in rows] == ["dense", str(spec), f"{spec}, healed"]
+    assert not any(row["fault"] for row in rows)
+    assert rows[2]["make_min"] > rows[1]["make_min"]
+    assert [row["healed"] > 0 for row in rows] == [False, False, True]
+
+
 def test_perplexity_joins_words_and_spreads_windows(load: Load) -> None:
     script = load("perplexity")
     split = 'the " Ben @-@ Hur " ( 1 @,@ 959 ) , it \'s 2 @.@ 5 .'

@@ -70,10 +70,20 @@ def test_figures_are_plausible() -> None:
 
 
 def test_figures_of_a_language_model_belong_to_the_text_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"spec": "one", "bytes": 182_200_000, "perplexity": 25.631, "over_dense": 1.0331, "sha256": text_hash("version: 1\n")}
-    setting = {"windows": 16, "window": 512, "samples": 128, "length": 256, "dense": {"bytes": 538_600_000, "perplexity": 24.81}}
-    monkeypatch.setattr(module, "language_gallery", lambda: {**setting, "rows": [row]})
-    assert language_line(language_figures({"one": "version: 1\n"})["one"]) == "SmolLM2-135M: 182.2 MB, perplexity 25.63, 1.033 x dense"
+    row = {
+        "spec": "one",
+        "bytes": 182_200_000,
+        "perplexity": 25.631,
+        "over_dense": 1.0331,
+        "samples": 128,
+        "sha256": text_hash("version: 1\n"),
+    }
+    learnt = {**row, "spec": "two", "sha256": text_hash("version: 2\n"), "healed_on": 9000, "unhealed": 1.2}
+    setting = {"windows": 16, "window": 512, "length": 256, "dense": {"bytes": 538_600_000, "perplexity": 24.81}}
+    monkeypatch.setattr(module, "language_gallery", lambda: {**setting, "rows": [row, learnt]})
+    one, two = (language_line(language_figures({name: f"version: {k}\n"})[name]) for k, name in ((1, "one"), (2, "two")))
+    assert one == "SmolLM2-135M: 182.2 MB, perplexity 25.63, 1.033 x dense; 128 samples"
+    assert two == "SmolLM2-135M: 182.2 MB, perplexity 25.63, 1.033 x dense, 1.200 x before healing on 9,000 tokens; 128 samples"
     assert language_figures({"one": "version: 1\nseed: 1\n"}) == language_figures({"two": "version: 1\n"}) == {}
     assert dense_language_line().startswith("SmolLM2-135M as it is: 538.6 MB, perplexity 24.81 (16 windows of 512 tokens")
 

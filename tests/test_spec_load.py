@@ -345,14 +345,16 @@ def test_library_specs() -> None:
         "llm-u3",
         "llm-u4",
         "llm-u4-all",
+        "llm-u2-healed",
         "quantize-w8a8",
     )
     llama = ("llama2-7b", "llama3.1-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
     trains = ("tt-lora", "tt-mlp", "tt-lora-roberta", *(f"tt-lora-{name}" for name in llama))
     glora = ("bitfit", "channel-scale", "glora", "glora-search", "ssf")
     sparse = ("gmt", "meprop", "sparse-grad")
-    budgets = ("any-of-12", "any-of-9", "budget-40", "budget-60")
-    assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *budgets, "transact-50", *trains)))
+    budgets = ("any-of-12", "any-of-9", "budget-40", "budget-60", "llm-low-rank-80", "llm-low-rank-80-healed")
+    pruned = ("transact-50", "llm-transact-50-healed")
+    assert library_names() == tuple(sorted((*names, *quantized, *glora, *sparse, *budgets, *pruned, *trains)))
     for name in budgets:
         spec = load_spec(name, method_table())
         assert spec.rules[0].is_open

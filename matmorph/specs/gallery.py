@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
@@ -28,11 +28,15 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class LanguageFigures:
-    """SmolLM2-135M under one spec: bytes of the files, perplexity, and that over the dense model's."""
+    """SmolLM2-135M under one spec: bytes of the files, perplexity, and that over the dense model's; `samples` of text that it was
+    calibrated on; `healed_on`: tokens that it has learnt from since it was compiled, when it stood at `unhealed` x dense."""
 
     bytes: int
     perplexity: float
     over_dense: float
+    samples: int
+    healed_on: int | None = None
+    unhealed: float | None = None
 
 
 def text_hash(text: str) -> str:
@@ -65,7 +69,8 @@ def figures(texts: Mapping[str, str]) -> dict[str, Figures]:
 def language_figures(texts: Mapping[str, str]) -> dict[str, LanguageFigures]:
     """The same of the language model, for the few that were measured on it."""
     rows = _of_these_texts(language_gallery(), texts)
-    return {row["spec"]: LanguageFigures(row["bytes"], row["perplexity"], row["over_dense"]) for row in rows}
+    names = [field.name for field in fields(LanguageFigures)]
+    return {row["spec"]: LanguageFigures(**{name: row[name] for name in names if name in row}) for row in rows}
 
 
 def _of_these_texts(data: Mapping[str, Any], texts: Mapping[str, str]) -> list[Mapping[str, Any]]:
@@ -99,7 +104,9 @@ def dense_line() -> str:
 
 def language_line(row: LanguageFigures) -> str:
     """One line for a person."""
-    return f"SmolLM2-135M: {row.bytes / 1e6:.1f} MB, perplexity {row.perplexity:.2f}, {row.over_dense:.3f} x dense"
+    healed = "" if row.unhealed is None else f", {row.unhealed:.3f} x before healing on {row.healed_on or 0:,} tokens"
+    figures = f"{row.bytes / 1e6:.1f} MB, perplexity {row.perplexity:.2f}, {row.over_dense:.3f} x dense{healed}"
+    return f"SmolLM2-135M: {figures}; {row.samples} samples"
 
 
 def dense_language_line() -> str:
@@ -107,5 +114,5 @@ def dense_language_line() -> str:
     data = language_gallery()
     dense = data["dense"]
     judged = f"{data['windows']} windows of {data['window']} tokens of WikiText-2's validation text"
-    seen = f"calibrated on {data['samples']} x {data['length']} tokens of its other half"
+    seen = f"calibrated on samples of {data['length']} tokens of its other half"
     return f"SmolLM2-135M as it is: {dense['bytes'] / 1e6:.1f} MB, perplexity {dense['perplexity']:.2f} ({judged}; {seen})"
