@@ -150,6 +150,7 @@ def test_other_files_are_loaded_whole(tmp_path: Path) -> None:
     assert torch.equal(found.module.lm_head.weight, module.lm_head.weight)
 
 
+@pytest.mark.full
 def test_the_written_folder_is_the_same_to_the_byte(shards: Path, tmp_path: Path) -> None:
     """With the cache, whose past the model itself makes; errors in the report and outputs in the check vectors included."""
     written = {}
