@@ -321,6 +321,19 @@ def makers(options: Any, texts: Texts, scratch: Path) -> Iterator[tuple[str, Cal
         yield name, lambda make=make, name=name, number=number: make(name, scratch / "dense", texts, scratch / f"peer-{number}", options)  # type: ignore[misc]
 
 
+def stages(make: Callable[[], Made], dense: Path, texts: Texts, scratch: Path, options: Any) -> Iterator[Made]:
+    """What is made, then healed where that is wanted; a folder that was made here goes when the next is asked for."""
+    gc.collect()
+    made = make()
+    yield made
+    if options.heal and distils(made.folder):
+        after = healed(made, dense, texts, scratch / "healed", options)
+        yield after
+        shutil.rmtree(after.folder)
+    if made.folder.is_relative_to(scratch):
+        shutil.rmtree(made.folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--model", default="smollm2", help="as on matmorph's command line (default: smollm2)")
@@ -358,21 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row("dense", dense, ids, None, options))
         for name, make in makers(options, texts, scratch):
             say(f"{name} (dense {rows[0]['perplexity']:.3f})")
-            gc.collect()
             try:
-                made = make()
-                rows.append(row(name, made, ids, rows[0]["perplexity"], options))
-                if options.heal and distils(made.folder):
-                    say(f"{name}: {rows[-1]['over_dense']:.3f} x dense; healing")
-                    after = healed(made, dense.folder, texts, scratch / "healed", options)
-                    rows.append(row(name, after, ids, rows[0]["perplexity"], options))
-                    shutil.rmtree(after.folder)
-                if made.folder.is_relative_to(scratch):
-                    shutil.rmtree(made.folder)
+                for made in stages(make, dense.folder, texts, scratch, options):
+                    rows.append(row(name, made, ids, rows[0]["perplexity"], options))
+                    say(f"  {rows[-1]['over_dense']} x dense, {rows[-1]['mb']} MB, {rows[-1]['make_min']} min")
             except (MatmorphError, SessionError, ImportError, RuntimeError, AttributeError, ValueError) as error:
                 line = next(iter(str(error).splitlines()), type(error).__name__)
                 rows.append({**dict.fromkeys(rows[0], "-"), "model": name, "fault": f"{type(error).__name__}: {line:.100}"})
-            say(f"  {rows[-1]['over_dense']} x dense, {rows[-1]['mb']} MB, {rows[-1]['make_min']} min {rows[-1]['fault']}")
+                say(f"  {rows[-1]['fault']}")
     count = len(ids) // options.window
     notes = [
         f"{count} windows of {options.window} tokens of the second half, all but the first token of each counted; words "

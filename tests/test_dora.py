@@ -126,7 +126,7 @@ def test_parameters_of_the_paper() -> None:
 
 MUTANTS = {
     "scale dropped from the graph": Mutant(
-        "Dora.weight", "product if scale == 1 else b('aten.mul.Scalar', product, scale)", "product"
+        "Dora.weight", "times(b, product, scale)", "product"
     ),
     "scale dropped from the merge": Mutant("Dora.merge", "float(parts.get('scale', 1.0))", "1.0"),
     "norms of columns": Mutant("Dora.weight", "[1]", "[0]"),

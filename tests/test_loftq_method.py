@@ -144,7 +144,7 @@ MUTANTS = {
     "bias never added by the rewrite": Mutant("SiteScope._close", "None if added else entry.application.bias", "None"),
     "scale not applied": Mutant(
         "LoftQ.build",
-        "update if scale == 1 else b('aten.mul.Scalar', update, scale)",
+        "times(b, update, scale)",
         "update if True else b('aten.mul.Scalar', update, scale)",
     ),
     "factors not divided by the scale": Mutant(

@@ -61,7 +61,7 @@ def test_parameters_are_twice_those_of_lora() -> None:
 
 
 MUTANTS = {
-    "scale dropped from the graph": Mutant("Loha.weight", "product if scale == 1 else b('aten.mul.Scalar', product, scale)", "product"),
+    "scale dropped from the graph": Mutant("Loha.weight", "times(b, product, scale)", "product"),
     "scale dropped from the merge": Mutant("Loha.merge", "float(parts.get('scale', 1.0))", "1.0"),
     "a sum for a product": Mutant("Loha.weight", "b('aten.mul.Tensor', first, second)", "b('aten.add.Tensor', first, second)"),
     "the same pair twice": Mutant(

@@ -68,7 +68,7 @@ def test_parameters_by_the_even_factors() -> None:
 
 
 MUTANTS = {
-    "scale dropped from the graph": Mutant("Lokr.update", "left if scale == 1 else b('aten.mul.Scalar', left, scale)", "left"),
+    "scale dropped from the graph": Mutant("Lokr.update", "times(b, left, scale)", "left"),
     "scale dropped from the merge": Mutant("Lokr.merge", "float(parts.get('scale', 1.0))", "1.0"),
     "factors in the other order": Mutant(
         "Lokr.merge",

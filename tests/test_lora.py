@@ -305,12 +305,12 @@ def test_the_library_spec_adapts_queries_and_values() -> None:
 MUTANTS = {
     "scale dropped from the graph": Mutant(
         "Lora.build",
-        "narrow if scale == 1 else b('aten.mul.Scalar', narrow, scale)",
+        "times(b, narrow, scale)",
         "narrow if True else b('aten.mul.Scalar', narrow, scale)",
     ),
     "scale dropped from the merge": Mutant("Lora.merge", "float(parts.get('scale', 1.0))", "1.0"),
-    "root of rslora forgotten": Mutant("LoraSpec.adapter_scale", "sqrt(rank) if self.rslora else rank", "rank"),
-    "rslora always": Mutant("LoraSpec.adapter_scale", "sqrt(rank) if self.rslora else rank", "sqrt(rank)"),
+    "root of rslora forgotten": Mutant("scale_of", "sqrt(rank) if rslora else rank", "rank"),
+    "rslora always": Mutant("scale_of", "sqrt(rank) if rslora else rank", "sqrt(rank)"),
     "base not reduced": Mutant("lora._base", "scale * (down @ up).transpose(-2, -1)", "0 * (down @ up).transpose(-2, -1)"),
     "base reduced without the scale": Mutant("lora._base", "scale * (down @ up).transpose(-2, -1)", "(down @ up).transpose(-2, -1)"),
     "pissa without its scale": Mutant("_pissa", "found.s / scale", "found.s"),

@@ -71,7 +71,7 @@ def test_parameters_of_the_paper() -> None:
 
 
 MUTANTS = {
-    "scale dropped from the graph": Mutant("Melora.update", "narrow if scale == 1 else b('aten.mul.Scalar', narrow, scale)", "narrow"),
+    "scale dropped from the graph": Mutant("Melora.update", "times(b, narrow, scale)", "narrow"),
     "scale dropped from the merge": Mutant("Melora.merge", "float(parts.get('scale', 1.0))", "1.0"),
     "groups strided": Mutant(
         "Melora.update",

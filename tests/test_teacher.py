@@ -68,11 +68,26 @@ def check_rows(m: Any) -> None:
     assert plain.sha256 == m.TextRows.of(ROW[:40], ROW[40:], (), 8, (9, 9)).sha256
 
 
-CHECKS = (check_rows, check_answers)
+def check_many_rows(m: Any) -> None:
+    """More of them than go through at once."""
+    logits = 3 * np.random.default_rng(2).standard_normal((70, 9))
+    ids, logs = m.likeliest(logits, Distill(top=3, temperature=2.0))
+    for row, found, log in zip(logits, ids, logs, strict=True):
+        shares = np.exp(row / 2.0) / np.exp(row / 2.0).sum()
+        order = sorted(range(9), key=lambda word: -shares[word])
+        assert list(found) == order[:3]
+        named = [shares[word] for word in order[:3]]
+        np.testing.assert_allclose(np.exp(log), [*named, 1 - sum(named)], rtol=1e-6)  # float32 of logarithms
+
+
+CHECKS = (check_rows, check_many_rows, check_answers)
 MUTANTS = {
     "the temperature is forgotten": Mutant("likeliest", "logits[part].astype(np.float64) / settings.temperature", "logits[part]"),
     "the unlikeliest": Mutant("likeliest", "np.argpartition(-found, top - 1, axis=-1)", "np.argpartition(found, top - 1, axis=-1)"),
     "the rest is what is named": Mutant("likeliest", "1 - np.exp(named).sum(-1, keepdims=True)", "np.exp(named).sum(-1, keepdims=True)"),
+    "the unlikeliest first": Mutant("likeliest", "-np.take_along_axis(found, chosen, -1)", "np.take_along_axis(found, chosen, -1)"),
+    "more rows than are asked for": Mutant("TextRows.of", "parts[0][:most[0]]", "parts[0]"),
+    "a first column with nothing before it": Mutant("TextRows.first", "max(1, self.prefix)", "self.prefix"),
     "in no order": Mutant("likeliest", "np.take_along_axis(chosen, order, -1)", "chosen"),
     "judged by itself": Mutant(
         "teach", "score(logits[rows.first - 1:-1], row[rows.first:])", "score(logits[rows.first:], row[rows.first:])"

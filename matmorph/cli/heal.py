@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from matmorph.runtime.format.training import TrainManifest
     from matmorph.runtime.healing import Course, Healing
     from matmorph.runtime.teacher import Taught, TextRows
-
-
-_LEARNT = "learnt.safetensors"
 
 
 def heal_command(
@@ -91,11 +87,11 @@ def heal_command(
         job, trained = _graphs(folder, train, settings, Path(scratch), verify, show)
         trainer = Trainer(trained, provider, lr=lr, threads=threads, verify=False)
         healing = heal(trainer, rows, taught, course, lambda done, of: show("healing", done, of))
-        trainer.save_parameters(Path(scratch) / _LEARNT)
+        belongs = trainer.manifest.fingerprints
         del trainer
         from matmorph.folders.healing import told, write_healed
 
-        with _kept(Path(scratch) / _LEARNT, out):
+        with _kept(healing, belongs, out):
             write_healed(job, healing.parameters, healing, out, force, show)
     if as_json:
         say_json({"folder": str(out), **told(healing)})
@@ -222,14 +218,17 @@ def _graphs(folder: Path, train: TrainManifest, settings: Distill, scratch: Path
 
 
 @contextmanager
-def _kept(learnt: Path, out: Path) -> Iterator[None]:
+def _kept(healing: Healing, belongs: Mapping[str, str], out: Path) -> Iterator[None]:
     """What was learnt goes beside the folder where that could not be written: it took longer than everything else."""
     try:
         yield
     except MatmorphError as error:
-        place = out.with_name(f"{out.name}.{_LEARNT}")
-        with suppress(OSError):  # a full disk, say: then the first error is the one to read
-            shutil.copyfile(learnt, place)
+        from matmorph.runtime.checkpoint import write_tensors
+        from matmorph.runtime.errors import CheckpointError
+
+        place = out.with_name(f"{out.name}.learnt.safetensors")
+        with suppress(CheckpointError):  # a full disk, say: then the first error is the one to read
+            write_tensors(place, healing.parameters, belongs)
             error.details = (*error.details, f"what was learnt lies in {place}")
         raise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +20,26 @@ from matmorph.errors import InputError
 
 Identity: TypeAlias = tuple[int, int, int]
 """Inode, size and time of the last change, in nanoseconds."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""As the headers of safetensors files write them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +61,15 @@ class Place:
         looked at, whose mapping might end the process."""
         try:
             with self.path.open("rb") as file:
-                if identity_of(file.fileno()) != self.identity:
-                    raise InputError(f"{self.path}: has changed since the model was opened", ["open the model again"])
+                self.refuse_changed(file.fileno())
                 return tensor_at(file.fileno(), self.offset, self.dtype, self.shape)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read any more: {error.strerror or error}", ["open the model again"]) from error
+
+    def refuse_changed(self, file: int) -> None:
+        """InputError where the open file is not the one that was looked at."""
+        if identity_of(file) != self.identity:
+            raise InputError(f"{self.path}: has changed since the model was opened", ["open the model again"])
 
 
 def identity_of(file: int | Path) -> Identity:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from matmorph.errors import InputError
 from matmorph.ir.core import Const, Graph
-from matmorph.ir.mapped import Place, identity_of, tensor_in
+from matmorph.ir.mapped import Place, tensor_in
 from matmorph.ir.rewiring import exchanged
 
 
@@ -100,8 +100,7 @@ class Filled:
 def _mapped(place: Place) -> mmap.mmap:
     try:
         with place.path.open("rb") as file:
-            if identity_of(file.fileno()) != place.identity:
-                raise InputError(f"{place.path}: has changed since the model was opened", ["open the model again"])
+            place.refuse_changed(file.fileno())
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise InputError(f"{place.path}: cannot be read: {error.strerror or error}") from error

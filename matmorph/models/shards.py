@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from matmorph.errors import InputError
-from matmorph.ir.mapped import Place, identity_of
+from matmorph.ir.mapped import DTYPES, Place, identity_of
 from matmorph.runtime.format.plain import ManifestError
 from matmorph.runtime.format.reading import StoredError, check_name, inside, read_json
 
@@ -22,24 +20,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000
 """Bytes; what the format's own reader takes at most."""
 _AGAIN = ["if it was downloaded or copied, do that again"]
-_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
 
 
 def stored_tensors(folder: Path) -> dict[str, Place] | None:
@@ -104,9 +84,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, Place]]:
             shape, code = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"{path}: is no safetensors file: of {name} it does not say type, shape and place") from error
-        if code not in _DTYPES:
+        if code not in DTYPES:
             raise InputError(f"{path}: {name} is {code}, a type that torch has not")
-        place = Place(path, start + first, _DTYPES[code], shape, identity)
+        place = Place(path, start + first, DTYPES[code], shape, identity)
         if first < 0 or min(shape, default=0) < 0 or last - first != place.nbytes:
             raise InputError(f"{path}: {name} is {code} {list(shape)}, {place.nbytes} bytes, and has {last - first}", _AGAIN)
         if start + last > identity[1]:

@@ -302,9 +302,8 @@ def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
     those that something is decided or differentiated for before; the others are measured when they are built."""
     graph, divided, methods, calibration = one.survey.graph, one.divided, run.methods, one.stage.calibration
     refuse_without_loss(divided.jobs, methods, run.spec.train)
-    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
     if run.inputs is None:
-        _refuse_without_data(working, methods)
+        _refuse_without_data(_working(one, run), methods)
         return {}
     needs, samples, weights = _needs(one, run), calibration.samples, calibration.token_weights
     if calibration.order == "sequential":
@@ -317,15 +316,14 @@ def _statistics(one: Selected, run: Run) -> Mapping[Site, SiteStats]:
 
 def _refuse_undetermined(one: Selected, run: Run, stats: Mapping[Site, SiteStats]) -> None:
     divided, methods = one.divided, run.methods
-    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)]
-    judged = (*working, *((job.block.consumer, job.rule) for job in divided.jobs if job.block.consumer in stats))
+    judged = (*_working(one, run), *((job.block.consumer, job.rule) for job in divided.jobs if job.block.consumer in stats))
     refuse_undetermined(one.stage.tolerance, judged, methods, stats)
 
 
 def _needs(one: Selected, run: Run) -> list[tuple[Site, frozenset[Statistic]]]:
     """What is gathered of each site; nothing without data."""
     divided, methods = one.divided, run.methods
-    working = [(site, rule) for site, rule in divided.claims if _works(site, rule, methods)] if run.inputs is not None else []
+    working = _working(one, run) if run.inputs is not None else []
     jobs = divided.jobs if run.inputs is not None else ()
     fitted = {site for site, rule in working if rule_fits(rule, methods)} | fitted_by_blocks(jobs, methods)
     sites = (*(site for site, _ in working), *block_needs(jobs, methods))
@@ -356,6 +354,11 @@ def _task(one: Decided, run: Run) -> Task:
         progress=run.step("rewriting"),
         hands=run.hands,
     )
+
+
+def _working(one: Selected, run: Run) -> list[tuple[Site, Rule]]:
+    """Claims of which something may become."""
+    return [(site, rule) for site, rule in one.divided.claims if _works(site, rule, run.methods)]
 
 
 def _works(site: Site, rule: Rule, methods: Methods) -> bool:

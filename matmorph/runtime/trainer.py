@@ -260,7 +260,7 @@ class Trainer:
         """Writes `parameters()` to a .safetensors file, with the fingerprints of what they belong to. Raises CheckpointError, with
         `replace` False for a file that is there."""
         with self._alone:
-            parameters, about = self.parameters(), {**self._fingerprints(), "step": self._step}
+            parameters, about = self.parameters(), {**self._manifest.fingerprints, "step": self._step}
         write_tensors(path, parameters, about, replace)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -274,7 +274,7 @@ class Trainer:
         """What a checkpoint holds but for the optional inputs: vectors by name, and the rest."""
         vectors = {name: self._vectors.get(name) for name in self._vectors.names}
         about = {
-            **self._fingerprints(),
+            **self._manifest.fingerprints,
             "optimizer": self._manifest.update_rule,
             "settings": {name: getattr(self, name) for name in _SETTINGS},
             "counts": {"step": self._step, "skips": self._skips, "epochs": self._epochs},
@@ -311,9 +311,6 @@ class Trainer:
         if settings.get("loss_scale") is None:
             trainer._scale = state.loss_scale
         return trainer
-
-    def _fingerprints(self) -> dict[str, Any]:
-        return {"fingerprint": self._manifest.fingerprint, "trainable_fingerprint": self._manifest.trainable_fingerprint}
 
     def _epoch(self, run: _Run, position: RunPosition) -> tuple[RunPosition, bool]:
         """The rest of an epoch; whether a callback ended it."""

@@ -187,6 +187,11 @@ def dense_matrix(site: Site, b: FragmentBuilder) -> Value:
     return w if site.layout == "oi" else b("aten.t.default", w)
 
 
+def times(b: FragmentBuilder, value: Value, scale: float) -> Value:
+    """The nodes of value * scale: none for 1."""
+    return value if scale == 1 else b("aten.mul.Scalar", value, scale)
+
+
 def leading(b: FragmentBuilder, rows: Value) -> tuple[Any, ...]:
     """The sizes of rows before its features: -1 for the first that is not fixed, nodes for others. For `aten.reshape`."""
     sizes = rows.tensor.shape[:-1]

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
 from matmorph.errors import InputError
+from matmorph.ir.mapped import DTYPES, tensor_at
 from matmorph.passes.work.digests import Digests, tensor_sha256
 from matmorph.passes.work.nest import DamagedError, about, put_together, read, taken_apart, written
 from matmorph.runtime.disk.files import is_full, write_whole
@@ -158,17 +158,8 @@ def _aligned(tensor: Tensor) -> bytes:
 def _mapped(place: Path) -> Tensor:
     with place.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        entry = header["0"]
-        kind, (begin, end) = _TYPES[entry["dtype"]], entry["data_offsets"]
-        bytes_ = np.memmap(file, np.uint8, "c", 8 + size + begin, (end - begin,))
-    return torch.from_numpy(bytes_).view(kind).reshape(entry["shape"])
-
-
-_TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
+        entry = json.loads(file.read(size))["0"]
+        return tensor_at(file.fileno(), 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
 
 def _damaged(place: Path, why: object) -> InputError:

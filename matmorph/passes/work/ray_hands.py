@@ -8,7 +8,6 @@ matmorph in the same version.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +20,9 @@ from torch import Tensor
 from matmorph.errors import InputError, RewriteError
 from matmorph.passes.work.processes import TRIES, told
 from matmorph.passes.work.task import Task
-from matmorph.passes.work.wire import pickled, raw, unpickled
+from matmorph.passes.work.wire import Shared, pickled, raw, unpickled
 
-_INLINE, _PATIENCE_S = 1 << 16, 5.0
+_PATIENCE_S = 5.0
 
 
 class RayHands:
@@ -33,49 +32,29 @@ class RayHands:
         self.count: int | None = count
         self._ray = ray
         self._run = ray.remote(num_cpus=1, max_retries=TRIES - 1)(answered)
-        self._lock = threading.Lock()
-        self._held: dict[int, tuple[Tensor, Any, list[int]]] = {}
+        # once in the store, however many tasks read it; Ray lets go of what nobody refers to
+        self._store = Shared("there", lambda tensor: ray.put(raw(tensor)), lambda reference: None)
 
     def do(self, task: Task) -> Any:
         """As `Processes.do`."""
         references: list[Any] = []
-        taken: list[int] = []
+        with self._store.placing() as put:
 
-        def place(tensor: Tensor) -> Any:
-            dtype, shape = tensor.dtype, tuple(tensor.shape)
-            if tensor.numel() * tensor.element_size() <= _INLINE:
-                return "here", raw(tensor).tobytes(), dtype, shape
-            references.append(self._placed(tensor))
-            taken.append(id(tensor))
-            return "there", len(references) - 1, dtype, shape
+            def place(tensor: Tensor) -> Any:
+                how, where, dtype, shape = put(tensor)
+                if how == "there":
+                    references.append(where)
+                    where = len(references) - 1
+                return how, where, dtype, shape
 
-        try:
-            request = pickled(task, place)
-            return told(task, *unpickled(self._ray.get(self._run.remote(request, *references))))
-        except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
-            raise RewriteError(f"{task.path}: {TRIES} workers of Ray died over it ({type(error).__name__})") from error
-        except self._ray.exceptions.RayError as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise RewriteError(f"{task.path}: Ray could not do it: {line}") from error
-        finally:
-            self._released(taken)
-
-    def _placed(self, tensor: Tensor) -> Any:
-        """Once in the store, however many tasks read it."""
-        with self._lock:
-            if id(tensor) not in self._held:
-                self._held[id(tensor)] = (tensor, self._ray.put(raw(tensor)), [0])
-            _, reference, count = self._held[id(tensor)]
-            count[0] += 1
-            return reference
-
-    def _released(self, taken: list[int]) -> None:
-        with self._lock:
-            for key in taken:
-                count = self._held[key][2]
-                count[0] -= 1
-                if not count[0]:
-                    del self._held[key]
+            try:
+                request = pickled(task, place)
+                return told(task, *unpickled(self._ray.get(self._run.remote(request, *references))))
+            except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
+                raise RewriteError(f"{task.path}: {TRIES} workers of Ray died over it ({type(error).__name__})") from error
+            except self._ray.exceptions.RayError as error:
+                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise RewriteError(f"{task.path}: Ray could not do it: {line}") from error
 
 
 def answered(request: bytes, *arrays: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

@@ -78,30 +78,27 @@ def raw(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-class Shelf:
-    """Tensors of tasks under way, in files: `placing` gives what puts them there for the block."""
+class Shared:
+    """Tensors of tasks under way, each put once into a place that workers read, and out of it with the last task that reads it."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="matmorph-"))
+    def __init__(self, how: str, put: Callable[[Tensor], Any], drop: Callable[[Any], None]) -> None:
+        """`how`: the word of `_FOUND` or "there"; `put` gives where the tensor is, and `drop` is given that."""
+        self._how, self._put, self._drop = how, put, drop
         self._lock = threading.Lock()
-        self._held: dict[int, tuple[Tensor, Path, list[int]]] = {}
-        self._number = 0
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._held: dict[int, tuple[Tensor, Any, list[int]]] = {}
 
     @contextmanager
     def placing(self) -> Iterator[Callable[[Tensor], Any]]:
-        """InputError where there is no room."""
+        """What puts tensors there for the block; small ones come along. Raises what `put` raises."""
         taken: list[int] = []
 
         def place(tensor: Tensor) -> Any:
             if tensor.numel() * tensor.element_size() <= _INLINE:
                 return _inline(tensor)
             with self._lock:
-                path = self._placed(tensor)
+                where = self._placed(tensor)
             taken.append(id(tensor))
-            return "file", str(path), tensor.dtype, tuple(tensor.shape)
+            return self._how, where, tensor.dtype, tuple(tensor.shape)
 
         try:
             yield place
@@ -110,23 +107,38 @@ class Shelf:
                 for key in taken:
                     self._released(key)
 
-    def _placed(self, tensor: Tensor) -> Path:
+    def _placed(self, tensor: Tensor) -> Any:
         key = id(tensor)  # no other tensor has it while this one is held
         if key not in self._held:
-            self._number += 1
-            path = self.folder / str(self._number)
-            try:
-                raw(tensor).tofile(path)
-            except OSError as error:
-                raise InputError(f"workers read their matrices from {self.folder.parent}: {error.strerror or 'no room is left'}") from error
-            self._held[key] = (tensor, path, [0])
-        _, path, count = self._held[key]
+            self._held[key] = (tensor, self._put(tensor), [0])
+        _, where, count = self._held[key]
         count[0] += 1
-        return path
+        return where
 
     def _released(self, key: int) -> None:
-        _, path, count = self._held[key]
+        _, where, count = self._held[key]
         count[0] -= 1
         if not count[0]:
             del self._held[key]
-            path.unlink(missing_ok=True)
+            self._drop(where)
+
+
+class Shelf(Shared):
+    """In files of a temporary folder. `placing` raises InputError where there is no room."""
+
+    def __init__(self) -> None:
+        super().__init__("file", self._written, lambda where: Path(where).unlink(missing_ok=True))
+        self.folder = Path(tempfile.mkdtemp(prefix="matmorph-"))
+        self._number = 0
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _written(self, tensor: Tensor) -> str:
+        self._number += 1
+        path = self.folder / str(self._number)
+        try:
+            raw(tensor).tofile(path)
+        except OSError as error:
+            raise InputError(f"workers read their matrices from {self.folder.parent}: {error.strerror or 'no room is left'}") from error
+        return str(path)

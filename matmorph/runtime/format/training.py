@@ -136,6 +136,11 @@ class TrainManifest:
     files: Mapping[str, FileRecord] = field(metadata=stored(codec=FILES_CODEC))
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """What a file of trained values says of what they belong to."""
+        return {"fingerprint": self.fingerprint, "trainable_fingerprint": self.trainable_fingerprint}
+
+    @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """What a batch holds: the model's inputs, then the labels."""
         return (*self.features, *(info for info in self.labels if info not in self.features))

@@ -18,7 +18,7 @@ from matmorph.ir.site import Site
 from matmorph.passes.methods.dora.settings import DoraLanguage, DoraSpec
 from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.tensor_update import InsideUpdate, Part, constant, kaiming, rank_above
-from matmorph.passes.methods.weights import widened
+from matmorph.passes.methods.weights import times, widened
 
 WIDE = ("float32", "float64")
 """Types that hold the square of a norm; others compute it in float32."""
@@ -48,7 +48,7 @@ class Dora(DoraLanguage, InsideUpdate):
     def weight(self, w: Value, parts: Mapping[str, Const], spec: DoraSpec, b: FragmentBuilder) -> Value:
         product = b("aten.t.default", b("aten.matmul.default", parts["down"], parts["up"]))
         scale = spec.adapter_scale
-        turned = b("aten.add.Tensor", w, product if scale == 1 else b("aten.mul.Scalar", product, scale))
+        turned = b("aten.add.Tensor", w, times(b, product, scale))
         wide = turned if w.tensor.dtype in WIDE else b("aten._to_copy.default", turned, dtype=torch.float32)
         squares = b("aten.sum.dim_IntList", b("aten.mul.Tensor", wide, wide), [1], True)
         norm = b("aten.sqrt.default", b("aten.add.Scalar", squares, TINY))

@@ -38,6 +38,7 @@ from matmorph.passes.methods.weights import (
     curve_errors,
     readable,
     stored,
+    times,
     weighting_of,
     whitening_of,
 )
@@ -93,7 +94,7 @@ class LoftQ(LoftQLanguage, QuantizedPair):
 
         def body(rows: Value) -> Value:
             update = _product(b, _product(b, rows, down), up)
-            scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
+            scaled = times(b, update, scale)
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
         return b.fragment(

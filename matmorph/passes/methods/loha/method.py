@@ -16,7 +16,7 @@ from matmorph.ir.site import Site
 from matmorph.passes.methods.loha.settings import LohaLanguage, LohaSpec
 from matmorph.passes.methods.protocol import FragmentBuilder
 from matmorph.passes.methods.tensor_update import InsideUpdate, Part, constant, kaiming, rank_above
-from matmorph.passes.methods.weights import widened
+from matmorph.passes.methods.weights import times, widened
 
 
 class Loha(LohaLanguage, InsideUpdate):
@@ -39,7 +39,7 @@ class Loha(LohaLanguage, InsideUpdate):
         first, second = (b("aten.matmul.default", parts[f"up_{k}"], parts[f"down_{k}"]) for k in (1, 2))
         product = b("aten.mul.Tensor", first, second)
         scale = spec.adapter_scale
-        result: Value = b("aten.add.Tensor", w, product if scale == 1 else b("aten.mul.Scalar", product, scale))
+        result: Value = b("aten.add.Tensor", w, times(b, product, scale))
         return result
 
     def merge(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from matmorph.passes.linalg.modes import nearest_divisor
 from matmorph.passes.methods.lokr.settings import LokrLanguage, LokrSpec
 from matmorph.passes.methods.protocol import FragmentBuilder, Peft
 from matmorph.passes.methods.tensor_update import AddedUpdate, Part, constant, kaiming
-from matmorph.passes.methods.weights import leading, widened
+from matmorph.passes.methods.weights import leading, times, widened
 
 
 class Lokr(LokrLanguage, AddedUpdate):
@@ -59,7 +59,7 @@ class Lokr(LokrLanguage, AddedUpdate):
         for name in ("right", "down", "up"):
             x = b("aten.matmul.default", x, parts[name]) if name in parts else x
         scale = spec.adapter_scale
-        y = b("aten.matmul.default", left if scale == 1 else b("aten.mul.Scalar", left, scale), x)
+        y = b("aten.matmul.default", times(b, left, scale), x)
         result: Value = b("aten.reshape.default", y, (*lead, int(o1) * int(y.tensor.shape[-1])))
         return result
 

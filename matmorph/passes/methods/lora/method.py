@@ -21,7 +21,7 @@ from matmorph.ir.site import Choice, Cost, Fragment, FragmentAdapter, Reject, Si
 from matmorph.passes.linalg.svd import one_thread, truncated_svd
 from matmorph.passes.methods.lora.settings import LoraLanguage, LoraSpec
 from matmorph.passes.methods.protocol import Error, FragmentBuilder, Peft, SiteStats, UpdateMethod
-from matmorph.passes.methods.weights import FLOATS, own_stream, rank_beyond, readable, scaled_pair, stored, widened
+from matmorph.passes.methods.weights import FLOATS, own_stream, rank_beyond, readable, scaled_pair, stored, times, widened
 
 Factors = tuple[Tensor, Tensor]
 """(down [.., in, rank], up [.., rank, out])."""
@@ -86,7 +86,7 @@ class Lora(LoraLanguage, UpdateMethod):
 
         def body(rows: Value) -> Value:
             narrow = b.matmul(rows, down, name="down")
-            scaled = narrow if scale == 1 else b("aten.mul.Scalar", narrow, scale)
+            scaled = times(b, narrow, scale)
             update = b.matmul(scaled, up, name="up")
             return update if base is None else b("aten.add.Tensor", _product(site, rows, base, b), update)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import ClassVar, Literal
 
 from matmorph.passes.methods.language import MethodKind, MethodLanguage
+from matmorph.passes.methods.update_settings import alpha_field, refuse_rslora, rslora_field, scale_of
 from matmorph.specs.notations import Rank
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "milora"]
@@ -17,14 +17,8 @@ class LoraSpec:
     """Factors of inner size `rank` to be trained beside a matmul that stays; after a replacing method, beside what that one put in."""
 
     rank: Rank = field(metadata={"doc": "inner size of the two factors: a number"})
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "doc": "the factors' product is scaled by alpha / rank (rslora: alpha / sqrt(rank)); 1 without it",
-            "exclusive_minimum": 0,
-        },
-    )
-    rslora: bool = field(default=False, metadata={"doc": "scale by alpha / sqrt(rank), which keeps large ranks learning"})
+    alpha: float | None = alpha_field()
+    rslora: bool = rslora_field()
     init: Init = field(
         default="kaiming",
         metadata={
@@ -35,14 +29,12 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank.kind != "fixed":
             raise ValueError(f"lora takes a number as its rank, not {self.rank.kind}")
-        if self.rslora and self.alpha is None:
-            raise ValueError("rslora scales alpha by sqrt(rank): give alpha")
+        refuse_rslora(self.rslora, self.alpha)
 
     @property
     def adapter_scale(self) -> float:
-        """alpha / rank, under rslora alpha / sqrt(rank); 1 without alpha."""
-        rank = int(self.rank.value or 1)
-        return 1.0 if self.alpha is None else self.alpha / (sqrt(rank) if self.rslora else rank)
+        """See `scale_of`."""
+        return scale_of(int(self.rank.value or 1), self.alpha, self.rslora)
 
 
 class LoraLanguage(MethodLanguage):

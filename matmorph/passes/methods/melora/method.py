@@ -19,7 +19,7 @@ from matmorph.passes.linalg.modes import nearest_divisor
 from matmorph.passes.methods.melora.settings import MeloraLanguage, MeloraSpec
 from matmorph.passes.methods.protocol import FragmentBuilder, Peft
 from matmorph.passes.methods.tensor_update import AddedUpdate, Part, constant, kaiming
-from matmorph.passes.methods.weights import leading, widened
+from matmorph.passes.methods.weights import leading, times, widened
 
 
 class Melora(MeloraLanguage, AddedUpdate):
@@ -55,7 +55,7 @@ class Melora(MeloraLanguage, AddedUpdate):
         grouped = b("aten.reshape.default", rows, (*(lead[:-1]), *(lead[-1:] or (1,)), n, share))
         narrow = b("aten.matmul.default", b("aten.transpose.int", grouped, -3, -2), parts["down"])
         scale = spec.adapter_scale
-        scaled = narrow if scale == 1 else b("aten.mul.Scalar", narrow, scale)
+        scaled = times(b, narrow, scale)
         wide = b("aten.transpose.int", b("aten.matmul.default", scaled, parts["up"]), -3, -2)
         result: Value = b("aten.reshape.default", wide, (*lead, n * parts["up"].tensor.shape[-1]))
         return result

@@ -30,7 +30,7 @@ from matmorph.passes.methods.quantized_base import (
     size_notes,
 )
 from matmorph.passes.methods.quantized_pair import QuantizedPair
-from matmorph.passes.methods.weights import readable, stored
+from matmorph.passes.methods.weights import readable, stored, times
 
 
 class QLora(QLoraLanguage, QuantizedPair):
@@ -73,7 +73,7 @@ class QLora(QLoraLanguage, QuantizedPair):
 
         def body(rows: Value) -> Value:
             update = b.matmul(b.matmul(rows, down, name="down"), up, name="up")
-            scaled = update if scale == 1 else b("aten.mul.Scalar", update, scale)
+            scaled = times(b, update, scale)
             return b("aten.add.Tensor", base.matmul(rows), scaled)
 
         notes = (*said, *size_notes(site, spec))
